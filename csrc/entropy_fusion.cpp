@@ -1,0 +1,360 @@
+// Entropy-weighted fusion (eqs. 6–8), one sample at a time while its M rows are in the first-level cache:
+//
+//     t = z − max z      S = Σ exp t      e = log S − Σ t exp t / S          (eq. 7, shifted so that nothing overflows)
+//     λ = softmax(−e) over the modalities that are present                   (eq. 8; the maximum in the paper cancels)
+//     fused = Σ_m λ_m z_m                                                    (eq. 6)
+//
+// A sample with nothing present gives zeros. The logits of an absent modality are never read, so they may be anything.
+#include "ops.h"
+#include "simd.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace mla_fast {
+namespace {
+
+// Logits below which a second thread costs more than it brings.
+constexpr int64_t GRAIN = 1 << 13;
+
+// exp(t) for t ≤ 0 in every lane; 0 below −87, where float32 has no normal result. NaN stays NaN.
+template <int B>
+MLA_INLINE vec_t<float, B> exp_nonpositive(vec_t<float, B> t) {
+  using vec = vec_t<float, B>;
+  using bits = vec_t<int32_t, B>;
+  constexpr float ROUND = 12582912.f;  // 1.5 · 2²³: adding it rounds to an integer
+  const vec n = (t * 1.44269504f + ROUND) - ROUND;
+  const vec r = (t - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
+  vec y = vec{} + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.f;
+  const bits exponent = (__builtin_convertvector(n, bits) + 127) << 23;
+  vec power;
+  std::memcpy(&power, &exponent, B);
+  return t < -87.f ? vec{} : y * power;
+}
+
+template <int B>
+MLA_INLINE vec_t<double, B> exp_nonpositive(vec_t<double, B> t) {
+  for (int64_t i = 0; i < Simd<double, B>::width; ++i) t[i] = std::exp(t[i]);
+  return t;
+}
+
+// Elements [c, c + width) of a row, −inf past its end: it adds nothing to any sum below. The last vector of a row is read
+// from where it ends, without what earlier ones held; copying just the few bytes left would cost as much as all the rest.
+template <typename T, int B>
+MLA_INLINE vec_t<T, B> at(const T* row, int64_t c, int64_t C) {
+  constexpr int64_t W = Simd<T, B>::width;
+  constexpr T nothing = -std::numeric_limits<T>::infinity();
+  if (c + W <= C) return load<B>(row + c);
+  if (C < W) return load_part<B>(row + c, C - c, nothing);
+  vec_t<T, B> lane;
+  for (int64_t i = 0; i < W; ++i) lane[i] = static_cast<T>(i);
+  return lane < static_cast<T>(c + W - C) ? vec_t<T, B>{} + nothing : load<B>(row + C - W);
+}
+
+// Calls `each` with the first element and the number of elements of vectors that cover a row; the last may overlap.
+template <typename T, int B, class Each>
+MLA_INLINE void for_each_vector(int64_t C, const Each& each) {
+  constexpr int64_t W = Simd<T, B>::width;
+  if (C < W) return each(0, C);
+  for (int64_t c = 0; c + W <= C; c += W) each(c, W);
+  if (C % W) each(C - W, W);
+}
+
+// The first `lanes` elements of v, in the output's dtype.
+template <int B, typename Out, typename V>
+MLA_INLINE void store_as(Out* to, V v, int64_t lanes) {
+  if constexpr (std::is_floating_point_v<Out>) {
+    if (lanes == Simd<Out, B>::width) return store<B>(to, v);
+  }
+  for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<Out>(v[i]);
+}
+
+// t = z − top, with −inf made finite: its exp is 0, and 0 · t must be 0 too.
+template <typename T, int B>
+MLA_INLINE vec_t<T, B> shifted(vec_t<T, B> z, T top) {
+  const vec_t<T, B> t = z - top, least = vec_t<T, B>{} - T(1e30);
+  return t < least ? least : t;
+}
+
+template <typename T, int B>
+MLA_INLINE T row_maximum(const T* z, int64_t C) {
+  constexpr int64_t W = Simd<T, B>::width;
+  vec_t<T, B> tops = at<T, B>(z, 0, C);
+  for (int64_t c = W; c < C; c += W) {
+    const vec_t<T, B> v = at<T, B>(z, c, C);
+    tops = v > tops ? v : tops;
+  }
+  return maximum<T, B>(tops);
+}
+
+// Σ exp t and Σ t exp t of one row of logits.
+template <typename T>
+struct ExpSums {
+  T plain, weighted;
+
+  T log_sum() const { return std::log(plain); }
+  T entropy() const { return log_sum() - weighted / plain; }
+};
+
+template <typename T, int B>
+MLA_INLINE ExpSums<T> row_exp_sums(const T* z, T top, int64_t C) {
+  constexpr int64_t W = Simd<T, B>::width;
+  vec_t<T, B> plain = {}, weighted = {};
+  for (int64_t c = 0; c < C; c += W) {
+    const vec_t<T, B> t = shifted<T, B>(at<T, B>(z, c, C), top);
+    const vec_t<T, B> e = exp_nonpositive<B>(t);
+    plain += e;
+    weighted += t * e;
+  }
+  return {sum<T, B>(plain), sum<T, B>(weighted)};
+}
+
+// λ = softmax(−e) over the present entries of one sample; zeros where absent.
+template <typename T>
+MLA_INLINE void weights_of(const T* entropy, const bool* present, T* weights, int64_t M) {
+  T least = std::numeric_limits<T>::infinity(), total = 0;
+  for (int64_t m = 0; m < M; ++m)
+    if (!present || present[m]) least = std::min<T>(least, entropy[m]);
+  for (int64_t m = 0; m < M; ++m) {
+    weights[m] = !present || present[m] ? std::exp(least - entropy[m]) : T(0);
+    total += weights[m];
+  }
+  for (int64_t m = 0; m < M; ++m)
+    if (!present || present[m]) weights[m] /= total;
+}
+
+// The M rows of one sample as T: in place where they are T already, else converted into `scratch`.
+template <typename In, typename T>
+struct Rows {
+  const std::vector<const In*>& base;
+  const std::vector<int64_t>& stride;
+  T* scratch;
+  int64_t C;
+
+  MLA_INLINE const T* operator()(int64_t m, int64_t n) const {
+    const In* from = base[m] + n * stride[m];
+    if constexpr (std::is_same_v<In, T>) {
+      return from;
+    } else {
+      T* to = scratch + m * C;
+      for (int64_t c = 0; c < C; ++c) to[c] = static_cast<T>(from[c]);
+      return to;
+    }
+  }
+};
+
+template <int B, typename In, typename T>
+MLA_INLINE void forward_samples(
+    Rows<In, T> rows, const bool* present, In* fused, T* weights, T* entropy, int64_t M, int64_t begin, int64_t end) {
+  const int64_t C = rows.C;
+  std::vector<const T*> z(M);
+  std::vector<T> top(M);
+  std::vector<ExpSums<T>> sums(M);
+  for (int64_t n = begin; n < end; ++n) {
+    const bool* here = present ? present + n * M : nullptr;
+    T* e = entropy + n * M;
+    T* w = weights + n * M;
+    // Each step for all modalities before the next: the machine works at several rows at once, and none waits for another.
+    for (int64_t m = 0; m < M; ++m) {
+      if (here && !here[m]) continue;
+      z[m] = rows(m, n);
+      top[m] = row_maximum<T, B>(z[m], C);
+    }
+    for (int64_t m = 0; m < M; ++m)
+      if (!here || here[m]) sums[m] = row_exp_sums<T, B>(z[m], top[m], C);
+    for (int64_t m = 0; m < M; ++m) e[m] = !here || here[m] ? sums[m].entropy() : T(0);
+    weights_of(e, here, w, M);
+    for_each_vector<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
+      vec_t<T, B> mix = {};
+      for (int64_t m = 0; m < M; ++m)
+        if (!here || here[m]) mix += w[m] * at<T, B>(z[m], c, C);
+      store_as<B>(fused + n * C + c, mix, lanes);
+    });
+  }
+}
+
+// With v_m = ∂L/∂λ_m + ⟨∂L/∂fused, z_m⟩:   ∂L/∂e_m = ∂L/∂e_m − λ_m (v_m − Σ λ v)   and
+//     ∂L/∂z_mc = λ_m ∂L/∂fused_c − ∂L/∂e_m p_c (log p_c + e_m).
+template <int B, typename In, typename T>
+MLA_INLINE void backward_samples(
+    Rows<In, T> rows, const std::vector<In*>& grad_logits, const bool* present, const T* weights, const T* entropy,
+    const In* grad_fused, const T* grad_weights, const T* grad_entropy, T* g, int64_t M, int64_t begin, int64_t end) {
+  const int64_t C = rows.C;
+  std::vector<const T*> z(M);
+  std::vector<T> v(M);
+  for (int64_t n = begin; n < end; ++n) {
+    const bool* here = present ? present + n * M : nullptr;
+    const T* w = weights + n * M;
+    const T* e = entropy + n * M;
+    for (int64_t c = 0; c < C; ++c) g[c] = grad_fused ? static_cast<T>(grad_fused[n * C + c]) : T(0);
+    T mean = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      if (here && !here[m]) continue;
+      z[m] = rows(m, n);
+      v[m] = (grad_weights ? grad_weights[n * M + m] : T(0)) + (grad_fused ? dot<B>(g, z[m], C) : T(0));
+      mean += w[m] * v[m];
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      In* out = grad_logits[m] + n * C;
+      if (here && !here[m]) {
+        std::fill(out, out + C, static_cast<In>(0));
+        continue;
+      }
+      const T grad_e = (grad_entropy ? grad_entropy[n * M + m] : T(0)) - w[m] * (v[m] - mean);
+      const T top = row_maximum<T, B>(z[m], C);
+      const T log_sum = row_exp_sums<T, B>(z[m], top, C).log_sum();
+      for_each_vector<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
+        const vec_t<T, B> log_p = shifted<T, B>(at<T, B>(z[m], c, C), top) - log_sum;
+        const vec_t<T, B> dz = w[m] * at<T, B>(g, c, C) - grad_e * (exp_nonpositive<B>(log_p) * (log_p + e[m]));
+        store_as<B>(out + c, dz, lanes);
+      });
+    }
+  }
+}
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// M tensors [N, C], or one [M, N, C]: where each modality's rows begin, and how far apart they are.
+template <typename In>
+struct Layout {
+  int64_t M, N, C;
+  std::vector<const In*> base;
+  std::vector<int64_t> stride;
+
+  explicit Layout(std::vector<Tensor>& logits) {
+    for (Tensor& z : logits)
+      if (z.stride(z.dim() - 1) != 1 && z.size(z.dim() - 1) > 1) z = torch::stable::contiguous(z);
+    const Tensor& first = logits[0];
+    const int64_t dim = first.dim();
+    const bool stacked = dim == 3;
+    M = stacked ? first.size(0) : static_cast<int64_t>(logits.size());
+    N = first.size(dim - 2);
+    C = first.size(dim - 1);
+    for (int64_t m = 0; m < M; ++m) {
+      const Tensor& z = stacked ? first : logits[m];
+      base.push_back(z.const_data_ptr<In>() + (stacked ? m * z.stride(0) : 0));
+      stride.push_back(z.stride(dim - 2));
+    }
+  }
+  int64_t grain() const { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(M * C, 1)); }
+  // Room for the sample's converted rows, and one row more for the sum over modalities or its gradient.
+  int64_t scratch() const { return (M + 1) * C; }
+};
+
+template <typename In, typename T>
+std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const bool* present, ScalarType acc) {
+  const Layout<In> lay(logits);
+  Tensor fused = empty_matrix(lay.N, lay.C, logits[0].scalar_type());
+  Tensor weights = empty_matrix(lay.N, lay.M, acc);
+  Tensor entropy = empty_matrix(lay.N, lay.M, acc);
+  In* f = fused.mutable_data_ptr<In>();
+  T* w = weights.mutable_data_ptr<T>();
+  T* e = entropy.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, lay.N, lay.grain(), [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(lay.scratch());
+    const Rows<In, T> rows{lay.base, lay.stride, scratch.data() + lay.C, lay.C};
+    vectorized([&](auto bytes) MLA_LAMBDA {
+      forward_samples<bytes>(rows, present, f, w, e, lay.M, begin, end);
+    });
+  });
+  return {fused, weights, entropy};
+}
+
+template <typename T>
+const T* pointer(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+template <typename In, typename T>
+std::vector<Tensor> backward(
+    std::vector<Tensor>& logits, const bool* present, const Tensor& weights, const Tensor& entropy,
+    const std::optional<Tensor>& grad_fused, const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_entropy) {
+  const Layout<In> lay(logits);
+  std::vector<Tensor> grads;
+  std::vector<In*> to;
+  for (const Tensor& z : logits) grads.push_back(torch::stable::new_empty(z, z.sizes()));
+  for (int64_t m = 0; m < lay.M; ++m)
+    to.push_back(grads.size() == static_cast<size_t>(lay.M) && grads[0].dim() == 2
+                     ? grads[m].mutable_data_ptr<In>()
+                     : grads[0].mutable_data_ptr<In>() + m * lay.N * lay.C);
+  const T* w = weights.const_data_ptr<T>();
+  const T* e = entropy.const_data_ptr<T>();
+  const In* gf = pointer<In>(grad_fused);
+  const T* gw = pointer<T>(grad_weights);
+  const T* ge = pointer<T>(grad_entropy);
+  torch::stable::parallel_for(0, lay.N, lay.grain(), [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(lay.scratch());
+    const Rows<In, T> rows{lay.base, lay.stride, scratch.data() + lay.C, lay.C};
+    vectorized([&](auto bytes) MLA_LAMBDA {
+      backward_samples<bytes>(rows, to, present, w, e, gf, gw, ge, scratch.data(), lay.M, begin, end);
+    });
+  });
+  return grads;
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+void check(const std::vector<Tensor>& logits, const std::optional<Tensor>& present) {
+  STD_TORCH_CHECK(!logits.empty(), "entropy_fusion: logits must hold at least one modality");
+  const int64_t dim = logits[0].dim();
+  STD_TORCH_CHECK(
+      dim == 2 || (dim == 3 && logits.size() == 1 && logits[0].size(0) > 0),
+      "entropy_fusion: logits must be M tensors [N, C] or one [M, N, C]");
+  const int64_t N = logits[0].size(dim - 2), C = logits[0].size(dim - 1);
+  STD_TORCH_CHECK(C > 0, "entropy_fusion: logits must have at least one class");
+  const int64_t M = dim == 3 ? logits[0].size(0) : static_cast<int64_t>(logits.size());
+  for (const Tensor& z : logits)
+    STD_TORCH_CHECK(
+        z.dim() == dim && z.size(dim - 2) == N && z.size(dim - 1) == C && z.scalar_type() == logits[0].scalar_type(),
+        "entropy_fusion: all modalities must have one shape and dtype");
+  STD_TORCH_CHECK(
+      !present || (present->scalar_type() == ScalarType::Bool && present->dim() == 2 && present->size(0) == N && present->size(1) == M),
+      "entropy_fusion: present must be bool [N, M]");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> entropy_fusion(std::vector<Tensor> logits, std::optional<Tensor> present) {
+  check(logits, present);
+  present = contiguous(present);
+  const bool* here = pointer<bool>(present);
+  switch (logits[0].scalar_type()) {
+    case ScalarType::Float: return forward<float, float>(logits, here, ScalarType::Float);
+    case ScalarType::Double: return forward<double, double>(logits, here, ScalarType::Double);
+    case ScalarType::BFloat16: return forward<BFloat16, float>(logits, here, ScalarType::Float);
+    case ScalarType::Half: return forward<Half, float>(logits, here, ScalarType::Float);
+    default: STD_TORCH_CHECK(false, "entropy_fusion: logits must be float32, float64, bfloat16 or float16");
+  }
+}
+
+std::vector<Tensor> entropy_fusion_backward(
+    std::vector<Tensor> logits, std::optional<Tensor> present, Tensor weights, Tensor entropy,
+    std::optional<Tensor> grad_fused, std::optional<Tensor> grad_weights, std::optional<Tensor> grad_entropy) {
+  check(logits, present);
+  present = contiguous(present);
+  grad_fused = contiguous(grad_fused);
+  grad_weights = contiguous(grad_weights);
+  grad_entropy = contiguous(grad_entropy);
+  const bool* here = pointer<bool>(present);
+  switch (logits[0].scalar_type()) {
+    case ScalarType::Float: return backward<float, float>(logits, here, weights, entropy, grad_fused, grad_weights, grad_entropy);
+    case ScalarType::Double: return backward<double, double>(logits, here, weights, entropy, grad_fused, grad_weights, grad_entropy);
+    case ScalarType::BFloat16: return backward<BFloat16, float>(logits, here, weights, entropy, grad_fused, grad_weights, grad_entropy);
+    case ScalarType::Half: return backward<Half, float>(logits, here, weights, entropy, grad_fused, grad_weights, grad_entropy);
+    default: STD_TORCH_CHECK(false, "entropy_fusion: logits must be float32, float64, bfloat16 or float16");
+  }
+}
+
+}  // namespace mla_fast

@@ -1,0 +1,69 @@
+// The CPU implementations behind the schemas in registration.cpp. Arguments were checked in Python (mla_fast/ops.py),
+// where an error can name them; what is checked again here guards callers of torch.ops.mla_fast.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace mla_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor rls_project_(
+    Tensor P,
+    Tensor x_bar,
+    Tensor grad,
+    Tensor alpha,
+    std::optional<Tensor> pending,
+    std::optional<Tensor> found_inf,
+    bool project_first);
+
+void rls_fold_(Tensor P, Tensor pending);
+
+Tensor window_project(Tensor means, Tensor grad, Tensor alpha);
+
+std::tuple<Tensor, Tensor, Tensor> entropy_fusion(std::vector<Tensor> logits, std::optional<Tensor> present);
+
+std::vector<Tensor> entropy_fusion_backward(
+    std::vector<Tensor> logits,
+    std::optional<Tensor> present,
+    Tensor weights,
+    Tensor entropy,
+    std::optional<Tensor> grad_fused,
+    std::optional<Tensor> grad_weights,
+    std::optional<Tensor> grad_entropy);
+
+inline void check_matrix_pair(const char* op, const Tensor& x, const Tensor& grad, int64_t s) {
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(1) == s, op, ": grad must be [C, ", s, "]");
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == s, op, ": the feature means must have ", s, " columns");
+  STD_TORCH_CHECK(x.scalar_type() == grad.scalar_type(), op, ": feature means and grad must have one dtype");
+}
+
+// An uninitialised contiguous matrix on the CPU. The shim's own call: the dispatcher's costs a microsecond, as much as the
+// arithmetic at s = 64.
+inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
+  const std::array<int64_t, 2> size{rows, columns}, stride{columns, 1};
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, size.data(), stride.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The first rows of a contiguous matrix that nothing else refers to.
+inline Tensor first_rows(const Tensor& matrix, int64_t rows) {
+  const std::array<int64_t, 2> size{rows, matrix.size(1)}, stride{matrix.size(1), 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, size.data(), stride.data(), 0, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace mla_fast

@@ -1,0 +1,74 @@
+// Window projection: P = I − U Uᵀ from the latest feature mean of every other modality, never formed as s × s.
+//
+//     for each mean x̄_j:   k = x̄_j − U (Uᵀ x̄_j)      u_j = k / √(α + x̄_jᵀ k)
+//     G P = G − (G U) Uᵀ
+//
+// The row loop reads a row of G, keeps it in the first-level cache and writes it once.
+#include "ops.h"
+#include "simd.h"
+
+#include <algorithm>
+
+namespace mla_fast {
+namespace {
+
+// Elements of G below which a second thread costs more than it brings.
+constexpr int64_t GRAIN = 1 << 15;
+
+// U [J, s] (row j is u_j) from means [J, s].
+template <typename T, int B>
+MLA_INLINE void columns(const T* means, T* U, double alpha, int64_t J, int64_t s) {
+  for (int64_t j = 0; j < J; ++j) {
+    const T* x = means + j * s;
+    T* k = U + j * s;
+    std::memcpy(k, x, s * sizeof(T));
+    for (int64_t i = 0; i < j; ++i) axpy<B>(-dot<B>(U + i * s, x, s), U + i * s, k, s);
+    double d = 0;
+    for (int64_t i = 0; i < s; ++i) d += static_cast<double>(x[i]) * k[i];
+    const double scale = 1.0 / std::sqrt(alpha + d);
+    for (int64_t i = 0; i < s; ++i) k[i] = static_cast<T>(scale * k[i]);
+  }
+}
+
+// One row of out ← G − (G U) Uᵀ. The columns of U are not orthogonal: every product is with g itself, not with what the
+// columns before it left over.
+template <typename T, int B>
+MLA_INLINE void project_row(const T* g, const T* U, T* out, T* gu, int64_t J, int64_t s) {
+  for (int64_t j = 0; j < J; ++j) gu[j] = dot<B>(g, U + j * s, s);
+  std::memcpy(out, g, s * sizeof(T));
+  for (int64_t j = 0; j < J; ++j) axpy<B>(-gu[j], U + j * s, out, s);
+}
+
+template <typename T>
+Tensor run(const Tensor& means, const Tensor& grad, double alpha) {
+  const int64_t J = means.size(0), C = grad.size(0), s = grad.size(1);
+  Tensor out = empty_matrix(C, s, grad.scalar_type());
+  const T* x = means.const_data_ptr<T>();
+  const T* G = grad.const_data_ptr<T>();
+  T* projected = out.mutable_data_ptr<T>();
+  std::vector<T> U(J * s);
+  vectorized([&](auto bytes) MLA_LAMBDA { columns<T, bytes>(x, U.data(), alpha, J, s); });
+  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>((2 * J + 1) * s, 1));
+  torch::stable::parallel_for(0, C, grain, [&](int64_t begin, int64_t end) {
+    std::vector<T> gu(J);
+    vectorized([&](auto bytes) MLA_LAMBDA {
+      for (int64_t c = begin; c < end; ++c) project_row<T, bytes>(G + c * s, U.data(), projected + c * s, gu.data(), J, s);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+Tensor window_project(Tensor means, Tensor grad, Tensor alpha) {
+  STD_TORCH_CHECK(means.dim() == 2, "window_project: means must be [J, s]");
+  check_matrix_pair("window_project", means, grad, means.size(1));
+  if (!means.is_contiguous()) means = torch::stable::contiguous(means);
+  if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+  const double a = *alpha.const_data_ptr<double>();
+  if (grad.scalar_type() == ScalarType::Float) return run<float>(means, grad, a);
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Double, "window_project: grad must be float32 or float64");
+  return run<double>(means, grad, a);
+}
+
+}  // namespace mla_fast

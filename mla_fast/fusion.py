@@ -1,0 +1,61 @@
+"""Test-time fusion: logits → entropy → weights → fused logits (eqs. 6–8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mla_fast import ops
+
+
+class Fused(NamedTuple):
+    """Logits [N, C] in the input's dtype; weights and entropy [N, M] in float32 (float64 for float64 logits)."""
+
+    logits: Tensor
+    weights: Tensor
+    entropy: Tensor
+
+
+def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = None, *, backend: str = "auto") -> Fused:
+    """Mixes the modalities' logits with weights that fall with their entropy, sample by sample (eqs. 6–8).
+
+        e_m = −Σ p log p, p = softmax(z_m)        λ = softmax(−e) over the present modalities        fused = Σ_m λ_m z_m
+
+    logits [M, N, C], or M tensors [N, C], in float32, float64, bfloat16 or float16 (float32 inside for the last two).
+    present bool [N, M] says which modality each sample has; None: all. The logits of an absent modality are not read: they
+    may hold anything, and get weight, entropy and gradient 0. A sample with nothing present gets zeros throughout.
+
+    Differentiable once in the logits. Raises ValueError or TypeError that names the argument, what it was and should be.
+    """
+    if isinstance(logits, Tensor):
+        if logits.dim() != 3:
+            raise ValueError(f"logits: expected [M, N, C] or a sequence of [N, C], got a tensor of shape {list(logits.shape)}")
+        tensors, M = [logits], logits.shape[0]
+    else:
+        tensors, M = list(logits), len(logits)
+        for z in tensors:
+            if z.dim() != 2 or z.shape != tensors[0].shape:
+                shapes = ", ".join(str(list(t.shape)) for t in tensors)
+                raise ValueError(f"logits: expected tensors of one shape [N, C], got {shapes}")
+    if M == 0:
+        raise ValueError("logits: expected at least one modality, got none")
+    first = tensors[0]
+    N, C = first.shape[-2:]
+    if C == 0:
+        raise ValueError(f"logits: expected at least one class, got shape {list(first.shape)}")
+    if first.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"logits: expected float32, float64, bfloat16 or float16, got {first.dtype}")
+    if any(z.dtype != first.dtype or z.device != first.device for z in tensors):
+        kinds = ", ".join(f"{z.dtype} on {z.device}" for z in tensors)
+        raise ValueError(f"logits: expected one dtype and device, got {kinds}")
+    if present is not None:
+        if present.dtype != torch.bool:
+            raise TypeError(f"present: expected a bool tensor, got {present.dtype}")
+        if present.shape != (N, M):
+            raise ValueError(f"present: expected [{N}, {M}] (samples, modalities) to match logits, got {list(present.shape)}")
+        if present.device != first.device:
+            raise ValueError(f"present: expected on {first.device} like logits, got {present.device}")
+    return Fused(*ops.entropy_fusion(tensors, present, ops.resolve(backend, first.device)))

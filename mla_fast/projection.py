@@ -1,0 +1,218 @@
+"""What the head remembers of the other modalities: the projection P, its state and its step (eq. 5 and the window).
+
+One object for each ``nn.Linear`` of the head. It is called once per step with that layer's G [C, s] (or update ΔW) and the batch's
+x̄ [s], moves its state and returns the projected G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from mla_fast import ops, reference
+
+PROJECTIONS = ("rls", "window", "none", "official")
+TARGETS = ("gradient", "update")
+BIASES = ("free", "project")
+
+
+@dataclass(frozen=True)
+class ProjectionSettings:
+    """How the head's step is projected; ``MLAOptimizer`` documents each."""
+
+    projection: str = "rls"
+    order: str = "update_first"
+    target: str = "gradient"
+    bias: str = "free"
+    alpha: float | Callable[[int], float] = 1.0
+
+    def __post_init__(self) -> None:
+        ops.check_choice("projection", self.projection, PROJECTIONS)
+        ops.check_choice("order", self.order, ops.ORDERS)
+        ops.check_choice("target", self.target, TARGETS)
+        ops.check_choice("bias", self.bias, BIASES)
+        if not callable(self.alpha):
+            ops.check_alpha(self.alpha)
+
+    def alpha_at(self, step: int) -> float:
+        """α of the step, checked."""
+        return ops.check_alpha(self.alpha(step)) if callable(self.alpha) else self.alpha
+
+    def state_dict(self) -> dict:
+        """Plain values; a callable alpha cannot be saved and stands as None."""
+        return {**asdict(self), "alpha": None if callable(self.alpha) else self.alpha}
+
+
+class Projection:
+    """No projection at all, and what all projections share: the count of steps and α on the device."""
+
+    def __init__(self, settings: ProjectionSettings, size: int, dtype: torch.dtype, device: torch.device, backend: str):
+        self.settings = settings
+        self.size = size
+        self.backend = ops.resolve(backend, device)
+        self.dtype = dtype
+        self.step = 0
+        self._alpha_value = settings.alpha_at(0)
+        self._alpha = ops.alpha_tensor(self._alpha_value, device)
+
+    def alpha(self) -> Tensor:
+        """α of the current step, 0-d float64 on the device."""
+        value = self.settings.alpha_at(self.step)
+        if value != self._alpha_value:
+            self._alpha.fill_(value)
+            self._alpha_value = value
+        return self._alpha
+
+    def __call__(self, grad: Tensor, x_bar: Tensor, modality: str | None, found_inf: Tensor | None) -> Tensor:
+        """The projected G. With found_inf ≠ 0 no tensor of the state moves; the step is counted all the same."""
+        projected = self._project(grad, x_bar, modality, found_inf)
+        self.step += 1
+        return projected
+
+    def _project(self, grad: Tensor, x_bar: Tensor, modality: str | None, found_inf: Tensor | None) -> Tensor:
+        return grad
+
+    def matrix(self) -> Tensor:
+        """P [s, s] as the next step of the same modality would find it."""
+        return torch.eye(self.size, dtype=self.dtype, device=self._alpha.device)
+
+    def norm_and_trace(self) -> tuple[float, float]:
+        """(‖P‖_F, trace P)."""
+        return self.size**0.5, float(self.size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, for ``state_dict``."""
+        return {}
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Takes over a saved state; ``check`` it first."""
+        self.step = step
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError unless `tensors` is a state of this projection."""
+        if tensors:
+            raise ValueError(f"state_dict: projection {self.settings.projection!r} keeps no tensors, got {', '.join(tensors)}")
+
+
+class _MatrixProjection(Projection):
+    """P as a matrix."""
+
+    def __init__(self, settings, size, dtype, device, backend):
+        super().__init__(settings, size, dtype, device, backend)
+        self.P = torch.eye(size, dtype=dtype, device=device)
+
+    def matrix(self) -> Tensor:
+        return self.P
+
+    def norm_and_trace(self) -> tuple[float, float]:
+        P = self.matrix()
+        return P.norm().item(), P.trace().item()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"P": self.matrix().clone()}
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        super().load(tensors, step)
+        self.P.copy_(tensors["P"])
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        P = tensors.get("P")
+        if P is None or P.shape != self.P.shape or P.dtype != self.P.dtype:
+            got = "none" if P is None else f"{P.dtype} {list(P.shape)}"
+            raise ValueError(f"state_dict: expected P {self.P.dtype} {list(self.P.shape)}, got {got}")
+
+
+class RLSProjection(_MatrixProjection):
+    """Eq. 5. The last correction waits in `pending` until the next step reads P: it is read and written once a step."""
+
+    def __init__(self, settings, size, dtype, device, backend):
+        super().__init__(settings, size, dtype, device, backend)
+        self.pending = None if self.backend == "reference" else torch.zeros(size, dtype=dtype, device=device)
+
+    def _project(self, grad, x_bar, modality, found_inf):
+        project_first = self.settings.order == "project_first"
+        if self.step == 0 and not project_first:
+            return grad  # Algorithm 1: the first step is neither projected nor enters P
+        return ops.rls_step(self.backend, self.P, x_bar, grad, self.alpha(), self.pending, found_inf, project_first)
+
+    def matrix(self) -> Tensor:
+        if self.pending is not None:
+            ops.rls_fold(self.backend, self.P, self.pending)
+        return self.P
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        super().load(tensors, step)
+        if self.pending is not None:
+            self.pending.zero_()
+
+
+class OfficialProjection(_MatrixProjection):
+    """The released code's arithmetic, for comparing with its numbers; plain torch, never fast."""
+
+    def _project(self, grad, x_bar, modality, found_inf):
+        project_first = self.settings.order == "project_first"
+        if self.step == 0 and not project_first:
+            return grad
+        updated = reference.official_update(self.P, x_bar, self.alpha().to(self.dtype))
+        projected = reference.official_project(grad, self.P if project_first else updated)
+        self.P = updated if found_inf is None else torch.where(found_inf == 0, updated, self.P)
+        return projected
+
+
+class WindowProjection(Projection):
+    """P from the latest x̄ of every other modality, built anew at each step; no s × s matrix."""
+
+    def __init__(self, settings, size, dtype, device, backend):
+        super().__init__(settings, size, dtype, device, backend)
+        self.means: dict[str, Tensor] = {}
+        self.current: str | None = None
+
+    def _others(self, modality: str | None) -> Tensor:
+        others = [mean for name, mean in self.means.items() if name != modality]
+        return torch.stack(others) if others else torch.empty(0, self.size, dtype=self.dtype, device=self._alpha.device)
+
+    def _project(self, grad, x_bar, modality, found_inf):
+        projected = ops.window_step(self.backend, self._others(modality), grad, self.alpha())
+        if found_inf is not None and modality in self.means:
+            x_bar = torch.where(found_inf == 0, x_bar, self.means[modality])
+        elif found_inf is not None:
+            x_bar = torch.where(found_inf == 0, x_bar, 0)  # a mean of zero projects nothing away
+        self.means[modality] = x_bar
+        self.current = modality
+        return projected
+
+    def matrix(self) -> Tensor:
+        return reference.window_projection(self._others(self.current), self.alpha())
+
+    def norm_and_trace(self) -> tuple[float, float]:
+        # By Woodbury P = I − Xᵀ (α I + X Xᵀ)⁻¹ X: all but M − 1 of the eigenvalues are 1.
+        X = self._others(self.current).double()
+        kept = self.alpha() / (self.alpha() + torch.linalg.eigvalsh(X @ X.T))
+        ones = self.size - len(kept)
+        return (ones + kept.square().sum().item()) ** 0.5, ones + kept.sum().item()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: mean.clone() for name, mean in self.means.items()}
+
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        super().load(tensors, step)
+        self.means = {name: mean.to(self._alpha.device, copy=True) for name, mean in tensors.items()}
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        for name, mean in tensors.items():
+            if mean.shape != (self.size,) or mean.dtype != self.dtype:
+                raise ValueError(
+                    f"state_dict: expected the mean of modality {name!r} as {self.dtype} [{self.size}], "
+                    f"got {mean.dtype} {list(mean.shape)}"
+                )
+
+
+def make_projection(
+    settings: ProjectionSettings, size: int, dtype: torch.dtype, device: torch.device, backend: str
+) -> Projection:
+    """The projection that `settings` asks for, for a layer of `size` input features (the bias's constant included)."""
+    kind = {"rls": RLSProjection, "window": WindowProjection, "none": Projection, "official": OfficialProjection}
+    return kind[settings.projection](settings, size, dtype, device, backend)
