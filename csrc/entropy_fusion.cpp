@@ -47,26 +47,34 @@ MLA_INLINE vec_t<double, B> exp_nonpositive(vec_t<double, B> t) {
   return t;
 }
 
-// Elements [c, c + width) of a row, −inf past its end: it adds nothing to any sum below. The last vector of a row is read
-// from where it ends, without what earlier ones held; copying just the few bytes left would cost as much as all the rest.
-template <typename T, int B>
-MLA_INLINE vec_t<T, B> at(const T* row, int64_t c, int64_t C) {
+// Calls `each` with the vectors of a row in turn; the last one has −inf in lanes that earlier ones held or that are past the
+// end, which adds nothing to any sum below. It is read from where the row ends: copying just the few elements that are left
+// would cost as much as all the rest.
+template <typename T, int B, class Each>
+MLA_INLINE void for_each_vector(const T* row, int64_t C, const Each& each) {
   constexpr int64_t W = Simd<T, B>::width;
   constexpr T nothing = -std::numeric_limits<T>::infinity();
-  if (c + W <= C) return load<B>(row + c);
-  if (C < W) return load_part<B>(row + c, C - c, nothing);
+  if (C < W) return each(load_part<B>(row, C, nothing));
+  int64_t c = 0;
+  for (; c + W <= C; c += W) each(load<B>(row + c));
+  if (c == C) return;
   vec_t<T, B> lane;
   for (int64_t i = 0; i < W; ++i) lane[i] = static_cast<T>(i);
-  return lane < static_cast<T>(c + W - C) ? vec_t<T, B>{} + nothing : load<B>(row + C - W);
+  each(lane < static_cast<T>(c + W - C) ? vec_t<T, B>{} + nothing : load<B>(row + C - W));
 }
 
 // Calls `each` with the first element and the number of elements of vectors that cover a row; the last may overlap.
 template <typename T, int B, class Each>
-MLA_INLINE void for_each_vector(int64_t C, const Each& each) {
+MLA_INLINE void for_each_range(int64_t C, const Each& each) {
   constexpr int64_t W = Simd<T, B>::width;
   if (C < W) return each(0, C);
   for (int64_t c = 0; c + W <= C; c += W) each(c, W);
   if (C % W) each(C - W, W);
+}
+
+template <int B, typename T>
+MLA_INLINE vec_t<T, B> load_lanes(const T* from, int64_t lanes) {
+  return lanes == Simd<T, B>::width ? load<B>(from) : load_part<B>(from, lanes);
 }
 
 // The first `lanes` elements of v, in the output's dtype.
@@ -87,45 +95,41 @@ MLA_INLINE vec_t<T, B> shifted(vec_t<T, B> z, T top) {
 
 template <typename T, int B>
 MLA_INLINE T row_maximum(const T* z, int64_t C) {
-  constexpr int64_t W = Simd<T, B>::width;
-  vec_t<T, B> tops = at<T, B>(z, 0, C);
-  for (int64_t c = W; c < C; c += W) {
-    const vec_t<T, B> v = at<T, B>(z, c, C);
-    tops = v > tops ? v : tops;
-  }
+  vec_t<T, B> tops = vec_t<T, B>{} - std::numeric_limits<T>::infinity();
+  for_each_vector<T, B>(z, C, [&](vec_t<T, B> v) MLA_LAMBDA { tops = v > tops ? v : tops; });
   return maximum<T, B>(tops);
 }
 
-// Σ exp t and Σ t exp t of one row of logits.
-template <typename T>
+// Σ exp t and Σ t exp t of one row of logits. From here to the weights it is double: weights come from differences of
+// entropies, and the rounding of an entropy near log C would be most of the error of the fused logits.
 struct ExpSums {
-  T plain, weighted;
+  double plain, weighted;
 
-  T log_sum() const { return std::log(plain); }
-  T entropy() const { return log_sum() - weighted / plain; }
+  double log_sum() const { return std::log(plain); }
+  double entropy() const { return log_sum() - weighted / plain; }
 };
 
 template <typename T, int B>
-MLA_INLINE ExpSums<T> row_exp_sums(const T* z, T top, int64_t C) {
-  constexpr int64_t W = Simd<T, B>::width;
+MLA_INLINE ExpSums row_exp_sums(const T* z, T top, int64_t C) {
   vec_t<T, B> plain = {}, weighted = {};
-  for (int64_t c = 0; c < C; c += W) {
-    const vec_t<T, B> t = shifted<T, B>(at<T, B>(z, c, C), top);
+  for_each_vector<T, B>(z, C, [&](vec_t<T, B> v) MLA_LAMBDA {
+    const vec_t<T, B> t = shifted<T, B>(v, top);
     const vec_t<T, B> e = exp_nonpositive<B>(t);
     plain += e;
     weighted += t * e;
-  }
+  });
   return {sum<T, B>(plain), sum<T, B>(weighted)};
 }
 
 // λ = softmax(−e) over the present entries of one sample; zeros where absent.
 template <typename T>
-MLA_INLINE void weights_of(const T* entropy, const bool* present, T* weights, int64_t M) {
-  T least = std::numeric_limits<T>::infinity(), total = 0;
+MLA_INLINE void weights_of(const double* entropy, const bool* present, T* weights, int64_t M) {
+  double least = std::numeric_limits<double>::infinity();
+  T total = 0;
   for (int64_t m = 0; m < M; ++m)
-    if (!present || present[m]) least = std::min<T>(least, entropy[m]);
+    if (!present || present[m]) least = std::min(least, entropy[m]);
   for (int64_t m = 0; m < M; ++m) {
-    weights[m] = !present || present[m] ? std::exp(least - entropy[m]) : T(0);
+    weights[m] = !present || present[m] ? std::exp(static_cast<T>(least - entropy[m])) : T(0);
     total += weights[m];
   }
   for (int64_t m = 0; m < M; ++m)
@@ -158,10 +162,10 @@ MLA_INLINE void forward_samples(
   const int64_t C = rows.C;
   std::vector<const T*> z(M);
   std::vector<T> top(M);
-  std::vector<ExpSums<T>> sums(M);
+  std::vector<ExpSums> sums(M);
+  std::vector<double> e(M);
   for (int64_t n = begin; n < end; ++n) {
     const bool* here = present ? present + n * M : nullptr;
-    T* e = entropy + n * M;
     T* w = weights + n * M;
     // Each step for all modalities before the next: the machine works at several rows at once, and none waits for another.
     for (int64_t m = 0; m < M; ++m) {
@@ -171,12 +175,15 @@ MLA_INLINE void forward_samples(
     }
     for (int64_t m = 0; m < M; ++m)
       if (!here || here[m]) sums[m] = row_exp_sums<T, B>(z[m], top[m], C);
-    for (int64_t m = 0; m < M; ++m) e[m] = !here || here[m] ? sums[m].entropy() : T(0);
-    weights_of(e, here, w, M);
-    for_each_vector<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
+    for (int64_t m = 0; m < M; ++m) {
+      e[m] = !here || here[m] ? sums[m].entropy() : 0;
+      entropy[n * M + m] = static_cast<T>(e[m]);
+    }
+    weights_of(e.data(), here, w, M);
+    for_each_range<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
       vec_t<T, B> mix = {};
       for (int64_t m = 0; m < M; ++m)
-        if (!here || here[m]) mix += w[m] * at<T, B>(z[m], c, C);
+        if (!here || here[m]) mix += w[m] * load_lanes<B>(z[m] + c, lanes);
       store_as<B>(fused + n * C + c, mix, lanes);
     });
   }
@@ -211,10 +218,10 @@ MLA_INLINE void backward_samples(
       }
       const T grad_e = (grad_entropy ? grad_entropy[n * M + m] : T(0)) - w[m] * (v[m] - mean);
       const T top = row_maximum<T, B>(z[m], C);
-      const T log_sum = row_exp_sums<T, B>(z[m], top, C).log_sum();
-      for_each_vector<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
-        const vec_t<T, B> log_p = shifted<T, B>(at<T, B>(z[m], c, C), top) - log_sum;
-        const vec_t<T, B> dz = w[m] * at<T, B>(g, c, C) - grad_e * (exp_nonpositive<B>(log_p) * (log_p + e[m]));
+      const T log_sum = static_cast<T>(row_exp_sums<T, B>(z[m], top, C).log_sum());
+      for_each_range<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
+        const vec_t<T, B> log_p = shifted<T, B>(load_lanes<B>(z[m] + c, lanes), top) - log_sum;
+        const vec_t<T, B> dz = w[m] * load_lanes<B>(g + c, lanes) - grad_e * (exp_nonpositive<B>(log_p) * (log_p + e[m]));
         store_as<B>(out + c, dz, lanes);
       });
     }

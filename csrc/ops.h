@@ -58,12 +58,4 @@ inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// The first rows of a contiguous matrix that nothing else refers to.
-inline Tensor first_rows(const Tensor& matrix, int64_t rows) {
-  const std::array<int64_t, 2> size{rows, matrix.size(1)}, stride{matrix.size(1), 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, size.data(), stride.data(), 0, &handle));
-  return Tensor(handle);
-}
-
 }  // namespace mla_fast

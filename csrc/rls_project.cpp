@@ -3,8 +3,8 @@
 //     k = P x̄        d = x̄ᵀ k        u = k / √(α + d)
 //     P⁺ = P − u uᵀ                   G P⁺ = G P − (G u) uᵀ
 //
-// P is symmetric, so row j of P alone yields k_j and column j of G P: both come out of one reading of P, with x̄ as one
-// more row of G. u uᵀ is bitwise symmetric, hence P stays so.
+// P is symmetric, so k = Σ_j x̄_j P_j: with x̄ as one more row of G, one reading of P's rows P_j yields both k and G P. u uᵀ
+// is bitwise symmetric, hence P stays so.
 //
 // With `pending`, the last u waits there (the true P is P − pending pendingᵀ) until the next step reads P anyway: each row
 // is corrected, stored and used while it is in registers, so a step reads and writes P once.
@@ -16,116 +16,106 @@
 namespace mla_fast {
 namespace {
 
-// Above this many rows of [G; x̄] a blocked matrix product does better than products with one row of P at a time.
-constexpr int64_t GEMM_ROWS = 14;
+// Above this many classes a blocked matrix product does better than products with a few rows of P at a time.
+constexpr int64_t GEMM_CLASSES = 13;
 // Rows of [G; x̄] that are multiplied with a row of P while it is in registers.
 constexpr int64_t GROUP = 7;
-// How far ahead of its use P is fetched, in bytes: about what one core can have under way.
-constexpr int64_t AHEAD = 1 << 12;
+// Rows of P that are multiplied before their sums are added to the result, which keeps rounding errors short.
+constexpr int64_t BLOCK = 32;
 
-// Rows of `work` elements each that are worth a thread of their own.
-int64_t grain(int64_t work) {
-  return std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(work, 1));
+// Calls f(begin, end) on ranges of n pieces of `work` multiplications each, on as many threads as that is worth.
+template <class F>
+void in_parallel(int64_t n, int64_t work, const F& f) {
+  constexpr int64_t worth_a_thread = 1 << 15;
+  if (n * work <= worth_a_thread) return f(0, n);
+  torch::stable::parallel_for(0, n, std::max<int64_t>(1, worth_a_thread / work), f);
 }
 
-// [G; x̄] regrouped for the loop below: V rows at a time, a vector of each beside the other, the tail filled with zeros.
-// Rows that lie a power of two apart would otherwise compete for the same few cache lines.
-template <typename T, int B>
-MLA_INLINE void pack_rows(const T* x_bar, const T* grad, int64_t rows, int64_t s, int64_t padded, T* packed) {
-  constexpr int64_t W = Simd<T, B>::width;
-  for (int64_t first = 0; first < rows; first += GROUP) {
-    const int64_t V = std::min<int64_t>(GROUP, rows - first);
-    for (int64_t v = 0; v < V; ++v) {
-      const T* row = first + v + 1 == rows ? x_bar : grad + (first + v) * s;
-      T* to = packed + first * padded + v * W;
-      for (int64_t i = 0; i < s; i += W) store<B>(to + i * V, i + W <= s ? load<B>(row + i) : load_part<B>(row + i, s - i));
-    }
-  }
-}
+// The rows of [G; x̄] and of [G P; k].
+template <typename T>
+struct Rows {
+  const T *grad, *x_bar;
+  T *projected, *k;
+  int64_t C, s;
 
-// R rows of P from row j, each ← row − u_j u if FOLD, against V packed rows A: out[v, j] = Σ_i P[j, i] A[v, i].
-template <typename T, int B, int R, int V, bool FOLD>
-MLA_INLINE void dot_tile(T* P, const T* u, const T* A, T* out, int64_t j, int64_t s) {
+  MLA_INLINE const T* in(int64_t v) const { return v < C ? grad + v * s : x_bar; }
+  MLA_INLINE T* out(int64_t v) const { return v < C ? projected + v * s : k; }
+};
+
+// N vectors of columns from column i, rows [begin, end) of P, against V rows of [G; x̄]: out[v, i] += Σ_j A[v, j] P[j, i].
+// With FOLD the rows of P are first corrected, P[j, i] −= u_j u_i, and stored.
+template <typename T, int B, int N, int V, bool FOLD>
+MLA_INLINE void multiply_tile(T* P, const T* u, const Rows<T>& rows, int64_t first, int64_t i, int64_t begin, int64_t end) {
   constexpr int64_t W = Simd<T, B>::width;
-  T* row = P + j * s;
-  vec_t<T, B> acc[V][R] = {};
-  int64_t i = 0;
-  for (; i + W <= s; i += W) {
-    vec_t<T, B> p[R];
-    for (int r = 0; r < R; ++r) {
-      // The rows of a tile follow each other in memory, and so do the tiles: one stream.
-      __builtin_prefetch(reinterpret_cast<const char*>(row + i * R + r * W) + AHEAD, FOLD);
-      p[r] = load<B>(row + r * s + i);
-      if constexpr (FOLD) store<B>(row + r * s + i, p[r] = p[r] - u[j + r] * load<B>(u + i));
+  const int64_t s = rows.s;
+  const T* A[V];
+  for (int v = 0; v < V; ++v) A[v] = rows.in(first + v);
+  vec_t<T, B> acc[V][N] = {};
+  for (int64_t j = begin; j < end; ++j) {
+    T* row = P + j * s + i;
+    vec_t<T, B> p[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      __builtin_prefetch(row + BLOCK * s + n * W, 0, 2);  // the next block, into the second-level cache
+      p[n] = load<B>(row + n * W);
+      if constexpr (FOLD) store<B>(row + n * W, p[n] = p[n] - u[j] * load<B>(u + i + n * W));
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      vec_t<T, B> a = load<B>(A + i * V + v * W);
-      if constexpr (R > 1) MLA_KEEP_IN_REGISTER(a);
-      for (int r = 0; r < R; ++r) acc[v][r] += p[r] * a;
-    }
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) acc[v][n] += A[v][j] * p[n];
   }
-  if (i < s)
-    for (int r = 0; r < R; ++r) {
-      if constexpr (FOLD)
-        for (int64_t t = i; t < s; ++t) row[r * s + t] -= u[j + r] * u[t];
-      const vec_t<T, B> p = load_part<B>(row + r * s + i, s - i);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[v][r] += p * load<B>(A + i * V + v * W);
-    }
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v)
-    for (int r = 0; r < R; ++r) out[v * s + j + r] = sum<T, B>(acc[v][r]);
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      T* to = rows.out(first + v) + i + n * W;
+      store<B>(to, begin == 0 ? acc[v][n] : load<B>(to) + acc[v][n]);
+    }
 }
 
-template <typename T, int B, int R, bool FOLD, int V = GROUP>
-MLA_INLINE void dot_group(T* P, const T* u, const T* A, T* out, int64_t rows, int64_t j, int64_t s) {
-  if (rows >= V) return dot_tile<T, B, R, V, FOLD>(P, u, A, out, j, s);
-  if constexpr (V > 1) dot_group<T, B, R, FOLD, V - 1>(P, u, A, out, rows, j, s);
+// The tile for as many of the rows from `first` as are left, at most GROUP.
+template <typename T, int B, int N, bool FOLD, int V = GROUP>
+MLA_INLINE void multiply_group(T* P, const T* u, const Rows<T>& rows, int64_t first, int64_t i, int64_t begin, int64_t end) {
+  if (rows.C + 1 - first >= V) return multiply_tile<T, B, N, V, FOLD>(P, u, rows, first, i, begin, end);
+  if constexpr (V > 1) multiply_group<T, B, N, FOLD, V - 1>(P, u, rows, first, i, begin, end);
 }
 
-// R rows of P against all of [G; x̄].
-template <typename T, int B, int R>
-MLA_INLINE void read_tile(T* P, const T* u, const T* packed, T* out, int64_t rows, int64_t j, int64_t s, int64_t padded) {
-  if (u)
-    dot_group<T, B, R, true>(P, u, packed, out, rows, j, s);
-  else
-    dot_group<T, B, R, false>(P, u, packed, out, rows, j, s);
-  for (int64_t v = GROUP; v < rows; v += GROUP)
-    dot_group<T, B, R, false>(P, u, packed + v * padded, out + v * s, rows - v, j, s);
+// Columns [i, to) of rows [begin, end) of P against all of [G; x̄]; in ever narrower vectors towards the end of a row.
+template <typename T, int B, int N>
+MLA_INLINE void multiply_columns(T* P, const T* u, const Rows<T>& rows, int64_t i, int64_t to, int64_t begin, int64_t end) {
+  constexpr int64_t tile = N * Simd<T, B>::width;
+  for (; i + tile <= to; i += tile) {
+    if (u)
+      multiply_group<T, B, N, true>(P, u, rows, 0, i, begin, end);
+    else
+      multiply_group<T, B, N, false>(P, u, rows, 0, i, begin, end);
+    for (int64_t v = GROUP; v <= rows.C; v += GROUP) multiply_group<T, B, N, false>(P, u, rows, v, i, begin, end);
+  }
+  if constexpr (N > 1)
+    multiply_columns<T, B, 1>(P, u, rows, i, to, begin, end);
+  else if constexpr (B > sizeof(T))
+    multiply_columns<T, B / 2, 1>(P, u, rows, i, to, begin, end);
 }
 
-// [G P; k] row by row of P, which takes up the pending u on the way.
+// [G P; k] with P read once, a few rows at a time; P takes up the pending u on the way. By symmetry of P each thread may have
+// columns of its own, so there is nothing to add up across threads and their number does not change a bit.
 template <typename T>
-void read_by_rows(T* P, const T* u, const T* x_bar, const T* grad, T* out, int64_t C, int64_t s) {
-  const int64_t rows = C + 1, padded = (s + 15) / 16 * 16;
-  AlignedBuffer<T> buffer(rows * padded);
-  T* packed = buffer.data();
-  vectorized([&](auto bytes) MLA_LAMBDA { pack_rows<T, bytes>(x_bar, grad, rows, s, padded, packed); });
-  torch::stable::parallel_for(0, s, grain(rows * s), [&](int64_t begin, int64_t end) {
+void read_by_rows(T* P, const T* u, const Rows<T>& rows) {
+  const int64_t s = rows.s, lines = (s + 15) / 16;
+  in_parallel(lines, (rows.C + 1) * s * 16, [&](int64_t from, int64_t to) {
     vectorized([&](auto bytes) MLA_LAMBDA {
-      constexpr int R = bytes == 64 ? 2 : 1;  // as many accumulators as the machine has registers for
-      int64_t j = begin;
-      for (; j + R <= end; j += R) read_tile<T, bytes, R>(P, u, packed, out, rows, j, s, padded);
-      for (; j < end; ++j) read_tile<T, bytes, 1>(P, u, packed, out, rows, j, s, padded);
+      constexpr int N = bytes == 64 ? 2 : 1;  // as many accumulators as the machine has registers for
+      for (int64_t j = 0; j < s; j += BLOCK)
+        multiply_columns<T, bytes, N>(P, u, rows, from * 16, std::min(to * 16, s), j, std::min(j + BLOCK, s));
     });
   });
-}
-
-// [G P; k] by one blocked product of the stacked rows [G; x̄].
-template <typename T>
-Tensor read_by_gemm(const Tensor& P, const T* x_bar, const T* grad, int64_t C, int64_t s) {
-  Tensor stacked = empty_matrix(C + 1, s, P.scalar_type());
-  T* rows = stacked.mutable_data_ptr<T>();
-  std::memcpy(rows, grad, C * s * sizeof(T));
-  std::memcpy(rows + C * s, x_bar, s * sizeof(T));
-  return torch::stable::matmul(stacked, P);
 }
 
 // P ← P − u uᵀ, last row first: what was read last is still in the cache.
 template <typename T>
 void fold(T* P, const T* u, int64_t s) {
-  torch::stable::parallel_for(0, s, grain(s), [&](int64_t begin, int64_t end) {
+  in_parallel(s, s, [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t j = end - 1; j >= begin; --j) axpy<bytes>(-u[j], u, P + j * s, s);
     });
@@ -140,40 +130,40 @@ Tensor run(const Tensor& P, const Tensor& x_bar, const Tensor& grad, double alph
   T* p = P.mutable_data_ptr<T>();
   T* waiting = pending ? pending->mutable_data_ptr<T>() : nullptr;
 
-  const bool by_gemm = C + 1 > GEMM_ROWS;
-  if (by_gemm && waiting) fold(p, waiting, s);
-  Tensor read = by_gemm ? read_by_gemm<T>(P, x, G, C, s) : empty_matrix(C + 1, s, P.scalar_type());
-  T* projected = read.mutable_data_ptr<T>();
-  T* k = projected + C * s;
-  if (!by_gemm) read_by_rows<T>(p, waiting, x, G, projected, C, s);
+  std::vector<T> scratch(C + s);
+  T *gk = scratch.data(), *k = gk + C;
+  // With many classes G P is the cost, and a blocked product the way to it; k alone comes from the pass over P then.
+  const bool by_gemm = C > GEMM_CLASSES;
+  Tensor result = by_gemm ? Tensor() : empty_matrix(C, s, P.scalar_type());
+  read_by_rows<T>(p, waiting, {G, x, by_gemm ? nullptr : result.mutable_data_ptr<T>(), k, by_gemm ? 0 : C, s});
+  if (by_gemm) result = torch::stable::matmul(grad, P);
+  T* projected = result.mutable_data_ptr<T>();
 
   double d = 0;
   vectorized([&](auto bytes) MLA_LAMBDA { d = dot<bytes>(x, k, s); });
-  std::vector<T> gk(C);
-  torch::stable::parallel_for(0, C, grain(s), [&](int64_t begin, int64_t end) {
+  in_parallel(C, s, [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t c = begin; c < end; ++c) gk[c] = dot<bytes>(G + c * s, k, s);
     });
   });
   // A NaN or Inf anywhere in x̄ shows in d, and one anywhere in G in its row of G k.
-  double scale = 1.0 / std::sqrt(alpha + d);
-  const bool rejected = !std::isfinite(scale) || !std::all_of(gk.begin(), gk.end(), [](T v) { return std::isfinite(v); });
-  if (rejected) {
+  const double scale = 1.0 / std::sqrt(alpha + d);
+  if (!std::isfinite(scale) || !std::all_of(gk, gk + C, [](T v) { return std::isfinite(v); })) {
     std::memcpy(projected, G, C * s * sizeof(T));
     if (waiting) std::fill(waiting, waiting + s, T(0));
-    return first_rows(read, C);
+    return result;
   }
 
   T* u = waiting ? waiting : k;
   for (int64_t i = 0; i < s; ++i) u[i] = static_cast<T>(scale * k[i]);
   if (!waiting) fold(p, u, s);
   if (!project_first)
-    torch::stable::parallel_for(0, C, grain(s), [&](int64_t begin, int64_t end) {
+    in_parallel(C, s, [&](int64_t begin, int64_t end) {
       vectorized([&](auto bytes) MLA_LAMBDA {
         for (int64_t c = begin; c < end; ++c) axpy<bytes>(static_cast<T>(-scale * gk[c]), u, projected + c * s, s);
       });
     });
-  return first_rows(read, C);
+  return result;
 }
 
 void check_state(const Tensor& P, const std::optional<Tensor>& pending) {

@@ -13,15 +13,6 @@
 #define MLA_INLINE inline __attribute__((always_inline))
 #define MLA_LAMBDA __attribute__((always_inline))
 
-// GCC prefers to load an operand anew for each use; loads are what the loops here have least of.
-#if defined(__x86_64__)
-#define MLA_KEEP_IN_REGISTER(v) asm("" : "+v"(v))
-#elif defined(__aarch64__)
-#define MLA_KEEP_IN_REGISTER(v) asm("" : "+w"(v))
-#else
-#define MLA_KEEP_IN_REGISTER(v)
-#endif
-
 namespace mla_fast {
 
 template <int B>
@@ -67,20 +58,6 @@ struct Simd {
 
 template <typename T, int B>
 using vec_t = typename Simd<T, B>::vec;
-
-// Scratch memory on whole cache lines, so that no vector is read from two.
-template <typename T>
-class AlignedBuffer {
- public:
-  explicit AlignedBuffer(int64_t n) : lines_(n * sizeof(T) / sizeof(Line) + 1) {}
-  T* data() { return reinterpret_cast<T*>(lines_.data()); }
-
- private:
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::vector<Line> lines_;
-};
 
 template <int B, typename T>
 MLA_INLINE vec_t<T, B> load(const T* from) {

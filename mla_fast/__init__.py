@@ -1,8 +1,22 @@
 """MLA (alternating unimodal adaptation, CVPR 2024) as fused kernels under a drop-in PyTorch optimizer."""
 
 from mla_fast import reference
+from mla_fast.checkpoint import CheckpointError
 from mla_fast.fusion import Fused, entropy_fusion
+from mla_fast.model import MultimodalModel
 from mla_fast.ops import rls_project_, window_project
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.trainer import Trainer
 
-__all__ = ["Fused", "MLAOptimizer", "entropy_fusion", "reference", "rls_project_", "window_project"]
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "Fused",
+    "MLAOptimizer",
+    "MultimodalModel",
+    "Trainer",
+    "entropy_fusion",
+    "reference",
+    "rls_project_",
+    "window_project",
+]

@@ -39,10 +39,14 @@ _SERVES = {"cpu": "cpp", "cuda": "triton"}
 _announced: set[str] = set()
 
 
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run here."""
+
+
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that runs on `device` when `backend` is asked for.
 
-    Raises ValueError for an unknown name or one that does not serve the device, RuntimeError for one that cannot run here.
+    Raises ValueError for an unknown name or one that does not serve the device, BackendError for one that cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -57,7 +61,7 @@ def resolve(backend: str, device: torch.device) -> str:
         return "reference"
     if backend in ("cpp", "triton"):
         if (reason := MISSING[backend]) is not None:
-            raise RuntimeError(f"backend: {backend!r} is not available: {reason}")
+            raise BackendError(f"backend: {backend!r} is not available: {reason}")
         if backend != serves:
             raise ValueError(f"backend: {backend!r} does not serve tensors on {device.type!r}")
     return backend

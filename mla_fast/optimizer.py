@@ -118,7 +118,7 @@ class HeadLayer:
         return {
             "steps": self.projection.step,
             "gradient_kept": kept / grad if grad else float("nan"),
-            "x_bar_alpha": x_bar**2 / self.projection.alpha().item(),
+            "x_bar_alpha": x_bar**2 / self.projection.settings.alpha_at(max(self.projection.step - 1, 0)),
             "P_norm": P_norm,
             "P_trace": P_trace,
             "frozen": kept < 1e-3 * grad,
@@ -185,6 +185,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         self._share(optimizer)
         self.layers = [HeadLayer(name, module, self.settings, backend) for name, module in layers]
         self.skipped = {"nonfinite": 0, "empty": 0}
+        self._bad_on_device: Tensor | None = None  # steps that only the device knows it skipped
 
     def _share(self, optimizer: torch.optim.Optimizer) -> None:
         """Schedulers, scalers and the user see and change the wrapped optimizer's own groups, state and hooks."""
@@ -258,13 +259,13 @@ class MLAOptimizer(torch.optim.Optimizer):
         return active
 
     def _bad(self, active: list[tuple[HeadLayer, Tensor]]) -> Tensor | None:
-        """One float32 on the device, 1 where x̄ or G is not finite or torch.amp found an overflow; None without a head step."""
+        """0-d float32 on the device, 1 where x̄ or G is not finite or torch.amp found an overflow; None without a head step."""
         if not active:
             return None
         sums = [t.sum(dtype=layer.dtype) for layer, x_bar in active for t in (x_bar, *layer.gradients())]
         bad = ~torch.isfinite(sum(sums[1:], sums[0]))
         found_inf = getattr(self, "found_inf", None)
-        return (bad if found_inf is None else bad | (found_inf != 0).all()).to(torch.float32).reshape(1)
+        return (bad if found_inf is None else bad | (found_inf != 0).all()).to(torch.float32)
 
     @staticmethod
     def _on_host(bad: Tensor) -> bool:
@@ -272,10 +273,12 @@ class MLAOptimizer(torch.optim.Optimizer):
 
     def _skip_nonfinite(self) -> None:
         if not self.skipped["nonfinite"]:
-            warnings.warn("step skipped: the head's features or gradient are not finite (counted in diagnostics())", stacklevel=4)
+            warnings.warn("step skipped: the head's features or gradient are not finite (counted in diagnostics())", stacklevel=5)
         self.skipped["nonfinite"] += 1
 
     def _step_projected(self, active: list[tuple[HeadLayer, Tensor]], modality: str | None, bad: Tensor | None) -> None:
+        for layer, _ in active:
+            layer.projection.alpha()  # a callable's bad value is refused before anything moves
         if self.settings.target == "gradient":
             for layer, x_bar in active:
                 layer.write(layer.project(layer.gradient(), x_bar, modality, bad), gradient=True)
@@ -292,13 +295,14 @@ class MLAOptimizer(torch.optim.Optimizer):
         amp = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
         restore = None
         if bad is not None:
-            self._bad_on_device = getattr(self, "_bad_on_device", 0) + bad
+            self._bad_on_device = bad if self._bad_on_device is None else self._bad_on_device + bad
             if self._step_supports_amp_scaling:
                 amp["found_inf"] = bad
             else:
                 restore = _Snapshot(inner, [p for layer, _ in active for p in layer.module.parameters()])
         for name, value in amp.items():
             setattr(inner, name, value)
+        _start_momentum(inner)
         try:
             inner.step()
         finally:
@@ -315,16 +319,22 @@ class MLAOptimizer(torch.optim.Optimizer):
         ``x_bar_alpha`` ‖x̄‖² / α (float32 is safe up to about 1e5); now ``P_norm`` ‖P‖_F and ``P_trace``; and ``frozen``: less
         than a thousandth of the gradient is left, so the head has stopped learning. Raise alpha then, or use the window.
         """
-        on_device = int(getattr(self, "_bad_on_device", torch.zeros(1)).item())
-        report = {"skipped_nonfinite": self.skipped["nonfinite"] + on_device, "skipped_empty": self.skipped["empty"]}
+        report = {f"skipped_{reason}": count for reason, count in self._counted().items()}
         return report | {"layers": {layer.name: layer.diagnostics() for layer in self.layers}}
+
+    def _counted(self) -> dict[str, int]:
+        """`skipped`, with what the device has counted since the last time."""
+        if self._bad_on_device is not None:
+            self.skipped["nonfinite"] += int(self._bad_on_device.item())
+            self._bad_on_device = None
+        return dict(self.skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and under ``"mla"`` the settings, every P (or window) and the counts."""
         layers = [
             {"name": layer.name, "step": layer.projection.step, "tensors": layer.projection.tensors()} for layer in self.layers
         ]
-        mla = {"version": STATE_VERSION, "settings": self.settings.state_dict(), "layers": layers, "skipped": dict(self.skipped)}
+        mla = {"version": STATE_VERSION, "settings": self.settings.state_dict(), "layers": layers, "skipped": self._counted()}
         return {**self.optimizer.state_dict(), "mla": mla}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -340,7 +350,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "mla"})
         self._share(self.optimizer)
         self.settings = settings
-        self.skipped = dict(mla["skipped"])
+        self.skipped, self._bad_on_device = dict(mla["skipped"]), None
         for layer, projection in zip(self.layers, restored, strict=True):
             layer.projection = projection
 
@@ -352,7 +362,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         return ProjectionSettings(**{**saved, "alpha": self.settings.alpha})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("optimizer", "settings", "layers", "skipped")}
+        return {name: self.__dict__[name] for name in ("optimizer", "settings", "layers", "skipped", "_bad_on_device")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         optimizer = state["optimizer"]
@@ -366,18 +376,38 @@ class _Snapshot:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]):
         self.optimizer, self.parameters = optimizer, parameters
-        self.before = {id(t): t.clone() for t in self._tensors()}
+        self.before = {key: t.clone() for key, t in self._tensors().items()}
 
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> dict[tuple[Tensor, str | None], Tensor]:
+        """By parameter and name in its state, since an optimizer may put a new tensor there."""
         device = self.parameters[0].device
-        state = [t for p in self.parameters for t in self.optimizer.state.get(p, {}).values() if isinstance(t, Tensor)]
-        return [*self.parameters, *(t for t in state if t.device == device)]
+        tensors = {(p, None): p for p in self.parameters}
+        for p in self.parameters:
+            state = self.optimizer.state.get(p, {})
+            tensors |= {(p, name): t for name, t in state.items() if isinstance(t, Tensor) and t.device == device}
+        return tensors
 
     def where(self, bad: Tensor) -> None:
         """Takes the step back where bad is 1; state that the step created becomes zero."""
-        for t in self._tensors():
-            before = self.before.get(id(t))
-            t.copy_(torch.where(bad.reshape(()) == 0, t, torch.zeros_like(t) if before is None else before))
+        for key, t in self._tensors().items():
+            before = self.before.get(key)
+            t.copy_(torch.where(bad == 0, t, torch.zeros_like(t) if before is None else before))
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Zeros where fused SGD has no momentum yet, from where its first step is the same.
+
+    Left to itself it fails once some parameters have momentum and others have none (an encoder's first step), and keeps
+    uninitialised memory for momentum where found_inf takes back the very first step. With dampening the first step differs.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"] or group["momentum"] == 0 or group["dampening"] != 0:
+            continue
+        for p in group["params"]:
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 _STATE_HOOKS = (

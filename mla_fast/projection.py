@@ -1,7 +1,7 @@
 """What the head remembers of the other modalities: the projection P, its state and its step (eq. 5 and the window).
 
-One object for each ``nn.Linear`` of the head. It is called once per step with that layer's G [C, s] (or update ΔW) and the batch's
-x̄ [s], moves its state and returns the projected G.
+One object for each ``nn.Linear`` of the head. It is called once per step with that layer's G [C, s] (or update ΔW) and the
+batch's x̄ [s], moves its state and returns the projected G.
 """
 
 from __future__ import annotations

@@ -1,0 +1,198 @@
+"""``mla-fast demo | train | eval | env``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mla_fast import data, environment, ops
+from mla_fast.checkpoint import read_checkpoint
+from mla_fast.encoders import encoder_for
+from mla_fast.model import MultimodalModel
+from mla_fast.optimizer import MLAOptimizer
+from mla_fast.projection import BIASES, PROJECTIONS, TARGETS
+from mla_fast.trainer import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0, or 2 with a line on stderr for bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except (ValueError, TypeError, OSError, ImportError, ops.BackendError) as error:
+        print(f"mla-fast {arguments.name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from mla_fast.demo import run
+
+    run(arguments.output, quick=arguments.quick, seed=arguments.seed)
+
+
+def env(arguments: argparse.Namespace) -> None:
+    lines = environment.report()
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:{width}}  {value}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Trains on an .npz, evaluates on the held-out part, writes checkpoint.pt and metrics.json."""
+    dataset = data.load_npz(arguments.data, arguments.modalities, arguments.label)
+    torch.manual_seed(arguments.seed)
+    config = _config(arguments, dataset)
+    train_set, test_set = _split(dataset, config)
+    trainer = _build(config, _device(arguments.device))
+    checkpoint = arguments.output / "checkpoint.pt"
+    trainer.config = config
+    if arguments.resume:
+        trainer.resume(checkpoint)
+    batch = config["batch_size"]
+    trainer.fit(data.loader(train_set, batch, shuffle=True), config["epochs"], checkpoint=checkpoint)
+    result = trainer.evaluate(data.loader(test_set, 1024))
+    metrics = {"config": config, "history": trainer.history, "test": result, "head": trainer.optimizer.diagnostics()}
+    (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    _print_result(result)
+    print(f"wrote {checkpoint} and {arguments.output / 'metrics.json'}")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluates a checkpoint on the part of its data that was held out, or on other data."""
+    saved = read_checkpoint(arguments.checkpoint)
+    config = saved["config"]
+    if not isinstance(config, dict) or "encoders" not in config:
+        raise ValueError(f"{arguments.checkpoint}: expected a checkpoint written by mla-fast train, which describes its encoders")
+    if arguments.data is not None:
+        config = {**config, "data": str(arguments.data)}
+    if arguments.test_where is not None:
+        config = {**config, "test_where": arguments.test_where}
+    dataset = data.load_npz(config["data"], config["modalities"], config["label"])
+    if arguments.all:
+        test_set = data.apply_statistics(dataset, config["statistics"])
+    else:
+        _, test_set = _split(dataset, config)
+    trainer = _build(config, _device(arguments.device))
+    trainer.model.load_state_dict(saved["model"])
+    _print_result(trainer.evaluate(data.loader(test_set, 1024)))
+
+
+def _config(arguments: argparse.Namespace, dataset: data.MultimodalDataset) -> dict[str, Any]:
+    """All that it takes to build the model and split the data again; plain values."""
+    names = ("label", "test_where", "test_fraction", "seed", "epochs", "batch_size", "lr", "momentum", "weight_decay", "features")
+    config = {name: getattr(arguments, name) for name in names}
+    config["data"] = str(arguments.data)
+    config["modalities"] = list(arguments.modalities)
+    config["head"] = {name: getattr(arguments, name) for name in ("projection", "order", "target", "bias", "alpha", "backend")}
+    config["encoders"] = {name: list(x.shape[1:]) for name, x in dataset.inputs.items()}
+    config["classes"] = dataset.classes
+    train_set, _ = _split_raw(dataset, config)
+    config["statistics"] = {name: list(values) for name, values in data.statistics(train_set).items()}
+    return config
+
+
+def _split_raw(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[data.MultimodalDataset, data.MultimodalDataset]:
+    if config["test_where"] is not None:
+        return data.split_where(dataset, config["test_where"])
+    return data.random_split(dataset, config["test_fraction"], config["seed"])
+
+
+def _split(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[data.MultimodalDataset, data.MultimodalDataset]:
+    train_set, test_set = (data.apply_statistics(part, config["statistics"]) for part in _split_raw(dataset, config))
+    return train_set, test_set
+
+
+def _build(config: dict[str, Any], device: torch.device) -> Trainer:
+    encoders = {name: encoder_for(shape, config["features"]) for name, shape in config["encoders"].items()}
+    model = MultimodalModel(encoders, nn.Linear(config["features"], config["classes"])).to(device)
+    sgd = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"])
+    optimizer = MLAOptimizer(sgd, model.head, **config["head"])
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * config["epochs"]))])
+    return Trainer(model, optimizer, scheduler=scheduler, seed=config["seed"])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device: expected auto or a device that is there, got {name!r} ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    print(f"test accuracy on {result['samples']} samples")
+    width = max(map(len, result["accuracy"]))
+    for name, value in result["accuracy"].items():
+        print(f"  {name:{width}}  {100 * value:5.1f} %")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _positive(kind: type) -> Any:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("mla-fast", description="Multimodal learning by alternating unimodal adaptation.")
+    commands = parser.add_subparsers(dest="name", required=True)
+
+    p = commands.add_parser("demo", help="joint training beside MLA on digits and on a competition of modalities, in a minute")
+    p.add_argument("--output", type=Path, default=Path("demo"), help="folder for results.json and demo.png (default: demo)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
+    p.set_defaults(command=demo)
+
+    p = commands.add_parser("train", help="train on an .npz with one array per modality and a label array")
+    p.add_argument("--data", type=Path, required=True, help="the .npz")
+    p.add_argument("--modalities", type=_names, required=True, help="names of its arrays, as audio,image")
+    p.add_argument("--label", default="label", help="name of the integer labels (default: label)")
+    p.add_argument("--test-where", help="hold out the rows where an array has these values, as speaker=2,4")
+    p.add_argument("--test-fraction", type=float, default=0.2, help="without --test-where, hold out this part (default: 0.2)")
+    p.add_argument("--epochs", type=_positive(int), default=20)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch-size", type=_positive(int), default=64)
+    p.add_argument("--lr", type=_positive(float), default=0.03, help="falls to a tenth after 70 %% of the epochs (default: 0.03)")
+    p.add_argument("--momentum", type=float, default=0.9)
+    p.add_argument("--weight-decay", type=float, default=0.0)
+    p.add_argument("--features", type=_positive(int), default=64, help="size of the encoders' features (default: 64)")
+    p.add_argument("--projection", choices=PROJECTIONS, default="rls", help="of the head's step (default: rls, the paper's)")
+    p.add_argument("--order", choices=ops.ORDERS, default="update_first")
+    p.add_argument("--target", choices=TARGETS, default="gradient")
+    p.add_argument("--bias", choices=BIASES, default="free")
+    p.add_argument("--alpha", type=_positive(float), default=1.0)
+    p.add_argument("--backend", choices=ops.BACKENDS, default="auto")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--output", type=Path, default=Path("runs/mla"), help="folder for checkpoint.pt and metrics.json")
+    p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
+    p.set_defaults(command=train)
+
+    p = commands.add_parser("eval", help="evaluate a checkpoint that train wrote")
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("--data", type=Path, help="another .npz with the same arrays (default: the one it was trained on)")
+    p.add_argument("--test-where", help="another part to evaluate on, as speaker=2,4")
+    p.add_argument("--all", action="store_true", help="evaluate on every row")
+    p.add_argument("--device", default="auto")
+    p.set_defaults(command=evaluate)
+
+    p = commands.add_parser("env", help="versions, devices, and which backends are active")
+    p.set_defaults(command=env)
+    return parser

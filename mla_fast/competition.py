@@ -1,0 +1,141 @@
+"""Modality competition, made visible: a two-layer network on the data of Huang et al. (ICML 2022), trained jointly and by MLA.
+
+    f_j(x) = Σ_r Σ_{l ≤ 16} σ(⟨w_jlr, x^r⟩)        σ(u) = u⁴ / 4 on [0, 1], u − 3/4 above, 0 below
+
+The sums over l are the initial values of a linear head on all units of a modality, shared by the modalities and trained too.
+
+Trained jointly, each class is learned from the modality that wins a race between the two, and the other one is not found. One
+modality at a time, both are. It is the alternation that does it: without the projection the result is the same here.
+
+This is an illustration in a regime that was tuned to show it: the initial scale, the learning rate and the width are chosen so
+that the loss is small when one modality has won. It says what can happen, not how often it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mla_fast.baselines import JointModel, fit_joint
+from mla_fast.data import MultimodalDataset, competition, competition_directions
+from mla_fast.model import MultimodalModel
+from mla_fast.optimizer import MLAOptimizer
+from mla_fast.trainer import Trainer
+
+CLASSES = 10
+UNITS = 16  # per class and modality
+TRAIN_SAMPLES, TEST_SAMPLES = 300, 4000
+TEST_MU = 0.3
+INITIAL_SCALE = 0.05
+LEARNING_RATE = 2.0
+HEAD_RATE = 0.1  # of the learning rate
+ROUNDS = 800  # each modality is seen once a round
+
+
+class Learned(NamedTuple):
+    """What a network has learned.
+
+    found: share of the (class, modality) pairs that it has a unit for; accuracy: on all test samples; one_sufficient: on those
+    where a single modality shows the class.
+    """
+
+    found: float
+    accuracy: float
+    one_sufficient: float
+
+
+class Units(nn.Module):
+    """[N, d] → activations φ [N, K · 16], the units of class 0 first."""
+
+    def __init__(self, features: int, generator: torch.Generator):
+        super().__init__()
+        self.weight = nn.Parameter(INITIAL_SCALE * torch.randn(CLASSES * UNITS, features, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = x @ self.weight.T
+        return u.clamp(0, 1).square().square() / 4 + (u - 1).relu()
+
+
+def block_sum_head() -> nn.Linear:
+    """The head that makes f_j the sum of the units of class j. It is trained from there."""
+    head = nn.Linear(CLASSES * UNITS, CLASSES, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(CLASSES).repeat_interleave(UNITS, 1))
+    return head
+
+
+def found_pairs(encoders: nn.ModuleDict, directions: Tensor) -> Tensor:
+    """bool [K, M]: Γ_jr = max_l ⟨w_jlr, M^r_j⟩ is at least half of the largest Γ. directions [M, d, K]"""
+    gammas = []
+    for units, M_r in zip(encoders.values(), directions, strict=True):
+        per_class = units.weight.detach().unflatten(0, (CLASSES, UNITS))  # [K, 16, d]
+        gammas.append(torch.einsum("jld,dj->jl", per_class, M_r).amax(1))
+    gamma = torch.stack(gammas, 1)
+    return gamma >= gamma.max() / 2
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread inside. Matrices this small gain little from a second, and wait long for it where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
+def train_joint(seed: int, *, rounds: int = ROUNDS) -> Learned:
+    """Full-batch gradient descent, the head on the sum of both modalities' activations in each of `rounds` steps."""
+    train, test, directions = _data(seed)
+    model = JointModel(_encoders(seed, train), CLASSES, CLASSES * UNITS)
+    model.head = block_sum_head()
+    fit_joint(model, _sgd(model), [(train.inputs, train.target)] * rounds, epochs=1)
+    with torch.no_grad():
+        return _learned(model(test.inputs), test, found_pairs(model.encoders, directions))
+
+
+@one_thread()
+def train_mla(seed: int, *, rounds: int = ROUNDS, projection: str = "rls", target: str = "gradient") -> Learned:
+    """The same network, data and initial values, with a step on one modality and then one on the other in each round.
+
+    projection, target: as for ``MLAOptimizer``.
+    """
+    train, test, directions = _data(seed)
+    model = MultimodalModel(_encoders(seed, train), block_sum_head())
+    optimizer = MLAOptimizer(_sgd(model), head=model.head, projection=projection, target=target)
+    Trainer(model, optimizer, progress=False).fit([(train.inputs, train.target)] * rounds, epochs=1)
+    return _learned(model.logits(test.inputs).sum(0), test, found_pairs(model.encoders, directions))
+
+
+def _stream(seed: int, which: int) -> int:
+    """A seed of its own for each thing that is drawn: from one seed, directions and weights would be the same numbers."""
+    return 4 * seed + which
+
+
+def _data(seed: int) -> tuple[MultimodalDataset, MultimodalDataset, Tensor]:
+    """(train, test, directions). Every training sample shows its class in both modalities, many a test sample in one only."""
+    directions = competition_directions(_stream(seed, 0))
+    train = competition(TRAIN_SAMPLES, 0.0, _stream(seed, 1), directions=directions)
+    return train, competition(TEST_SAMPLES, TEST_MU, _stream(seed, 2), directions=directions), directions
+
+
+def _encoders(seed: int, train: MultimodalDataset) -> dict[str, Units]:
+    generator = torch.Generator().manual_seed(_stream(seed, 3))
+    return {modality: Units(x.shape[1], generator) for modality, x in train.inputs.items()}
+
+
+def _sgd(model: JointModel | MultimodalModel) -> torch.optim.SGD:
+    head = {"params": model.head.parameters(), "lr": HEAD_RATE * LEARNING_RATE}
+    return torch.optim.SGD([{"params": model.encoders.parameters()}, head], lr=LEARNING_RATE)
+
+
+def _learned(logits: Tensor, test: MultimodalDataset, found: Tensor) -> Learned:
+    right = (logits.argmax(1) == test.target).double()
+    one = torch.from_numpy(test.fields["sufficient"]).sum(1) == 1
+    return Learned(found.double().mean().item(), right.mean().item(), right[one].mean().item())

@@ -1,0 +1,86 @@
+"""``MultimodalModel``: one encoder per modality and one head for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mla_fast.fusion import Fused, entropy_fusion
+
+
+class MultimodalModel(nn.Module):
+    """Encoders of your own, each giving features [N, s], and one shared head [N, s] → logits [N, C].
+
+        model = MultimodalModel({"audio": audio_encoder, "image": image_encoder}, head=nn.Linear(512, 6))
+        model({"audio": x})["audio"]                    # logits [N, 6] of one modality, as MLA trains it
+        model.predict({"audio": xa, "image": xv})       # fused logits, weights and entropies
+
+    Raises ValueError for a modality it does not have, and where an encoder's features do not fit the head.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module):
+        super().__init__()
+        if not encoders:
+            raise ValueError("encoders: expected at least one modality, got none")
+        self.encoders = nn.ModuleDict(encoders)
+        self.head = head
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The names, in the order of ``present``'s columns and of the training schedule (eq. 1)."""
+        return tuple(self.encoders)
+
+    def features(self, modality: str, inputs: Tensor) -> Tensor:
+        """What `modality`'s encoder makes of its inputs [N, …]: features [N, s]."""
+        if modality not in self.encoders:
+            raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
+        features = self.encoders[modality](inputs)
+        if features.dim() != 2 or features.shape[0] != inputs.shape[0]:
+            raise ValueError(
+                f"features: expected [{inputs.shape[0]}, s] from the encoder of {modality!r}, got {list(features.shape)}"
+            )
+        return features
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Logits [N, C] of each modality in `inputs`; N may differ between them."""
+        return {modality: self.head(self.features(modality, x)) for modality, x in inputs.items()}
+
+    @torch.no_grad()
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits [M, N, C] of the modalities in `inputs`, in evaluation mode, by one product with the head."""
+        sizes = {modality: len(x) for modality, x in inputs.items()}
+        if not sizes or len(set(sizes.values())) != 1:
+            raise ValueError(f"inputs: expected the same number of samples for every modality, got {sizes}")
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            features = [self.features(modality, x) for modality, x in inputs.items()]
+            return self.head(torch.cat(features)).unflatten(0, (len(features), -1))
+        finally:
+            for module in training:  # one by one: an encoder may be in evaluation mode on purpose
+                module.training = True
+
+    def predict(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> Fused:
+        """Entropy-weighted prediction (eqs. 6–8) for samples of any of the modalities, in evaluation mode.
+
+        inputs: {modality: [N, …]}, a modality left out is absent for all; present: bool [N, M] over ``self.modalities``, what
+        absent entries of inputs hold does not matter. Weights and entropies [N, M'] are over the modalities in `inputs`, in
+        their order.
+        """
+        if present is not None:
+            present = self.columns(present, inputs)
+        return entropy_fusion(self.logits(inputs), present)
+
+    def columns(self, present: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The columns of present [N, M] that belong to the modalities in `inputs`, in their order."""
+        N = len(next(iter(inputs.values())))
+        if present.dtype != torch.bool or present.shape != (N, len(self.modalities)):
+            raise ValueError(
+                f"present: expected bool [{N}, {len(self.modalities)}] (samples, {', '.join(self.modalities)}), "
+                f"got {present.dtype} {list(present.shape)}"
+            )
+        if tuple(inputs) == self.modalities:
+            return present
+        return present[:, [self.modalities.index(m) for m in inputs]]

@@ -1,0 +1,216 @@
+"""``Trainer``: the MLA loop, thin enough to read before you decide to write your own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from mla_fast.fusion import Fused, entropy_fusion
+from mla_fast.model import MultimodalModel
+from mla_fast.optimizer import MLAOptimizer
+
+
+class Trainer:
+    """Trains a ``MultimodalModel`` one modality at a time (eqs. 1–5) and evaluates it alone and fused (eqs. 6–8).
+
+    A batch is ``(inputs: {modality: [N, …]}, target: int64 [N])``, optionally with ``present: bool [N, M]`` over
+    ``model.modalities``; absent entries of the inputs may hold anything. In each batch every modality takes one optimizer step
+    on the rows that have it, in the order of ``model.modalities``.
+
+    Args:
+        model, optimizer: what to train and the ``MLAOptimizer`` over its parameters, with its head.
+        scheduler: a learning-rate scheduler, stepped once an epoch.
+        device: where batches go; by default where the model is.
+        seed: set for torch's global generator when the first epoch begins, so that shuffling and dropout repeat.
+        progress: show a progress bar while training on a terminal.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        optimizer: MLAOptimizer,
+        *,
+        scheduler: Any = None,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+    ):
+        if not isinstance(model, MultimodalModel):
+            raise TypeError(f"model: expected a MultimodalModel, got {type(model).__name__}")
+        if not isinstance(optimizer, MLAOptimizer):
+            raise TypeError(f"optimizer: expected an MLAOptimizer, got {type(optimizer).__name__}")
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self.seed, self.progress = seed, progress
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+
+    def fit(
+        self, loader: Iterable, epochs: int, *, validation: Iterable | None = None, checkpoint: str | Path | None = None
+    ) -> list[dict[str, Any]]:
+        """Trains until `epochs` epochs are done in all, those before a ``resume`` included; returns ``history``.
+
+        Each epoch adds ``{"epoch", "loss": {modality: mean}}``, and ``"validation"`` if asked for. With `checkpoint` the state is
+        saved there after every epoch. Raises ValueError for a batch that does not fit the model.
+        """
+        if self.epoch == 0 and self.seed is not None:
+            torch.manual_seed(self.seed)
+        while self.epoch < epochs:
+            record: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self._train_epoch(loader, epochs)}
+            if self.scheduler is not None:
+                self.scheduler.step()
+            if validation is not None:
+                record["validation"] = self.evaluate(validation)
+            self.history.append(record)
+            self.epoch += 1
+            if checkpoint is not None:
+                self.save(checkpoint)
+        return self.history
+
+    def _train_epoch(self, loader: Iterable, epochs: int) -> dict[str, float]:
+        self.model.train()
+        losses: dict[str, list[Tensor]] = {}
+        # disable=None: no bar where the output is not a terminal
+        bar = tqdm(loader, desc=f"epoch {self.epoch + 1}/{epochs}", leave=False, disable=None if self.progress else True)
+        for batch in bar:
+            inputs, target, present = self._unpack(batch)
+            for column, modality in enumerate(self.model.modalities):
+                if modality not in inputs:
+                    continue
+                x, y = inputs[modality], target
+                if present is not None:
+                    rows = present[:, column]
+                    x, y = x[rows], y[rows]
+                if len(y):
+                    losses.setdefault(modality, []).append(self._train_step(modality, x, y))
+        if not losses:
+            raise ValueError("loader: expected at least one batch with a sample in it, got none")
+        return {modality: torch.stack(values).mean().item() for modality, values in losses.items()}
+
+    def _train_step(self, modality: str, x: Tensor, y: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model({modality: x})[modality], y)
+        loss.backward()
+        self.optimizer.step(modality=modality)
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, loader: Iterable) -> dict[str, Any]:
+        """``{"samples", "loss", "accuracy"}``: each modality alone, over the samples that have it, and two ways of fusing.
+
+        loss is the mean cross-entropy of each modality; accuracy has each modality, ``"average"`` (of the logits that are
+        present) and ``"fused"`` (entropy-weighted), as fractions; NaN for what no sample had.
+        """
+        samples, correct, loss = 0, {}, {}
+        for batch in loader:
+            inputs, target, present = self._unpack(batch)
+            logits = self.model.logits(inputs)
+            N = len(target)
+            here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else self.model.columns(present, inputs)
+            samples += N
+            for m, modality in enumerate(inputs):
+                z, y = logits[m][here[:, m]], target[here[:, m]]
+                _add(loss, modality, F.cross_entropy(z, y, reduction="sum"), len(y))
+                _add(correct, modality, (z.argmax(1) == y).sum(), len(y))
+            average = torch.where(here.T[..., None], logits, 0).sum(0)  # as good as the mean for the largest class
+            _add(correct, "average", (average.argmax(1) == target).sum(), N)
+            _add(correct, "fused", (entropy_fusion(logits, present=here).logits.argmax(1) == target).sum(), N)
+        return {"samples": samples, "loss": _means(loss), "accuracy": _means(correct)}
+
+    def predict(self, batch: Mapping[str, Tensor] | tuple) -> Fused:
+        """``model.predict`` for a batch with or without target, or for inputs alone, on the trainer's device."""
+        if isinstance(batch, Mapping):
+            inputs, present = batch, None
+        else:
+            inputs, present = batch[0], batch[2] if len(batch) > 2 else None
+        inputs = {modality: x.to(self.device, non_blocking=True) for modality, x in inputs.items()}
+        return self.model.predict(inputs, None if present is None else present.to(self.device))
+
+    def save(self, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
+        """Writes all it takes to continue, atomically; `config` (plain values) is kept beside it for your own use."""
+        self.config = config if config is not None else getattr(self, "config", None)
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        payload = {
+            "epoch": self.epoch,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "rng": rng,
+            "config": self.config,
+        }
+        write_checkpoint(path, payload)
+
+    def resume(self, path: str | Path) -> None:
+        """Continues from ``save``: bitwise, if the loader shuffles with torch's global generator.
+
+        Raises CheckpointError (a ValueError) or FileNotFoundError, and changes nothing, if the file does not fit.
+        """
+        saved = read_checkpoint(path)
+        _check_fits(path, self.model, saved["model"])
+        if (saved["scheduler"] is None) != (self.scheduler is None):
+            raise CheckpointError(
+                f"{path}: expected it to be saved {'without' if self.scheduler is None else 'with'} a scheduler"
+            )
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.model.load_state_dict(saved["model"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(saved["scheduler"])
+        self.epoch, self.history, self.config = saved["epoch"], saved["history"], saved["config"]
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
+
+    def _unpack(self, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+        """(inputs, target, present) on the device, or an error that says what is wrong with the batch."""
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
+            raise TypeError("batch: expected (inputs: dict, target) or (inputs, target, present)")
+        inputs, target, present = batch if len(batch) == 3 else (*batch, None)
+        unknown = [m for m in inputs if m not in self.model.encoders]
+        if unknown or not inputs:
+            raise ValueError(f"inputs: expected modalities among {', '.join(self.model.modalities)}, got {', '.join(inputs)}")
+        for modality, x in inputs.items():
+            if len(x) != len(target):
+                raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {len(x)}")
+        classes = self._classes()
+        if target.device.type == "cpu" and len(target) and classes is not None:
+            low, high = int(target.min()), int(target.max())
+            if low < 0 or high >= classes:
+                raise ValueError(f"target: expected labels in 0 … {classes - 1}, got {low if low < 0 else high}")
+        if present is not None:
+            self.model.columns(present, inputs)
+            present = present.to(self.device, non_blocking=True)
+        on_device = {modality: x.to(self.device, non_blocking=True) for modality, x in inputs.items()}
+        return on_device, target.to(self.device, non_blocking=True), present
+
+    def _classes(self) -> int | None:
+        """The number of classes, where the head's last linear layer tells it."""
+        layers = [m for m in self.model.head.modules() if isinstance(m, torch.nn.Linear)]
+        return layers[-1].out_features if layers else None
+
+
+def _add(sums: dict[str, list], key: str, value: Tensor, count: int) -> None:
+    """Adds to a running [sum, count]; the sum stays on its device."""
+    total = sums.setdefault(key, [0, 0])
+    total[0], total[1] = total[0] + value, total[1] + count
+
+
+def _means(sums: dict[str, list]) -> dict[str, float]:
+    return {key: float(total) / count if count else float("nan") for key, (total, count) in sums.items()}
+
+
+def _check_fits(path: str | Path, model: torch.nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """load_state_dict copies what fits before it complains about the rest; so look first."""
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    got = {name: tuple(t.shape) for name, t in saved.items()}
+    if expected != got:
+        names = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        differences = ", ".join(f"{name} {expected.get(name, 'none')} ≠ {got.get(name, 'none')}" for name in names[:4])
+        raise CheckpointError(f"{path}: expected a checkpoint of this model, but (model ≠ checkpoint) {differences}")

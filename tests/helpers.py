@@ -1,0 +1,89 @@
+"""Small problems to train on, and what to ask of a model and its optimizer afterwards."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mla_fast as mla
+from mla_fast import reference
+
+WIDTHS = {"audio": 4, "image": 6, "text": 3}
+CLASSES = 3
+PROJECTIONS = ("rls", "window", "none", "official")
+ALTERNATION = tuple(WIDTHS)
+
+
+def normal(generator, *shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def make_model(dtype=torch.float32, s=5, head=None, seed=0):
+    """Three tiny encoders and a shared head."""
+    torch.manual_seed(seed)
+    encoders = {name: nn.Sequential(nn.Linear(width, s), nn.Tanh()) for name, width in WIDTHS.items()}
+    return mla.MultimodalModel(encoders, nn.Linear(s, CLASSES) if head is None else head).to(dtype)
+
+
+def noisy_model(s=5, seed=0):
+    """A model that shows which mode it is in: BatchNorm and dropout in each encoder."""
+    torch.manual_seed(seed)
+    encoders = {m: nn.Sequential(nn.Linear(w, s), nn.BatchNorm1d(s), nn.Dropout(0.5)) for m, w in WIDTHS.items()}
+    return mla.MultimodalModel(encoders, nn.Linear(s, CLASSES))
+
+
+def make_inputs(N=6, modalities=ALTERNATION, seed=1):
+    """Samples {modality: [N, …]}."""
+    generator = torch.Generator().manual_seed(seed)
+    return {modality: normal(generator, N, WIDTHS[modality]) for modality in modalities}
+
+
+def make_steps(count, dtype=torch.float32, N=7, seed=1, start=0):
+    """`count` steps (modality, inputs [N, …], target [N]), the modalities in turn (eq. 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [reference.modality_at(t, ALTERNATION) for t in range(start, start + count)]
+    return [(m, normal(generator, N, WIDTHS[m], dtype=dtype), torch.randint(CLASSES, (N,), generator=generator)) for m in names]
+
+
+def head_steps(count, s=5, dtype=torch.float32, N=7, seed=2):
+    """The same with features [N, s] for a head alone, their mean away from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (ALTERNATION[t % 3], 0.5 + normal(generator, N, s, dtype=dtype), torch.randint(CLASSES, (N,), generator=generator))
+        for t in range(count)
+    ]
+
+
+def momentum_sgd(parameters, **settings):
+    return torch.optim.SGD(parameters, **({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01} | settings))
+
+
+def backward(model, optimizer, modality, x, y):
+    """zero_grad, forward, backward; `model` is a MultimodalModel or a head on features."""
+    optimizer.zero_grad()
+    logits = model({modality: x})[modality] if isinstance(model, mla.MultimodalModel) else model(x)
+    loss = F.cross_entropy(logits, y)
+    loss.backward()
+    return loss
+
+
+def train(model, optimizer, steps):
+    for modality, x, y in steps:
+        backward(model, optimizer, modality, x, y)
+        optimizer.step(modality=modality)
+
+
+def everything(model, optimizer):
+    """A copy of all that training moves: parameters, the wrapped optimizer's state, every P and mean, the step counts."""
+    saved = optimizer.state_dict()
+    layers = {layer["name"]: {"step": layer["step"], **layer["tensors"]} for layer in saved["mla"]["layers"]}
+    return copy.deepcopy({"model": dict(model.state_dict()), "state": saved["state"], "layers": layers})
+
+
+def assert_bitwise(got, expected):
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def relative(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300)).item()

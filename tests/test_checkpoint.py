@@ -1,0 +1,128 @@
+"""A checkpoint is whole or not there, and nothing that is not one is taken for one."""
+
+import errno
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import assert_bitwise
+
+import mla_fast as mla
+from mla_fast.checkpoint import read_checkpoint, write_checkpoint
+
+PAYLOAD = {"epoch": 3, "model": {"weight": torch.arange(12.0)}, "history": [{"loss": {"audio": 0.5}}], "config": None}
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "runs" / "new" / "checkpoint.pt"
+    write_checkpoint(path, PAYLOAD)
+    payload = read_checkpoint(str(path))
+    assert_bitwise({"model": payload.pop("model")}, {"model": PAYLOAD["model"]})
+    assert payload.items() >= {key: value for key, value in PAYLOAD.items() if key != "model"}.items()
+    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_new_one_replaces_the_old(tmp_path):
+    for epoch in range(3):
+        write_checkpoint(tmp_path / "c.pt", PAYLOAD | {"epoch": epoch})
+    assert read_checkpoint(tmp_path / "c.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, call):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "c.pt"
+    write_checkpoint(path, PAYLOAD)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left on device; .* is untouched: .*c.pt") as raised:
+            write_checkpoint(path, PAYLOAD | {"epoch": 4})
+    assert raised.value.errno == errno.ENOSPC
+    assert read_checkpoint(path)["epoch"] == 3 and os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_an_interrupted_first_one_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "c.pt", PAYLOAD)
+    assert os.listdir(tmp_path) == []
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from mla_fast.checkpoint import write_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+write_checkpoint(sys.argv[1], {"epoch": 3})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    write_checkpoint(sys.argv[1], {"epoch": 4, "model": torch.zeros(10_000)})
+except OSError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX")
+def test_a_write_cut_short_by_the_system_leaves_the_old_one(tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "c.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("refused:") and "untouched" in done.stdout
+    assert read_checkpoint(tmp_path / "c.pt")["epoch"] == 3 and os.listdir(tmp_path) == ["c.pt"]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    path = tmp_path / "c.pt"
+    write_checkpoint(path, PAYLOAD)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(mla.CheckpointError, match="c.pt: expected a checkpoint written by mla_fast, got a foreign or truncated"):
+        read_checkpoint(path)
+
+
+class Harmful:
+    """What unpickling would run."""
+
+    def __reduce__(self):
+        return os.mkdir, ("was_run",)
+
+
+def torch_file(value):
+    return lambda path: torch.save(value, path)
+
+
+FOREIGN = {
+    "random bytes": lambda path: path.write_bytes(os.urandom(4000)),
+    "text": lambda path: path.write_text("epoch: 3\n"),
+    "pickle": lambda path: path.write_bytes(pickle.dumps(PAYLOAD["history"], protocol=2)),
+    "harmful pickle": lambda path: path.write_bytes(pickle.dumps(Harmful(), protocol=2)),
+    "harmful torch file": torch_file({"format": "mla_fast.checkpoint", "version": 1, "model": Harmful()}),
+    "a dict": torch_file({"epoch": 3}),
+    "a tensor": torch_file(torch.ones(3)),
+    "another format": torch_file({"format": "other", "version": 1}),
+    "another version": torch_file({"format": "mla_fast.checkpoint", "version": 99}),
+    "no version": torch_file({"format": "mla_fast.checkpoint"}),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_file_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    FOREIGN[name](tmp_path / "c.pt")
+    with pytest.raises(mla.CheckpointError, match="c.pt: expected"):
+        read_checkpoint(tmp_path / "c.pt")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "c.pt")

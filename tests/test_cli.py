@@ -1,0 +1,106 @@
+"""The command line, as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mla_fast.cli import main
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Two modalities that show the class, of different shapes, and a field to split by."""
+    random = np.random.default_rng(0)
+    label = np.arange(90) % 3
+    image = random.integers(0, 60, (90, 10, 12)).astype(np.uint8)
+    image[np.arange(90), label * 3] += 150
+    sound = random.normal(size=(90, 7)).astype(np.float32)
+    sound[np.arange(90), label] += 3
+    path = tmp_path / "file.npz"
+    np.savez(path, image=image, sound=sound, label=label, speaker=np.arange(90) % 5)
+    return path
+
+
+def train(archive, output, *more):
+    command = ["train", "--data", str(archive), "--modalities", "sound,image", "--test-where", "speaker=2,4", "--device", "cpu"]
+    return main([*command, "--epochs", "4", "--seed", "0", "--batch-size", "16", "--output", str(output), *more])
+
+
+def test_train_then_eval(archive, tmp_path, capsys):
+    assert train(archive, tmp_path / "run", "--projection", "window", "--target", "update") == 0
+    printed = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"]["samples"] == 36 and len(metrics["history"]) == 4
+    assert set(metrics["test"]["accuracy"]) == {"sound", "image", "average", "fused"}
+    assert metrics["test"]["accuracy"]["fused"] > 0.6
+    assert f"{100 * metrics['test']['accuracy']['fused']:5.1f} %" in printed
+    assert main(["eval", str(tmp_path / "run" / "checkpoint.pt")]) == 0
+    assert capsys.readouterr().out.splitlines() == printed.splitlines()[:-1]
+    assert main(["eval", str(tmp_path / "run" / "checkpoint.pt"), "--all"]) == 0
+    assert "90 samples" in capsys.readouterr().out
+
+
+def test_a_run_repeats_to_the_last_bit_and_resuming_a_finished_one_adds_nothing(archive, tmp_path):
+    for name, more in (("one", []), ("two", []), ("two", ["--resume"])):
+        assert train(archive, tmp_path / name, *more) == 0
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    assert one["epoch"] == two["epoch"] == 4 and one["history"] == two["history"]
+    P, Q = (saved["optimizer"]["mla"]["layers"][0]["tensors"]["P"] for saved in (one, two))
+    assert torch.equal(P, Q)
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+
+
+def test_random_split(archive, tmp_path):
+    arguments = ["train", "--data", str(archive), "--modalities", "sound", "--epochs", "1", "--test-fraction", "0.5"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["test"]["samples"] == 45
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--modalities", "sound,smell"], "smell"),
+        (["--modalities", ""], "modalit"),
+        (["--label", "sound"], "sound"),
+        (["--test-where", "speaker"], "where"),
+        (["--test-where", "speaker=9"], "speaker"),
+        (["--test-where", "mood=1"], "mood"),
+        (["--data", "nowhere.npz"], "nowhere.npz"),
+        (["--device", "abacus"], "abacus"),
+        (["--backend", "triton"], "triton"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(archive, tmp_path, capsys, arguments, message):
+    status = train(archive, tmp_path / "run", *arguments)
+    captured = capsys.readouterr()
+    assert status == 2 and message in captured.err and len(captured.err.splitlines()) == 1
+
+
+def test_eval_of_foreign_files(archive, tmp_path, capsys):
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"weights": torch.zeros(2)}, foreign)
+    for path in (foreign, archive, tmp_path / "missing.pt"):
+        assert main(["eval", str(path)]) == 2
+        assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--epochs=0", "--lr=-1", "--alpha=0", "--projection=both"])
+def test_bad_options_are_refused(archive, tmp_path, option):
+    with pytest.raises(SystemExit):
+        train(archive, tmp_path, option)
+
+
+def test_env_says_which_backends_run(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    for line in ("python", "torch", "backend reference  active", "backend cpp", "backend triton"):
+        assert line in printed
+
+
+def test_module_runs_like_the_command():
+    done = subprocess.run([sys.executable, "-m", "mla_fast", "env"], capture_output=True, text=True)
+    assert done.returncode == 0 and "backend" in done.stdout

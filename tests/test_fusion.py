@@ -1,0 +1,158 @@
+"""Entropy-weighted fusion against the reference in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+import mla_fast as mla
+from mla_fast import ops, reference
+
+needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
+SHAPES = [(1, 1, 1), (1, 5, 7), (2, 1, 6), (3, 64, 101), (2, 9, 16), (2, 9, 17), (5, 3, 513), (2, 0, 4), (3, 2, 4000)]
+
+
+def bound(dtype):
+    """On fused logits of size up to 30: the rounding of the output, or 5e-6 of float32 arithmetic."""
+    return {torch.float32: 5e-6, torch.float64: 1e-13, torch.bfloat16: 0.13, torch.float16: 0.016}[dtype]
+
+
+def random_logits(shape, dtype=torch.float64):
+    return (torch.rand(shape, dtype=torch.float64) * 60 - 30).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_the_reference(shape, dtype, masked, backend):
+    logits = random_logits(shape, dtype)
+    present = torch.rand(shape[1], shape[0]) > 0.4 if masked else None
+    expected = reference.entropy_fusion(logits.double(), present)
+    slack = 1 if backend == "cpp" else 4  # eager float32 takes the logarithm of rounded probabilities
+    for given_as in (logits, list(logits), logits.transpose(0, 2).contiguous().transpose(0, 2)):
+        fused = mla.entropy_fusion(given_as, present, backend=backend)
+        assert fused.logits.dtype == dtype and fused.weights.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(fused.logits.double(), expected[0], rtol=0, atol=slack * bound(dtype))
+        torch.testing.assert_close(fused.weights.double(), expected[1], rtol=slack * 1e-5, atol=1e-6)
+        torch.testing.assert_close(fused.entropy.double(), expected[2], rtol=0, atol=slack * 5e-6)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_absent_logits_are_not_read(poison, backend):
+    logits, present = random_logits((3, 33, 7), torch.float32), torch.rand(33, 3) > 0.5
+    present[0] = False
+    absent = ~present.T[..., None].expand_as(logits)
+    clean = mla.entropy_fusion(logits.masked_fill(absent, 0), present, backend=backend)
+    dirty = mla.entropy_fusion(logits.masked_fill(absent, poison), present, backend=backend)
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a, b)
+    assert not any(part[0].any() for part in dirty)
+    sums = dirty.weights.sum(1)
+    torch.testing.assert_close(sums, present.any(1).float())
+
+
+def test_a_sample_does_not_see_its_batch(backend):
+    logits = random_logits((3, 40, 11), torch.float32)
+    whole = mla.entropy_fusion(logits, backend=backend)
+    alone = mla.entropy_fusion(logits[:, 17:18], backend=backend)
+    assert torch.equal(whole.logits[17:18], alone.logits)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
+def test_large_and_masked_classes(scale, backend):
+    logits = scale * torch.randn(2, 5, 6)
+    logits[..., 2] = -torch.inf
+    fused = mla.entropy_fusion(logits, backend=backend)
+    assert torch.isfinite(fused.entropy).all() and torch.isfinite(fused.weights).all()
+    assert (fused.logits[:, 2] == -torch.inf).all()
+    logits[0, 0, 0] = torch.nan
+    fused = mla.entropy_fusion(logits, backend=backend)
+    assert fused.logits[0].isnan().any() and torch.isfinite(fused.entropy[1:]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1), (2, 4, 5), (3, 2, 17)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_gradient(shape, masked, separate, backend):
+    present = torch.rand(shape[1], shape[0]) > 0.4 if masked else None
+    inputs = torch.randn(shape, dtype=torch.float64)
+    leaves = [z.clone().requires_grad_() for z in inputs] if separate else [inputs.requires_grad_()]
+    assert gradcheck(lambda *z: mla.entropy_fusion(z if separate else z[0], present, backend=backend), leaves)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_gradient_of_other_dtypes(dtype, tolerance):
+    values, present = torch.randn(3, 9, 37).to(dtype), torch.rand(9, 3) > 0.3
+    weight = torch.randn(9, 37)
+    grads = []
+    for logits, backend in ((values.double(), "reference"), (values.clone(), "cpp")):
+        fused = mla.entropy_fusion(logits.requires_grad_(), present, backend=backend)
+        ((fused.logits * weight).sum() + fused.entropy.square().sum() + fused.weights.square().sum()).backward()
+        grads.append(logits.grad.double())
+    torch.testing.assert_close(grads[1], grads[0], rtol=tolerance, atol=tolerance)
+    assert not grads[1][~present.T].any()
+
+
+@needs_cpp
+def test_second_derivative_is_refused():
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(mla.entropy_fusion(logits).logits.square().sum(), logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match="reference"):
+        grad.sum().backward()
+
+
+@needs_cpp
+def test_compiles_without_a_graph_break():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(logits, present):
+        return mla.entropy_fusion(logits, present).logits.logsumexp(1).sum()
+
+    logits, present = torch.randn(2, 6, 5, requires_grad=True), torch.rand(6, 2) > 0.3
+    compiled = torch.autograd.grad(loss(logits, present), logits)[0]
+    eager = torch.autograd.grad(mla.entropy_fusion(logits, present).logits.logsumexp(1).sum(), logits)[0]
+    torch.testing.assert_close(compiled, eager)
+
+
+@settings(max_examples=60, deadline=None)
+@given(M=st.integers(1, 5), N=st.integers(0, 9), C=st.integers(1, 70), seed=st.integers(0, 2**31), rate=st.floats(0, 1))
+def test_any_shape_and_mask(M, N, C, seed, rate):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 8 * torch.randn(M, N, C, generator=generator)
+    present = torch.rand(N, M, generator=generator) >= rate
+    expected = reference.entropy_fusion(logits.double(), present)
+    backend = "reference" if ops.CPP_MISSING else "cpp"
+    for got, want in zip(mla.entropy_fusion(logits, present, backend=backend), expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=5e-6)
+
+
+@needs_cpp
+def test_threads_do_not_change_the_result():
+    logits = torch.randn(3, 700, 101)
+    one = mla.entropy_fusion(logits)
+    torch.set_num_threads(2)
+    for a, b in zip(one, mla.entropy_fusion(logits), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_bad_arguments_are_named():
+    z, present = torch.randn(2, 3, 4), torch.ones(3, 2, dtype=torch.bool)
+    cases = [
+        ("logits", lambda: mla.entropy_fusion(z[0])),
+        ("logits", lambda: mla.entropy_fusion([z[0], z[1, :2]])),
+        ("logits", lambda: mla.entropy_fusion([z[0], z[1, :, :3]])),
+        ("logits", lambda: mla.entropy_fusion([z, z])),
+        ("logits", lambda: mla.entropy_fusion([])),
+        ("logits", lambda: mla.entropy_fusion(z[:0])),
+        ("logits", lambda: mla.entropy_fusion(z[..., :0])),
+        ("logits", lambda: mla.entropy_fusion(z.long())),
+        ("logits", lambda: mla.entropy_fusion([z[0], z[1].double()])),
+        ("present", lambda: mla.entropy_fusion(z, present.T)),
+        ("present", lambda: mla.entropy_fusion(z, present[:2])),
+        ("present", lambda: mla.entropy_fusion(z, present.float())),
+        ("present", lambda: mla.entropy_fusion(z, present[:, 0])),
+    ]
+    for name, call in cases:
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: "):
+            call()

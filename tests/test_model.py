@@ -1,0 +1,110 @@
+"""``MultimodalModel``: its parts together are what they are one by one."""
+
+import pytest
+import torch
+from helpers import ALTERNATION, assert_bitwise, make_inputs, make_model, noisy_model
+from torch import nn
+
+import mla_fast as mla
+
+
+def with_statistics():
+    """A noisy model with running statistics that are not those of any batch below."""
+    model = noisy_model()
+    model(make_inputs(20, seed=0))
+    return model
+
+
+def test_forward_is_encoder_then_head():
+    model, inputs = make_model(), make_inputs(modalities=("text", "audio"))
+    inputs["text"] = inputs["text"][:2]
+    logits = model(inputs)
+    assert tuple(logits) == ("text", "audio")
+    for modality, x in inputs.items():
+        assert torch.equal(logits[modality], model.head(model.encoders[modality](x)))
+
+
+@pytest.mark.parametrize("modalities", [ALTERNATION, ("text", "audio"), ("image",)])
+@pytest.mark.parametrize("N", [0, 1, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_predict_is_the_fusion_of_the_parts(modalities, N, masked):
+    model, inputs = with_statistics(), make_inputs(N, modalities)
+    present = torch.rand(N, 3, generator=torch.Generator().manual_seed(2)) > 0.4 if masked else None
+    fused = model.predict(inputs, present)
+    model.eval()
+    with torch.no_grad():
+        logits = model(inputs)
+    columns = [ALTERNATION.index(m) for m in modalities]
+    expected = mla.entropy_fusion(list(logits.values()), None if present is None else present[:, columns])
+    torch.testing.assert_close(tuple(fused), tuple(expected), rtol=1e-6, atol=1e-6)
+    assert fused.weights.shape == (N, len(modalities)) and not fused.logits.requires_grad
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_absent_inputs_are_not_read(poison):
+    model, inputs = with_statistics(), make_inputs()
+    present = torch.rand(6, 3, generator=torch.Generator().manual_seed(3)) > 0.4
+    clean = model.predict({m: x.where(present[:, i, None], 0) for i, (m, x) in enumerate(inputs.items())}, present)
+    dirty = model.predict({m: x.where(present[:, i, None], poison) for i, (m, x) in enumerate(inputs.items())}, present)
+    assert_bitwise(tuple(dirty), tuple(clean))
+
+
+def test_a_prediction_does_not_see_its_batch():
+    model, inputs = with_statistics(), make_inputs()
+    whole, alone = model.predict(inputs), model.predict({m: x[2:3] for m, x in inputs.items()})
+    torch.testing.assert_close(whole.logits[2:3], alone.logits)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_predict_leaves_every_mode_and_statistic_as_it_was(failing):
+    """A part that was put into evaluation mode on purpose, say a pretrained encoder, stays there."""
+    model, inputs = with_statistics(), make_inputs()
+    model.train()
+    model.encoders["image"].eval()
+    modes, before = [m.training for m in model.modules()], {k: t.clone() for k, t in model.state_dict().items()}
+    if failing:
+        with pytest.raises(RuntimeError):
+            model.predict(inputs | {"text": torch.ones(6, 99)})
+    else:
+        model.predict(inputs)
+    assert [m.training for m in model.modules()] == modes
+    assert_bitwise(dict(model.state_dict()), before)
+
+
+def test_modalities_keep_their_order():
+    assert make_model().modalities == ALTERNATION
+
+
+def refused(name, call):
+    with pytest.raises(ValueError, match=rf"^{name}: expected"):
+        call()
+
+
+def test_an_unknown_modality_is_refused():
+    model = make_model()
+    for call in (model.forward, model.predict):
+        refused("modality", lambda call=call: call({"video": torch.ones(2, 4)}))
+
+
+def test_samples_of_unlike_number_are_refused():
+    inputs = make_inputs()
+    refused("inputs", lambda: make_model().predict(inputs | {"text": inputs["text"][:3]}))
+    refused("inputs", lambda: make_model().predict({}))
+
+
+@pytest.mark.parametrize(
+    "present", [torch.ones(6, 3), torch.ones(5, 3, dtype=torch.bool), torch.ones(6, 2, dtype=torch.bool)], ids=["float", "N", "M"]
+)
+@pytest.mark.parametrize("modalities", [ALTERNATION, ("text", "audio")])
+def test_a_mask_that_does_not_fit_is_refused(present, modalities):
+    refused("present", lambda: make_model().predict(make_inputs(modalities=modalities), present))
+
+
+def test_a_model_without_modalities_is_refused():
+    refused("encoders", lambda: mla.MultimodalModel({}, nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("encoder", [nn.Unflatten(1, (2, 2)), nn.Flatten(0)], ids=["three dimensions", "one"])
+def test_features_that_are_no_rows_are_refused(encoder):
+    model = mla.MultimodalModel({"audio": encoder}, nn.Linear(4, 2))
+    refused("features", lambda: model({"audio": torch.ones(3, 4)}))

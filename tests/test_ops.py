@@ -1,0 +1,215 @@
+"""The operators against the reference in float64, on fresh random inputs, at awkward sizes, in poisoned memory."""
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import mla_fast as mla
+from mla_fast import ops, reference
+
+needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
+SIZES = [1, 2, 7, 63, 64, 65, 513]
+CLASSES = [1, 6, 7, 8, 13, 14, 101]
+ORDERS = ["update_first", "project_first"]
+
+
+def poison():
+    """Fills what the allocator hands out next with NaN, so that a result that was never written shows."""
+    blocks = [torch.full((n,), torch.nan, dtype=torch.float64) for n in (8, 64, 512, 4096, 65536)]
+    del blocks
+
+
+def problem(s, C, dtype=torch.float64, scale=1.0):
+    """P [s, s] some steps on its way, x̄ [s] and G [C, s]."""
+    P = reference.rls_closed_form(torch.randn(5, s, dtype=torch.float64), 1.0)
+    P = ((P + P.T) / 2).contiguous()
+    return P.to(dtype), (scale * torch.randn(s, dtype=torch.float64)).to(dtype), torch.randn(C, s, dtype=torch.float64).to(dtype)
+
+
+def relative(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("s,C", [*itertools.product(SIZES, [1, 6, 101]), *itertools.product([63, 130], CLASSES)])
+@pytest.mark.parametrize("order", ORDERS)
+def test_rls_float64_equals_the_reference(s, C, order, backend):
+    P, x_bar, grad = problem(s, C)
+    expected_P, expected = reference.rls_project(P, x_bar, grad, 0.7, project_first=order == "project_first")
+    poison()
+    projected = mla.rls_project_(P, x_bar, grad, 0.7, order=order, backend=backend)
+    assert relative(projected, expected) < 1e-12
+    assert relative(P, expected_P) < 1e-14
+    assert torch.equal(P, P.T)
+
+
+@pytest.mark.parametrize("s,C", [(63, 6), (128, 101), (513, 6)])
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 100.0])
+def test_rls_float32_is_as_good_as_eager_float32(s, C, alpha, backend):
+    """Against float64 over 50 steps: at most twice the error of the same recursion in eager float32."""
+    exact = torch.eye(s, dtype=torch.float64)
+    eager, ours = exact.float(), exact.float()
+    errors = []
+    for _ in range(50):
+        x_bar, grad = torch.rand(s), torch.randn(C, s)
+        exact, expected = reference.rls_project(exact, x_bar.double(), grad.double(), alpha)
+        eager, eager_projected = reference.rls_project(eager, x_bar, grad, alpha)
+        projected = mla.rls_project_(ours, x_bar, grad, alpha, backend=backend)
+        errors.append((relative(projected, expected), relative(eager_projected, expected)))
+    assert relative(ours, exact) <= 2 * relative(eager, exact) + 1e-7
+    assert sum(e for e, _ in errors) <= 2 * sum(e for _, e in errors) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("s,C", [(1, 1), (63, 6), (130, 20), (64, 101)])
+def test_pending_form_is_the_plain_form_to_the_last_bit(s, C, dtype, backend):
+    plain, lazy, pending = torch.eye(s, dtype=dtype), torch.eye(s, dtype=dtype), torch.zeros(s, dtype=dtype)
+    for step in range(12):
+        x_bar, grad = torch.randn(s, dtype=dtype), torch.randn(C, s, dtype=dtype)
+        a = mla.rls_project_(plain, x_bar, grad, 1.0, backend=backend)
+        b = mla.rls_project_(lazy, x_bar, grad, 1.0, pending=pending, backend=backend)
+        assert torch.equal(a, b)
+        if step % 5 == 4:  # as state_dict does in the middle of a run
+            ops.rls_fold(ops.resolve(backend, lazy.device), lazy, pending)
+            assert torch.equal(plain, lazy) and not pending.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ten_thousand_updates_stay_symmetric_and_definite(dtype, backend):
+    P = torch.eye(24, dtype=dtype)
+    grad = torch.zeros(1, 24, dtype=dtype)
+    for x_bar in torch.randn(10_000, 24, dtype=dtype) / 24**0.5:
+        mla.rls_project_(P, x_bar, grad, 1.0, backend=backend)
+    assert torch.equal(P, P.T)
+    eigenvalues = torch.linalg.eigvalsh(P.double())
+    assert 0 < eigenvalues.min() and eigenvalues.max() <= 1
+
+
+def test_rls_takes_any_layout_and_floating_dtype(backend):
+    P, x_bar, grad = problem(63, 6, torch.float32)
+    expected_P, expected = reference.rls_project(P.double(), x_bar.double(), grad.double(), 1.0)
+    strided = mla.rls_project_(P.clone(), torch.stack([x_bar, x_bar], 1)[:, 0], grad.T.contiguous().T, 1.0, backend=backend)
+    assert relative(strided, expected) < 1e-6
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        projected = mla.rls_project_(P.clone(), x_bar, grad.to(dtype), torch.tensor([1.0]), backend=backend)
+        assert projected.dtype == dtype
+        assert relative(projected, expected) < 4 * torch.finfo(dtype).eps + 1e-6
+
+
+@pytest.mark.parametrize("poisoned", ["x_bar", "grad", "inf", "found_inf"])
+@pytest.mark.parametrize("C", [6, 101])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(poisoned, C, lazy, backend):
+    P, x_bar, grad = problem(33, C)
+    pending = torch.zeros(33, dtype=P.dtype) if lazy else None
+    mla.rls_project_(P, x_bar, grad, 1.0, pending=pending, backend=backend)
+    before = P - torch.outer(pending, pending) if lazy else P.clone()
+    found_inf = torch.ones(1) if poisoned == "found_inf" else torch.zeros(1)
+    if poisoned == "x_bar":
+        x_bar[7] = torch.nan
+    elif poisoned != "found_inf":
+        grad[-1, 5] = torch.nan if poisoned == "grad" else torch.inf
+    returned = mla.rls_project_(P, x_bar, grad, 1.0, pending=pending, found_inf=found_inf, backend=backend)
+    torch.testing.assert_close(returned, grad, equal_nan=True, rtol=0, atol=0)
+    now = P - torch.outer(pending, pending) if lazy else P
+    torch.testing.assert_close(now, before, rtol=0, atol=2**-52 if lazy else 0)
+
+
+@pytest.mark.parametrize("J", [0, 1, 2, 7])
+@pytest.mark.parametrize("s", SIZES)
+@pytest.mark.parametrize("C", [1, 6, 101])
+def test_window_float64_equals_the_reference(J, s, C, backend):
+    means, grad = torch.randn(J, s, dtype=torch.float64), torch.randn(C, s, dtype=torch.float64)
+    expected = reference.project(grad, reference.window_projection(means, 0.3))
+    poison()
+    assert relative(mla.window_project(means, grad, 0.3, backend=backend), expected) < 1e-12
+
+
+def test_window_float32_is_as_good_as_eager_float32(backend):
+    means, grad = torch.rand(3, 513), torch.randn(31, 513)
+    expected = reference.project(grad.double(), reference.window_projection(means.double(), 0.1))
+    eager = reference.project(grad, reference.window_projection(means, 0.1))
+    assert relative(mla.window_project(means, grad, 0.1, backend=backend), expected) <= 2 * relative(eager, expected) + 1e-7
+
+
+def test_window_takes_any_layout_and_floating_dtype(backend):
+    means, grad = torch.randn(2, 40), torch.randn(6, 40)
+    expected = mla.window_project(means, grad, 1.0, backend="reference")
+    strided = mla.window_project(means.T.contiguous().T, grad.T.contiguous().T, 1.0, backend=backend)
+    torch.testing.assert_close(strided, expected)
+    half = mla.window_project(means.bfloat16(), grad.bfloat16(), 1.0, backend=backend)
+    assert half.dtype == torch.bfloat16 and relative(half, expected) < 0.02
+
+
+@needs_cpp
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_change_the_result(threads):
+    P, x_bar, grad = problem(513, 6, torch.float32)
+    P = torch.eye(513)
+    results = []
+    for n in (1, threads):
+        torch.set_num_threads(n)
+        Q = P.clone()
+        results.append((mla.rls_project_(Q, x_bar, grad, 1.0), Q, mla.window_project(x_bar[None], grad, 1.0)))
+    for one, many in zip(*results, strict=True):
+        assert torch.equal(one, many)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_registration(dtype):
+    P, x_bar, grad = problem(7, 3, dtype)
+    alpha = torch.tensor(1.0, dtype=torch.float64)
+    pending = torch.zeros(7, dtype=dtype)
+    opcheck(torch.ops.mla_fast.rls_project_.default, (P, x_bar, grad, alpha))
+    opcheck(torch.ops.mla_fast.rls_project_.default, (P, x_bar, grad, alpha, pending, torch.zeros(1), True))
+    opcheck(torch.ops.mla_fast.rls_fold_.default, (P, pending))
+    opcheck(torch.ops.mla_fast.window_project.default, (x_bar[None], grad, alpha))
+    logits = torch.randn(2, 4, 5, dtype=dtype, requires_grad=True)
+    opcheck(torch.ops.mla_fast.entropy_fusion.default, ([logits], None))
+    opcheck(torch.ops.mla_fast.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5))
+
+
+def test_bad_arguments_are_named(backend):
+    P, x, G = torch.eye(4), torch.randn(4), torch.randn(3, 4)
+    cases = [
+        ("x_bar", lambda: mla.rls_project_(P, torch.randn(2, 4), G, 1.0)),
+        ("grad", lambda: mla.rls_project_(P, x, torch.randn(3, 5), 1.0)),
+        ("grad", lambda: mla.rls_project_(P, x, torch.ones(3, 4, dtype=torch.long), 1.0)),
+        ("P", lambda: mla.rls_project_(torch.eye(5), x, G, 1.0)),
+        ("P", lambda: mla.rls_project_(P.half(), x, G, 1.0)),
+        ("P", lambda: mla.rls_project_(torch.eye(8)[::2, ::2], x, G, 1.0)),
+        ("P", lambda: mla.rls_project_(P.clone().requires_grad_(), x, G, 1.0)),
+        ("pending", lambda: mla.rls_project_(P, x, G, 1.0, pending=torch.zeros(3))),
+        ("order", lambda: mla.rls_project_(P, x, G, 1.0, order="first")),
+        ("alpha", lambda: mla.rls_project_(P, x, G, 0.0)),
+        ("alpha", lambda: mla.rls_project_(P, x, G, torch.tensor(-1.0))),
+        ("alpha", lambda: mla.rls_project_(P, x, G, torch.ones(2))),
+        ("alpha", lambda: mla.window_project(x[None], G, float("nan"))),
+        ("means", lambda: mla.window_project(x, G, 1.0)),
+        ("means", lambda: mla.window_project(torch.ones(1, 4, dtype=torch.long), G, 1.0)),
+        ("grad", lambda: mla.window_project(x[None], G[0], 1.0)),
+        ("backend", lambda: mla.window_project(x[None], G, 1.0, backend="cuda")),
+    ]
+    for name, call in cases:
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: "):
+            call()
+    assert torch.equal(P, torch.eye(4))
+
+
+def test_backends_that_cannot_run_say_why():
+    with pytest.raises(ops.BackendError, match="triton"):
+        mla.window_project(torch.ones(1, 4), torch.ones(2, 4), 1.0, backend="triton")
+    with pytest.raises((ops.BackendError, ValueError), match="cpp"):
+        ops.resolve("cpp", torch.device("meta"))
+    assert ops.resolve("auto", torch.device("meta")) == "reference"
+
+
+def test_a_fallback_is_announced_once(monkeypatch):
+    monkeypatch.setitem(ops.MISSING, "cpp", "it was not built; build it with make")
+    monkeypatch.setattr(ops, "_announced", set())
+    with pytest.warns(UserWarning, match="build it with make") as warned:
+        for _ in range(3):
+            assert ops.resolve("auto", torch.device("cpu")) == "reference"
+    assert len(warned) == 1

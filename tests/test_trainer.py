@@ -1,0 +1,331 @@
+"""``Trainer`` against its loop written out, run twice, interrupted and resumed, with modalities missing."""
+
+import copy
+import errno
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    ALTERNATION,
+    CLASSES,
+    PROJECTIONS,
+    assert_bitwise,
+    everything,
+    make_inputs,
+    make_model,
+    momentum_sgd,
+    noisy_model,
+    train,
+)
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+
+import mla_fast as mla
+
+
+def make_batch(N=8, seed=1, present=None):
+    target = torch.randint(CLASSES, (N,), generator=torch.Generator().manual_seed(seed))
+    return (make_inputs(N, seed=seed), target) if present is None else (make_inputs(N, seed=seed), target, present)
+
+
+def make_trainer(model=None, scheduler=None, projection="window", **settings):
+    model = noisy_model() if model is None else model
+    optimizer = mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head, projection=projection)
+    return mla.Trainer(model, optimizer, scheduler=scheduler and scheduler(optimizer), progress=False, **settings)
+
+
+def cosine(optimizer):
+    return lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+
+
+def samples(count=20, present=None, fill=None):
+    """One by one, for a DataLoader; what is absent holds `fill`."""
+    inputs, target = make_batch(count)
+    if fill is not None:
+        inputs = {m: x.where(present[:, i, None], fill) for i, (m, x) in enumerate(inputs.items())}
+    rows = [({m: x[i] for m, x in inputs.items()}, target[i]) for i in range(count)]
+    return rows if present is None else [(*row, present[i]) for i, row in enumerate(rows)]
+
+
+def loader(shuffle=True, **settings):
+    return DataLoader(samples(**settings), batch_size=10, shuffle=shuffle)
+
+
+def some_present(count=20, seed=4):
+    """Every modality somewhere, never enough of them, and one sample with none."""
+    present = torch.rand(count, 3, generator=torch.Generator().manual_seed(seed)) > 0.3
+    present[5] = False
+    return present
+
+
+def state(trainer):
+    return everything(trainer.model, trainer.optimizer)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_fit_is_the_loop_written_out(projection):
+    """Each batch gives every modality one step, in the model's order whatever that of the inputs."""
+    trainer, model = make_trainer(make_model(), projection=projection), make_model()
+    optimizer = mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head, projection=projection)
+    batches = [make_batch(seed=seed) for seed in range(3)]
+    shuffled = [({m: inputs[m] for m in ("text", "audio", "image")}, target) for inputs, target in batches]
+    history = trainer.fit(shuffled, epochs=2)
+    for _ in range(2):
+        train(model, optimizer, [(m, inputs[m], target) for inputs, target in batches for m in ALTERNATION])
+    assert_bitwise(state(trainer), everything(model, optimizer))
+    assert [record["epoch"] for record in history] == [1, 2] and history is trainer.history
+    assert list(history[0]["loss"]) == list(ALTERNATION)
+
+
+def test_only_present_rows_are_trained_on():
+    """And where a modality has no row in a batch, it has no step."""
+    present = some_present(8)
+    present[:, 1] = False
+    trainer, model = make_trainer(make_model()), make_model()
+    optimizer = mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head, projection="window")
+    inputs, target, _ = batch = make_batch(present=present)
+    history = trainer.fit([batch], epochs=1)
+    train(model, optimizer, [(m, inputs[m][present[:, i]], target[present[:, i]]) for i, m in enumerate(ALTERNATION) if i != 1])
+    assert_bitwise(state(trainer), everything(model, optimizer))
+    assert list(history[0]["loss"]) == ["audio", "text"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_modality_may_be_left_out_of_the_inputs(masked):
+    present = some_present(8) if masked else None
+    trainer, model = make_trainer(make_model()), make_model()
+    optimizer = mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head, projection="window")
+    inputs, target, *_ = make_batch()
+    part = {m: inputs[m] for m in ("text", "audio")}
+    batch = (part, target) if present is None else (part, target, present)
+    trainer.fit([batch], epochs=1)
+    here = torch.ones(8, 3, dtype=torch.bool) if present is None else present
+    train(model, optimizer, [(m, inputs[m][here[:, i]], target[here[:, i]]) for i, m in ((0, "audio"), (2, "text"))])
+    assert_bitwise(state(trainer), everything(model, optimizer))
+    assert trainer.evaluate([batch])["accuracy"].keys() == {"text", "audio", "average", "fused"}
+    assert trainer.predict(batch).weights.shape == (8, 2)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("fill", [torch.nan, torch.inf])
+def test_what_absent_entries_hold_does_not_matter(projection, fill):
+    results = []
+    for filled in (0.0, fill):
+        trainer = make_trainer(seed=0, projection=projection)
+        validation = loader(shuffle=False, present=some_present(), fill=filled)
+        history = trainer.fit(loader(present=some_present(), fill=filled), epochs=2, validation=validation)
+        batch = next(iter(validation))
+        results.append((history, {"state": state(trainer), "prediction": tuple(trainer.predict(batch))}))
+    assert results[0][0] == results[1][0]
+    assert_bitwise(results[1][1], results[0][1])
+
+
+def test_a_seed_makes_runs_equal():
+    results = []
+    for seed in (0, 0, 1):
+        trainer = make_trainer(scheduler=cosine, seed=seed)
+        results.append((trainer.fit(loader(), epochs=2), state(trainer)))
+    assert results[0][0] == results[1][0] != results[2][0]
+    assert_bitwise(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, projection):
+    whole = make_trainer(scheduler=cosine, seed=0, projection=projection)
+    whole.fit(loader(), epochs=4, validation=loader(shuffle=False))
+    first = make_trainer(scheduler=cosine, seed=0, projection=projection)
+    first.fit(loader(), epochs=2, validation=loader(shuffle=False))
+    first.save(tmp_path / "c.pt", config={"width": 5})
+    torch.manual_seed(99)
+    second = make_trainer(noisy_model(seed=7), scheduler=cosine, seed=0, projection="none")
+    second.resume(tmp_path / "c.pt")
+    assert second.epoch == 2 and second.config == {"width": 5} and second.optimizer.settings == first.optimizer.settings
+    assert second.fit(loader(), epochs=4, validation=loader(shuffle=False)) == whole.history
+    assert_bitwise(state(second), state(whole))
+    assert second.scheduler.state_dict() == whole.scheduler.state_dict()
+    assert second.fit(loader(), epochs=4) == whole.history  # nothing left to do
+
+
+def test_fit_saves_after_every_epoch(tmp_path):
+    trainer, path = make_trainer(seed=0), tmp_path / "runs" / "c.pt"
+    trainer.fit(loader(), epochs=3, checkpoint=path)
+    resumed = make_trainer()
+    resumed.resume(path)
+    assert resumed.epoch == 3 and resumed.history == trainer.history
+    assert_bitwise(state(resumed), state(trainer))
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer, path = make_trainer(seed=0), tmp_path / "c.pt"
+    trainer.fit(loader(), epochs=1, checkpoint=path)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(os, "fsync", full)
+        trainer.fit(loader(), epochs=2, checkpoint=path)
+    resumed = make_trainer(seed=0)
+    resumed.resume(path)
+    assert resumed.epoch == 1 and os.listdir(tmp_path) == ["c.pt"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_evaluate_is_what_it_says(masked):
+    trainer = make_trainer()
+    present = some_present() if masked else torch.ones(20, 3, dtype=torch.bool)
+    trainer.fit(loader(), epochs=1)
+    report = trainer.evaluate(loader(shuffle=False, present=present if masked else None))
+    inputs, target = make_batch(20)
+    trainer.model.eval()
+    with torch.no_grad():
+        logits = torch.stack(list(trainer.model(inputs).values()))
+    loss = {m: F.cross_entropy(logits[i][present[:, i]], target[present[:, i]]).item() for i, m in enumerate(ALTERNATION)}
+    hits = {m: (logits[i].argmax(1) == target)[present[:, i]].float().mean().item() for i, m in enumerate(ALTERNATION)}
+    kept = logits * present.T[..., None]
+    hits["average"] = (kept.sum(0).argmax(1) == target).float().mean().item()
+    hits["fused"] = (mla.entropy_fusion(logits, present).logits.argmax(1) == target).float().mean().item()
+    assert report["samples"] == 20 and report.keys() == {"samples", "loss", "accuracy"}
+    assert report["loss"] == pytest.approx(loss, rel=1e-5)
+    assert report["accuracy"] == pytest.approx(hits)
+
+
+def test_evaluate_has_no_number_for_what_nobody_had():
+    present = torch.ones(8, 3, dtype=torch.bool)
+    present[:, 1] = False
+    report = make_trainer().evaluate([make_batch(present=present)])
+    assert report["loss"] == pytest.approx(report["loss"] | {"image": torch.nan}, nan_ok=True)
+    assert report["accuracy"]["image"] != report["accuracy"]["image"]
+
+
+def test_evaluate_and_predict_change_nothing():
+    trainer = make_trainer()
+    trainer.fit(loader(), epochs=1)
+    trainer.model.train()
+    before, random = state(trainer), torch.get_rng_state()
+    trainer.evaluate([make_batch()])
+    trainer.predict(make_batch())
+    assert trainer.model.training and torch.equal(torch.get_rng_state(), random)
+    assert_bitwise(state(trainer), before)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_predict_takes_every_form_of_a_batch(masked):
+    present = some_present(8) if masked else None
+    trainer, (inputs, target) = make_trainer(), make_batch()
+    expected = tuple(trainer.model.predict(inputs, present))
+    for batch in [(inputs, target, present)] if masked else [inputs, (inputs,), (inputs, target), (inputs, target, None)]:
+        assert_bitwise(tuple(trainer.predict(batch)), expected)
+
+
+def test_fit_puts_the_model_in_training_mode():
+    trainer = make_trainer()
+    trainer.model.eval()
+    before = trainer.model.encoders["audio"][1].running_mean.clone()
+    trainer.fit([make_batch()], epochs=1)
+    assert trainer.model.training and not torch.equal(trainer.model.encoders["audio"][1].running_mean, before)
+
+
+def edited(**changes):
+    """A batch with some of its parts replaced."""
+    inputs, target = make_batch()
+    batch = {"inputs": inputs, "target": target, "present": torch.ones(8, 3, dtype=torch.bool)} | changes
+    return batch["inputs"], batch["target"], batch["present"]
+
+
+def labelled(value):
+    target = make_batch()[1]
+    target[3] = value
+    return target
+
+
+BAD_BATCHES = {
+    "a tensor": (torch.ones(3), "^batch: expected"),
+    "one part": ((make_inputs(),), "^batch: expected"),
+    "four parts": ((*edited(), None), "^batch: expected"),
+    "inputs in a list": (edited(inputs=[torch.ones(8, 4)]), "^batch: expected"),
+    "no inputs": (edited(inputs={}), "^inputs: expected modalities among audio, image, text"),
+    "unknown modality": (edited(inputs={"video": torch.ones(8, 4)}), "^inputs: expected modalities among .*, got video"),
+    "unlike N": (edited(inputs=make_inputs(8) | {"text": torch.ones(5, 3)}), r"^inputs\['text'\]: expected 8 samples .* got 5"),
+    "label too high": (edited(target=labelled(CLASSES)), "^target: expected labels in 0 … 2, got 3"),
+    "negative label": (edited(target=labelled(-1)), "^target: expected labels in 0 … 2, got -1"),
+    "present as numbers": (edited(present=torch.ones(8, 3)), r"^present: expected bool \[8, 3\]"),
+    "present of another N": (edited(present=torch.ones(7, 3, dtype=torch.bool)), r"^present: expected bool \[8, 3\]"),
+    "present of another M": (edited(present=torch.ones(8, 2, dtype=torch.bool)), r"^present: expected bool \[8, 3\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BATCHES)
+def test_a_bad_batch_is_refused_and_moves_nothing(name):
+    batch, error = BAD_BATCHES[name]
+    trainer = make_trainer()
+    before = copy.deepcopy(state(trainer))
+    for call in (lambda: trainer.fit([batch], epochs=1), lambda: trainer.evaluate([batch])):
+        with pytest.raises((ValueError, TypeError), match=error):
+            call()
+    assert_bitwise(state(trainer), before)
+    assert trainer.epoch == 0 and trainer.history == []
+
+
+@pytest.mark.parametrize("batches", [[], [make_batch(0)], [make_batch(present=torch.zeros(8, 3, dtype=torch.bool))]])
+def test_an_epoch_without_samples_is_refused(batches):
+    with pytest.raises(ValueError, match="^loader: expected at least one batch with a sample in it"):
+        make_trainer().fit(batches, epochs=1)
+
+
+def test_a_batch_without_samples_is_passed_over():
+    trainers = [make_trainer() for _ in range(2)]
+    for trainer, extra in zip(trainers, ([], [make_batch(0)]), strict=True):
+        torch.manual_seed(0)
+        trainer.fit([make_batch(), *extra], epochs=2)
+        assert trainer.evaluate([make_batch(), *extra])["samples"] == 8
+    assert_bitwise(state(trainers[0]), state(trainers[1]))
+
+
+def test_what_is_no_model_or_optimizer_is_refused():
+    model = make_model()
+    with pytest.raises(TypeError, match="^model: expected a MultimodalModel, got Linear"):
+        mla.Trainer(nn.Linear(2, 2), mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head))
+    with pytest.raises(TypeError, match="^optimizer: expected an MLAOptimizer, got SGD"):
+        mla.Trainer(model, momentum_sgd(model.parameters()))
+
+
+def another_head():
+    model = noisy_model()
+    model.head = nn.Linear(5, CLASSES + 1)
+    return make_trainer(model, cosine)
+
+
+def fewer_modalities():
+    model = noisy_model()
+    del model.encoders["text"]
+    return make_trainer(model, cosine)
+
+
+def two_groups():
+    trainer = make_trainer()
+    groups = [{"params": trainer.model.encoders.parameters()}, {"params": trainer.model.head.parameters()}]
+    optimizer = mla.MLAOptimizer(momentum_sgd(groups), trainer.model.head)
+    return mla.Trainer(trainer.model, optimizer, scheduler=cosine(optimizer), progress=False)
+
+
+@pytest.mark.parametrize(
+    "make,error",
+    [
+        (another_head, r"of this model, .* head.bias \(4,\) ≠ \(3,\)"),
+        (fewer_modalities, r"of this model, .* encoders.text.0.bias none ≠ \(5,\)"),
+        (make_trainer, "c.pt: expected it to be saved without a scheduler"),
+        (two_groups, "parameter group"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, make, error):
+    source, trainer = make_trainer(scheduler=cosine, seed=0), make()
+    source.fit(loader(), epochs=1, checkpoint=tmp_path / "c.pt")
+    before, settings, random = copy.deepcopy(state(trainer)), trainer.optimizer.settings, torch.get_rng_state()
+    with pytest.raises(ValueError, match=error):
+        trainer.resume(tmp_path / "c.pt")
+    assert_bitwise(state(trainer), before)
+    assert trainer.epoch == 0 and trainer.history == [] and trainer.optimizer.settings == settings
+    assert torch.equal(torch.get_rng_state(), random)
