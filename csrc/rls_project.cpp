@@ -50,24 +50,24 @@ MLA_INLINE void multiply_tile(T* P, const T* u, const Rows<T>& rows, int64_t fir
   const int64_t s = rows.s;
   const T* A[V];
   for (int v = 0; v < V; ++v) A[v] = rows.in(first + v);
-  vec_t<T, B> acc[V][N] = {};
+  vec_t<T, B> acc[V][N] = {}, u_i[N], p[N];
+  for (int n = 0; n < N && FOLD; ++n) u_i[n] = load<B>(u + i + n * W);
   for (int64_t j = begin; j < end; ++j) {
     T* row = P + j * s + i;
-    vec_t<T, B> p[N];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       __builtin_prefetch(row + BLOCK * s + n * W, 0, 2);  // the next block, into the second-level cache
       p[n] = load<B>(row + n * W);
-      if constexpr (FOLD) store<B>(row + n * W, p[n] = p[n] - u[j] * load<B>(u + i + n * W));
+      if constexpr (FOLD) store<B>(row + n * W, p[n] = p[n] - u[j] * u_i[n]);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int n = 0; n < N; ++n) acc[v][n] += A[v][j] * p[n];
   }
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       T* to = rows.out(first + v) + i + n * W;
       store<B>(to, begin == 0 ? acc[v][n] : load<B>(to) + acc[v][n]);
@@ -105,7 +105,7 @@ void read_by_rows(T* P, const T* u, const Rows<T>& rows) {
   const int64_t s = rows.s, lines = (s + 15) / 16;
   in_parallel(lines, (rows.C + 1) * s * 16, [&](int64_t from, int64_t to) {
     vectorized([&](auto bytes) MLA_LAMBDA {
-      constexpr int N = bytes == 64 ? 2 : 1;  // as many accumulators as the machine has registers for
+      constexpr int N = bytes == 64 ? 3 : 1;  // as many accumulators as the machine has registers for
       for (int64_t j = 0; j < s; j += BLOCK)
         multiply_columns<T, bytes, N>(P, u, rows, from * 16, std::min(to * 16, s), j, std::min(j + BLOCK, s));
     });

@@ -292,6 +292,7 @@ class MLAOptimizer(torch.optim.Optimizer):
     def _step_wrapped(self, active: list[tuple[HeadLayer, Tensor]], bad: Tensor | None) -> None:
         """The wrapped optimizer's step. `bad`, if given, is read on the device: nothing of the head moves where it is 1."""
         inner = self.optimizer
+        _start_momentum(inner)
         amp = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
         restore = None
         if bad is not None:
@@ -302,7 +303,6 @@ class MLAOptimizer(torch.optim.Optimizer):
                 restore = _Snapshot(inner, [p for layer, _ in active for p in layer.module.parameters()])
         for name, value in amp.items():
             setattr(inner, name, value)
-        _start_momentum(inner)
         try:
             inner.step()
         finally:

@@ -24,7 +24,7 @@ def test_forward_is_encoder_then_head():
         assert torch.equal(logits[modality], model.head(model.encoders[modality](x)))
 
 
-@pytest.mark.parametrize("modalities", [ALTERNATION, ("text", "audio"), ("image",)])
+@pytest.mark.parametrize("modalities", [ALTERNATION, ("text", "audio", "image"), ("text", "audio"), ("image",)])
 @pytest.mark.parametrize("N", [0, 1, 6])
 @pytest.mark.parametrize("masked", [False, True])
 def test_predict_is_the_fusion_of_the_parts(modalities, N, masked):

@@ -11,10 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    ALTERNATION,
     CLASSES,
     PROJECTIONS,
-    WIDTHS,
     assert_bitwise,
     backward,
     everything,
@@ -269,7 +267,7 @@ def test_features_count_when_the_gradient_comes_back(projection, backend):
     optimizers = []
     for model in models:
         model.encoders.requires_grad_(False)
-        optimizers.append(mla.MLAOptimizer(momentum_sgd(model.head.parameters()), model.head, projection=projection))
+        optimizers.append(wrap(model, projection=projection, backend=backend))
     weights = torch.randn(7, CLASSES, dtype=f64, generator=torch.Generator().manual_seed(6))
     for turn in range(5):
         inputs = {modality: x for modality, x, _ in make_steps(3, f64, seed=turn)}
@@ -324,23 +322,23 @@ def test_recomputed_features_count_once(use_reentrant):
     assert_bitwise(everything(heads[1], optimizers[1]), everything(heads[0], optimizers[0]))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "keyword", "more dimensions"])
+LAYOUTS = {
+    "transposed": lambda head, x: head(x.T.contiguous().T),
+    "strided": lambda head, x: head(torch.stack([x, x], 2)[..., 0]),
+    "expanded": lambda head, x: head(x[:1].expand_as(x)),
+    "keyword": lambda head, x: head(input=x),
+    "more dimensions": lambda head, x: head(x.view(2, 3, 5)).flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_features_of_any_layout(layout):
     heads = [make_head(dtype=f64) for _ in range(2)]
     optimizers = [wrap(head) for head in heads]
     for modality, x, y in head_steps(5, dtype=f64, N=6):
-        x = x[:1].expand_as(x) if layout == "expanded" else x
-        train(heads[0], optimizers[0], [(modality, x.contiguous(), y)])
+        train(heads[0], optimizers[0], [(modality, x[:1].repeat(6, 1) if layout == "expanded" else x, y)])
         optimizers[1].zero_grad()
-        z = {"transposed": x.T.contiguous().T, "strided": torch.stack([x, x], 2)[..., 0]}.get(layout, x)
-        logits = (
-            heads[1](input=z)
-            if layout == "keyword"
-            else heads[1](z.view(2, 3, 5)).flatten(0, 1)
-            if "more" in layout
-            else heads[1](z)
-        )
-        F.cross_entropy(logits, y).backward()
+        F.cross_entropy(LAYOUTS[layout](heads[1], x), y).backward()
         optimizers[1].step()
     torch.testing.assert_close(everything(heads[1], optimizers[1]), everything(heads[0], optimizers[0]), rtol=1e-12, atol=1e-13)
 
@@ -637,6 +635,20 @@ def test_a_step_that_is_not_finite_changes_nothing(projection, where, value, war
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_mean_that_overflows_changes_nothing(projection, backend):
+    """Finite features and a finite gradient, but no finite x̄."""
+    head = nn.Linear(5, CLASSES)
+    optimizer = wrap(head, projection=projection, backend=backend)
+    nn.init.zeros_(head.weight)
+    (1e-38 * head(torch.full((4, 5), 3e38))).sum().backward()
+    assert torch.isfinite(head.weight.grad).all()
+    before = everything(head, optimizer)
+    with pytest.warns(UserWarning, match="step skipped"):
+        optimizer.step(modality="audio")
+    assert_bitwise(everything(head, optimizer), before)
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
 def test_an_empty_batch_changes_nothing(projection, backend):
     model = make_model()
     optimizer = wrap(model, projection=projection, backend=backend)
@@ -880,7 +892,3 @@ def test_a_state_of_another_size_is_refused(projection, dtype, s):
         optimizer.load_state_dict(other.state_dict())
     assert_bitwise(everything(head, optimizer), before)
     assert optimizer.settings is settings
-
-
-def test_names_and_widths_are_those_of_the_problem():
-    assert tuple(make_model().modalities) == ALTERNATION == tuple(WIDTHS)

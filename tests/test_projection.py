@@ -48,7 +48,7 @@ def test_rls_reaches_the_closed_form(size, alpha, order, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("C,unseen", [(1, 0), (1, 4), (20, 0), (20, 4)])
+@pytest.mark.parametrize("C,unseen", [(1, 4), (20, 0)])
 def test_ten_thousand_updates(dtype, C, unseen, backend):
     """P stays bitwise symmetric and its eigenvalues in (0, 1]; a correction that waits for the next step changes no bit of it.
 
@@ -138,6 +138,7 @@ def test_found_inf_on_a_new_modality_projects_nothing_away(backend):
 def test_a_saved_state_continues_to_the_last_bit(name, backend):
     projection, fresh = (make(name, backend=backend) for _ in range(2))
     follow(projection, 5, draws())
+    follow(fresh, 3, draws(seed=2))  # to be forgotten
     fresh.check(projection.tensors())
     fresh.load(projection.tensors(), projection.step)
     draw = draws(seed=1)
@@ -173,11 +174,11 @@ def test_float32_rls_is_as_good_as_eager_float32(backend):
 
 
 def test_alpha_follows_the_step(backend):
-    projection, plain = make(alpha=lambda t: 1.0 + t, backend=backend), torch.eye(7, dtype=torch.float64)
+    projection, plain = make(alpha=lambda t: 1.0 + t % 3, backend=backend), torch.eye(7, dtype=torch.float64)
     for t, x_bar in enumerate(follow(projection, 8, draws())):
-        plain = plain if t == 0 else reference.rls_update(plain, x_bar, 1.0 + t)
+        plain = plain if t == 0 else reference.rls_update(plain, x_bar, 1.0 + t % 3)
     torch.testing.assert_close(projection.matrix(), plain, rtol=1e-12, atol=1e-12)
-    assert projection.alpha().item() == 9.0
+    assert projection.alpha().item() == 3.0
 
 
 @pytest.mark.parametrize("name", ["projection", "order", "target", "bias"])
