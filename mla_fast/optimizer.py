@@ -161,7 +161,11 @@ class MLAOptimizer(torch.optim.Optimizer):
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``; see ``mla_fast.ops``.
 
     A step in which x̄ or the head's gradient is not finite, or no row went through the head, changes nothing: no parameter, no
-    momentum, no P. ``diagnostics()`` counts such steps. On CUDA nothing here waits for the device.
+    momentum, no P. ``diagnostics()`` counts such steps. On CUDA nothing here waits for the device, and a step that is not finite
+    is undone for the head alone unless the wrapped optimizer is fused (the encoders' gradients are then the caller's to guard).
+
+    Drop gradients with this optimizer's ``zero_grad``, which drops the features collected with them; the model's own leaves
+    those of a step that was never taken to be counted in the next x̄.
 
     Raises TypeError or ValueError that names the argument, what it was and what it should be.
     """
@@ -272,7 +276,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         return bad.device.type == "cpu"
 
     def _skip_nonfinite(self) -> None:
-        if not self.skipped["nonfinite"]:
+        overflow = hasattr(self, "found_inf")  # under torch.amp a step now and then is skipped as a matter of course
+        if not overflow and not self.skipped["nonfinite"]:
             warnings.warn("step skipped: the head's features or gradient are not finite (counted in diagnostics())", stacklevel=5)
         self.skipped["nonfinite"] += 1
 

@@ -167,8 +167,7 @@ class WindowProjection(Projection):
 
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
-        self.means: dict[str, Tensor] = {}
-        self.current: str | None = None
+        self.means: dict[str, Tensor] = {}  # the modality of the last step comes last
 
     def _others(self, modality: str | None) -> Tensor:
         others = [mean for name, mean in self.means.items() if name != modality]
@@ -180,9 +179,14 @@ class WindowProjection(Projection):
             x_bar = torch.where(found_inf == 0, x_bar, self.means[modality])
         elif found_inf is not None:
             x_bar = torch.where(found_inf == 0, x_bar, 0)  # a mean of zero projects nothing away
+        self.means.pop(modality, None)
         self.means[modality] = x_bar
-        self.current = modality
         return projected
+
+    @property
+    def current(self) -> str | None:
+        """The modality of the last step."""
+        return next(reversed(self.means), None)
 
     def matrix(self) -> Tensor:
         return reference.window_projection(self._others(self.current), self.alpha())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Trainer:
 
     Args:
         model, optimizer: what to train and the ``MLAOptimizer`` over its parameters, with its head.
-        scheduler: a learning-rate scheduler, stepped once an epoch.
+        scheduler: a learning-rate scheduler, stepped once an epoch; ``ReduceLROnPlateau`` sees the mean training loss.
         device: where batches go; by default where the model is.
         seed: set for torch's global generator when the first epoch begins, so that shuffling and dropout repeat.
         progress: show a progress bar while training on a terminal.
@@ -51,6 +52,7 @@ class Trainer:
         self.seed, self.progress = seed, progress
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
+        self.config: dict[str, Any] | None = None
 
     def fit(
         self, loader: Iterable, epochs: int, *, validation: Iterable | None = None, checkpoint: str | Path | None = None
@@ -64,8 +66,7 @@ class Trainer:
             torch.manual_seed(self.seed)
         while self.epoch < epochs:
             record: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self._train_epoch(loader, epochs)}
-            if self.scheduler is not None:
-                self.scheduler.step()
+            self._step_scheduler(record["loss"])
             if validation is not None:
                 record["validation"] = self.evaluate(validation)
             self.history.append(record)
@@ -73,6 +74,12 @@ class Trainer:
             if checkpoint is not None:
                 self.save(checkpoint)
         return self.history
+
+    def _step_scheduler(self, loss: dict[str, float]) -> None:
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(sum(loss.values()) / len(loss))
+        elif self.scheduler is not None:
+            self.scheduler.step()
 
     def _train_epoch(self, loader: Iterable, epochs: int) -> dict[str, float]:
         self.model.train()
@@ -134,8 +141,9 @@ class Trainer:
         return self.model.predict(inputs, None if present is None else present.to(self.device))
 
     def save(self, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
-        """Writes all it takes to continue, atomically; `config` (plain values) is kept beside it for your own use."""
-        self.config = config if config is not None else getattr(self, "config", None)
+        """Writes all it takes to continue, atomically; `config` (JSON values, else TypeError) is kept for your own use."""
+        if config is not None:
+            self.config = json.loads(json.dumps(config))  # so that it can be read back without pickle
         rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
         payload = {
             "epoch": self.epoch,

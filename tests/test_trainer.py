@@ -329,3 +329,24 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, make, error):
     assert_bitwise(state(trainer), before)
     assert trainer.epoch == 0 and trainer.history == [] and trainer.optimizer.settings == settings
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_plateau_scheduler_sees_the_training_loss():
+    def plateau(optimizer):  # no improvement is ever enough
+        return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs")
+
+    trainer = make_trainer(scheduler=plateau)
+    before = trainer.optimizer.param_groups[0]["lr"]
+    trainer.fit(loader(), 3)
+    assert trainer.optimizer.param_groups[0]["lr"] == before / 4
+
+
+def test_config_must_be_what_json_can_hold(tmp_path):
+    trainer = make_trainer()
+    with pytest.raises(TypeError):
+        trainer.save(tmp_path / "checkpoint.pt", config={"model": trainer.model})
+    assert not list(tmp_path.iterdir())
+    trainer.save(tmp_path / "checkpoint.pt", config={"widths": (3, 4)})
+    again = make_trainer()
+    again.resume(tmp_path / "checkpoint.pt")
+    assert again.config == {"widths": [3, 4]}
