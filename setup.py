@@ -8,7 +8,6 @@ import os
 import sys
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("MLA_FAST_BUILD", "auto")
 if MODE not in ("auto", "cpu", "none"):
@@ -37,7 +36,7 @@ def extensions():
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
             define_macros=MACROS,
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"],
             depends=["csrc/ops.h", "csrc/simd.h", "setup.py"],
             py_limited_api=True,
             optional=MODE == "auto",
@@ -47,6 +46,5 @@ def extensions():
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": build_ext},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODE != "none" else {},
 )

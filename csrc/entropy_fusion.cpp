@@ -17,9 +17,6 @@
 namespace mla_fast {
 namespace {
 
-// Logits below which a second thread costs more than it brings.
-constexpr int64_t GRAIN = 1 << 13;
-
 // exp(t) for t ≤ 0 in every lane; 0 below −87, where float32 has no normal result. NaN stays NaN.
 template <int B>
 MLA_INLINE vec_t<float, B> exp_nonpositive(vec_t<float, B> t) {
@@ -111,14 +108,20 @@ struct ExpSums {
 
 template <typename T, int B>
 MLA_INLINE ExpSums row_exp_sums(const T* z, T top, int64_t C) {
-  vec_t<T, B> plain = {}, weighted = {};
-  for_each_vector<T, B>(z, C, [&](vec_t<T, B> v) MLA_LAMBDA {
-    const vec_t<T, B> t = shifted<T, B>(v, top);
-    const vec_t<T, B> e = exp_nonpositive<B>(t);
-    plain += e;
-    weighted += t * e;
-  });
-  return {sum<T, B>(plain), sum<T, B>(weighted)};
+  constexpr int64_t BLOCK = 1024;  // longer sums in T would lose more than the rest of the arithmetic
+  ExpSums total{0, 0};
+  for (int64_t c = 0; c < C; c += BLOCK) {
+    vec_t<T, B> plain = {}, weighted = {};
+    for_each_vector<T, B>(z + c, std::min(BLOCK, C - c), [&](vec_t<T, B> v) MLA_LAMBDA {
+      const vec_t<T, B> t = shifted<T, B>(v, top);
+      const vec_t<T, B> e = exp_nonpositive<B>(t);
+      plain += e;
+      weighted += t * e;
+    });
+    total.plain += sum<T, B>(plain);
+    total.weighted += sum<T, B>(weighted);
+  }
+  return total;
 }
 
 // λ = softmax(−e) over the present entries of one sample; zeros where absent.
@@ -234,6 +237,7 @@ using torch::headeronly::Half;
 // M tensors [N, C], or one [M, N, C]: where each modality's rows begin, and how far apart they are.
 template <typename In>
 struct Layout {
+  bool stacked;
   int64_t M, N, C;
   std::vector<const In*> base;
   std::vector<int64_t> stride;
@@ -243,7 +247,7 @@ struct Layout {
       if (z.stride(z.dim() - 1) != 1 && z.size(z.dim() - 1) > 1) z = torch::stable::contiguous(z);
     const Tensor& first = logits[0];
     const int64_t dim = first.dim();
-    const bool stacked = dim == 3;
+    stacked = dim == 3;
     M = stacked ? first.size(0) : static_cast<int64_t>(logits.size());
     N = first.size(dim - 2);
     C = first.size(dim - 1);
@@ -253,9 +257,13 @@ struct Layout {
       stride.push_back(z.stride(dim - 2));
     }
   }
-  int64_t grain() const { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(M * C, 1)); }
-  // Room for the sample's converted rows, and one row more for the sum over modalities or its gradient.
-  int64_t scratch() const { return (M + 1) * C; }
+  // Elements for one sample's converted rows; none where they are read in place.
+  template <typename T>
+  int64_t converted() const {
+    return std::is_same_v<In, T> ? 0 : M * C;
+  }
+  // Multiplications, roughly, that a sample costs.
+  int64_t work() const { return 4 * M * C; }
 };
 
 template <typename In, typename T>
@@ -267,9 +275,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const bo
   In* f = fused.mutable_data_ptr<In>();
   T* w = weights.mutable_data_ptr<T>();
   T* e = entropy.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, lay.N, lay.grain(), [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(lay.scratch());
-    const Rows<In, T> rows{lay.base, lay.stride, scratch.data() + lay.C, lay.C};
+  in_parallel(lay.N, lay.work(), [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(lay.template converted<T>());
+    const Rows<In, T> rows{lay.base, lay.stride, scratch.data(), lay.C};
     vectorized([&](auto bytes) MLA_LAMBDA {
       forward_samples<bytes>(rows, present, f, w, e, lay.M, begin, end);
     });
@@ -291,16 +299,14 @@ std::vector<Tensor> backward(
   std::vector<In*> to;
   for (const Tensor& z : logits) grads.push_back(torch::stable::new_empty(z, z.sizes()));
   for (int64_t m = 0; m < lay.M; ++m)
-    to.push_back(grads.size() == static_cast<size_t>(lay.M) && grads[0].dim() == 2
-                     ? grads[m].mutable_data_ptr<In>()
-                     : grads[0].mutable_data_ptr<In>() + m * lay.N * lay.C);
+    to.push_back(lay.stacked ? grads[0].mutable_data_ptr<In>() + m * lay.N * lay.C : grads[m].mutable_data_ptr<In>());
   const T* w = weights.const_data_ptr<T>();
   const T* e = entropy.const_data_ptr<T>();
   const In* gf = pointer<In>(grad_fused);
   const T* gw = pointer<T>(grad_weights);
   const T* ge = pointer<T>(grad_entropy);
-  torch::stable::parallel_for(0, lay.N, lay.grain(), [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(lay.scratch());
+  in_parallel(lay.N, lay.work(), [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(lay.C + lay.template converted<T>());  // the gradient of the fused logits first
     const Rows<In, T> rows{lay.base, lay.stride, scratch.data() + lay.C, lay.C};
     vectorized([&](auto bytes) MLA_LAMBDA {
       backward_samples<bytes>(rows, to, present, w, e, gf, gw, ge, scratch.data(), lay.M, begin, end);
@@ -331,37 +337,58 @@ void check(const std::vector<Tensor>& logits, const std::optional<Tensor>& prese
       "entropy_fusion: present must be bool [N, M]");
 }
 
+// A saved or incoming tensor of the backward pass: its shape is what the loops above rely on.
+void check_rows(const char* name, const std::optional<Tensor>& t, int64_t N, int64_t columns) {
+  STD_TORCH_CHECK(
+      !t || (t->dim() == 2 && t->size(0) == N && t->size(1) == columns),
+      "entropy_fusion_backward: ", name, " must be [", N, ", ", columns, "]");
+}
+
+// Calls f with a value of the dtype of the logits and one of the dtype that they are computed in.
+template <class F>
+auto for_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{}, float{});
+    case ScalarType::Double: return f(double{}, double{});
+    case ScalarType::BFloat16: return f(BFloat16{}, float{});
+    case ScalarType::Half: return f(Half{}, float{});
+    default: STD_TORCH_CHECK(false, "entropy_fusion: logits must be float32, float64, bfloat16 or float16");
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> entropy_fusion(std::vector<Tensor> logits, std::optional<Tensor> present) {
   check(logits, present);
   present = contiguous(present);
-  const bool* here = pointer<bool>(present);
-  switch (logits[0].scalar_type()) {
-    case ScalarType::Float: return forward<float, float>(logits, here, ScalarType::Float);
-    case ScalarType::Double: return forward<double, double>(logits, here, ScalarType::Double);
-    case ScalarType::BFloat16: return forward<BFloat16, float>(logits, here, ScalarType::Float);
-    case ScalarType::Half: return forward<Half, float>(logits, here, ScalarType::Float);
-    default: STD_TORCH_CHECK(false, "entropy_fusion: logits must be float32, float64, bfloat16 or float16");
-  }
+  return for_dtype(logits[0].scalar_type(), [&](auto in, auto acc) {
+    const ScalarType wide = std::is_same_v<decltype(acc), double> ? ScalarType::Double : ScalarType::Float;
+    return forward<decltype(in), decltype(acc)>(logits, pointer<bool>(present), wide);
+  });
 }
 
 std::vector<Tensor> entropy_fusion_backward(
     std::vector<Tensor> logits, std::optional<Tensor> present, Tensor weights, Tensor entropy,
     std::optional<Tensor> grad_fused, std::optional<Tensor> grad_weights, std::optional<Tensor> grad_entropy) {
   check(logits, present);
+  const bool stacked = logits[0].dim() == 3;
+  const int64_t N = logits[0].size(stacked ? 1 : 0), C = logits[0].size(stacked ? 2 : 1);
+  const int64_t M = stacked ? logits[0].size(0) : static_cast<int64_t>(logits.size());
+  check_rows("weights", weights, N, M);
+  check_rows("entropy", entropy, N, M);
+  check_rows("grad_fused", grad_fused, N, C);
+  check_rows("grad_weights", grad_weights, N, M);
+  check_rows("grad_entropy", grad_entropy, N, M);
   present = contiguous(present);
   grad_fused = contiguous(grad_fused);
   grad_weights = contiguous(grad_weights);
   grad_entropy = contiguous(grad_entropy);
-  const bool* here = pointer<bool>(present);
-  switch (logits[0].scalar_type()) {
-    case ScalarType::Float: return backward<float, float>(logits, here, weights, entropy, grad_fused, grad_weights, grad_entropy);
-    case ScalarType::Double: return backward<double, double>(logits, here, weights, entropy, grad_fused, grad_weights, grad_entropy);
-    case ScalarType::BFloat16: return backward<BFloat16, float>(logits, here, weights, entropy, grad_fused, grad_weights, grad_entropy);
-    case ScalarType::Half: return backward<Half, float>(logits, here, weights, entropy, grad_fused, grad_weights, grad_entropy);
-    default: STD_TORCH_CHECK(false, "entropy_fusion: logits must be float32, float64, bfloat16 or float16");
-  }
+  weights = torch::stable::contiguous(weights);
+  entropy = torch::stable::contiguous(entropy);
+  return for_dtype(logits[0].scalar_type(), [&](auto in, auto acc) {
+    return backward<decltype(in), decltype(acc)>(
+        logits, pointer<bool>(present), weights, entropy, grad_fused, grad_weights, grad_entropy);
+  });
 }
 
 }  // namespace mla_fast

@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -41,6 +43,13 @@ std::vector<Tensor> entropy_fusion_backward(
     std::optional<Tensor> grad_weights,
     std::optional<Tensor> grad_entropy);
 
+// The value of a tensor with one element.
+template <typename T>
+T scalar(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() == 1, name, " must have one element");
+  return *t.const_data_ptr<T>();
+}
+
 inline void check_matrix_pair(const char* op, const Tensor& x, const Tensor& grad, int64_t s) {
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(1) == s, op, ": grad must be [C, ", s, "]");
   STD_TORCH_CHECK(x.size(x.dim() - 1) == s, op, ": the feature means must have ", s, " columns");
@@ -56,6 +65,14 @@ inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, size.data(), stride.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+// Calls f(begin, end) on ranges of n pieces of `work` multiplications each, on as many threads as that is worth.
+template <class F>
+inline void in_parallel(int64_t n, int64_t work, const F& f) {
+  constexpr int64_t worth_a_thread = 1 << 15;
+  if (n * work <= worth_a_thread) return f(0, n);
+  torch::stable::parallel_for(0, n, std::max<int64_t>(1, worth_a_thread / work), f);
 }
 
 }  // namespace mla_fast

@@ -22,7 +22,6 @@ STABLE_TORCH_LIBRARY_IMPL(mla_fast, CPU, m) {
   m.impl("entropy_fusion_backward", TORCH_BOX(&mla_fast::entropy_fusion_backward));
 }
 
-#define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
 // Loading this module registers the operators above; it has no Python names of its own.

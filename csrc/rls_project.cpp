@@ -23,17 +23,9 @@ constexpr int64_t GROUP = 7;
 // Rows of P that are multiplied before their sums are added to the result, which keeps rounding errors short.
 constexpr int64_t BLOCK = 32;
 
-// Calls f(begin, end) on ranges of n pieces of `work` multiplications each, on as many threads as that is worth.
-template <class F>
-void in_parallel(int64_t n, int64_t work, const F& f) {
-  constexpr int64_t worth_a_thread = 1 << 15;
-  if (n * work <= worth_a_thread) return f(0, n);
-  torch::stable::parallel_for(0, n, std::max<int64_t>(1, worth_a_thread / work), f);
-}
-
 // The rows of [G; x̄] and of [G P; k].
 template <typename T>
-struct Rows {
+struct Stacked {
   const T *grad, *x_bar;
   T *projected, *k;
   int64_t C, s;
@@ -45,7 +37,7 @@ struct Rows {
 // N vectors of columns from column i, rows [begin, end) of P, against V rows of [G; x̄]: out[v, i] += Σ_j A[v, j] P[j, i].
 // With FOLD the rows of P are first corrected, P[j, i] −= u_j u_i, and stored.
 template <typename T, int B, int N, int V, bool FOLD>
-MLA_INLINE void multiply_tile(T* P, const T* u, const Rows<T>& rows, int64_t first, int64_t i, int64_t begin, int64_t end) {
+MLA_INLINE void multiply_tile(T* P, const T* u, const Stacked<T>& rows, int64_t first, int64_t i, int64_t begin, int64_t end) {
   constexpr int64_t W = Simd<T, B>::width;
   const int64_t s = rows.s;
   const T* A[V];
@@ -76,14 +68,14 @@ MLA_INLINE void multiply_tile(T* P, const T* u, const Rows<T>& rows, int64_t fir
 
 // The tile for as many of the rows from `first` as are left, at most GROUP.
 template <typename T, int B, int N, bool FOLD, int V = GROUP>
-MLA_INLINE void multiply_group(T* P, const T* u, const Rows<T>& rows, int64_t first, int64_t i, int64_t begin, int64_t end) {
+MLA_INLINE void multiply_group(T* P, const T* u, const Stacked<T>& rows, int64_t first, int64_t i, int64_t begin, int64_t end) {
   if (rows.C + 1 - first >= V) return multiply_tile<T, B, N, V, FOLD>(P, u, rows, first, i, begin, end);
   if constexpr (V > 1) multiply_group<T, B, N, FOLD, V - 1>(P, u, rows, first, i, begin, end);
 }
 
 // Columns [i, to) of rows [begin, end) of P against all of [G; x̄]; in ever narrower vectors towards the end of a row.
 template <typename T, int B, int N>
-MLA_INLINE void multiply_columns(T* P, const T* u, const Rows<T>& rows, int64_t i, int64_t to, int64_t begin, int64_t end) {
+MLA_INLINE void multiply_columns(T* P, const T* u, const Stacked<T>& rows, int64_t i, int64_t to, int64_t begin, int64_t end) {
   constexpr int64_t tile = N * Simd<T, B>::width;
   for (; i + tile <= to; i += tile) {
     if (u)
@@ -101,7 +93,7 @@ MLA_INLINE void multiply_columns(T* P, const T* u, const Rows<T>& rows, int64_t 
 // [G P; k] with P read once, a few rows at a time; P takes up the pending u on the way. By symmetry of P each thread may have
 // columns of its own, so there is nothing to add up across threads and their number does not change a bit.
 template <typename T>
-void read_by_rows(T* P, const T* u, const Rows<T>& rows) {
+void read_by_rows(T* P, const T* u, const Stacked<T>& rows) {
   const int64_t s = rows.s, lines = (s + 15) / 16;
   in_parallel(lines, (rows.C + 1) * s * 16, [&](int64_t from, int64_t to) {
     vectorized([&](auto bytes) MLA_LAMBDA {
@@ -122,6 +114,14 @@ void fold(T* P, const T* u, int64_t s) {
   });
 }
 
+// out ← a b. An out= product, unlike matmul, is left alone by autocast.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+}
+
 template <typename T>
 Tensor run(const Tensor& P, const Tensor& x_bar, const Tensor& grad, double alpha, const std::optional<Tensor>& pending, bool project_first) {
   const int64_t s = P.size(0), C = grad.size(0);
@@ -132,12 +132,13 @@ Tensor run(const Tensor& P, const Tensor& x_bar, const Tensor& grad, double alph
 
   std::vector<T> scratch(C + s);
   T *gk = scratch.data(), *k = gk + C;
+  Tensor result = empty_matrix(C, s, P.scalar_type());
+  T* projected = result.mutable_data_ptr<T>();
   // With many classes G P is the cost, and a blocked product the way to it; k alone comes from the pass over P then.
   const bool by_gemm = C > GEMM_CLASSES;
-  Tensor result = by_gemm ? Tensor() : empty_matrix(C, s, P.scalar_type());
-  read_by_rows<T>(p, waiting, {G, x, by_gemm ? nullptr : result.mutable_data_ptr<T>(), k, by_gemm ? 0 : C, s});
-  if (by_gemm) result = torch::stable::matmul(grad, P);
-  T* projected = result.mutable_data_ptr<T>();
+  read_by_rows<T>(p, waiting, {G, x, projected, k, by_gemm ? 0 : C, s});
+  if (waiting) std::fill(waiting, waiting + s, T(0));  // P has taken it up: should anything below throw, the two still agree
+  if (by_gemm) multiply(grad, P, result);
 
   double d = 0;
   vectorized([&](auto bytes) MLA_LAMBDA { d = dot<bytes>(x, k, s); });
@@ -147,12 +148,12 @@ Tensor run(const Tensor& P, const Tensor& x_bar, const Tensor& grad, double alph
     });
   });
   // A NaN or Inf anywhere in x̄ shows in d, and one anywhere in G in its row of G k.
-  const double scale = 1.0 / std::sqrt(alpha + d);
-  if (!std::isfinite(scale) || !std::all_of(gk, gk + C, [](T v) { return std::isfinite(v); })) {
+  if (!std::isfinite(d) || !std::all_of(gk, gk + C, [](T v) { return std::isfinite(v); })) {
     std::memcpy(projected, G, C * s * sizeof(T));
-    if (waiting) std::fill(waiting, waiting + s, T(0));
     return result;
   }
+  // P ⪰ 0, so d < 0 is rounding: x̄ is projected away already, and dividing by α + d would only amplify what is left of it.
+  const double scale = d > 0 ? 1.0 / std::sqrt(alpha + d) : 0.0;
 
   T* u = waiting ? waiting : k;
   for (int64_t i = 0; i < s; ++i) u[i] = static_cast<T>(scale * k[i]);
@@ -191,10 +192,11 @@ Tensor rls_project_(
   check_state(P, pending);
   check_matrix_pair("rls_project_", x_bar, grad, P.size(0));
   STD_TORCH_CHECK(P.scalar_type() == grad.scalar_type(), "rls_project_: P and grad must have one dtype");
-  if (found_inf && *found_inf->const_data_ptr<float>() != 0) return torch::stable::clone(grad);
+  STD_TORCH_CHECK(x_bar.dim() == 1, "rls_project_: x_bar must be [s]");
+  const double a = scalar<double>("rls_project_: alpha", alpha);
   if (!x_bar.is_contiguous()) x_bar = torch::stable::contiguous(x_bar);
   if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
-  const double a = *alpha.const_data_ptr<double>();
+  if (found_inf && scalar<float>("rls_project_: found_inf", *found_inf) != 0) return torch::stable::clone(grad);
   return P.scalar_type() == ScalarType::Float ? run<float>(P, x_bar, grad, a, pending, project_first)
                                               : run<double>(P, x_bar, grad, a, pending, project_first);
 }

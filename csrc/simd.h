@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 // A kernel is compiled for the machine it was chosen for only if it is inlined into `vectorized`, lambdas included.
 #define MLA_INLINE inline __attribute__((always_inline))
@@ -20,12 +19,12 @@ using Bytes = std::integral_constant<int, B>;
 
 #if defined(__x86_64__)
 template <class Kernel>
-__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,f16c"))) void with_avx512(const Kernel& kernel) {
+__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))) void with_avx512(const Kernel& kernel) {
   kernel(Bytes<64>{});
 }
 
 template <class Kernel>
-__attribute__((target("avx2,fma,f16c"))) void with_avx2(const Kernel& kernel) {
+__attribute__((target("avx2,fma"))) void with_avx2(const Kernel& kernel) {
   kernel(Bytes<32>{});
 }
 

@@ -12,21 +12,16 @@
 namespace mla_fast {
 namespace {
 
-// Elements of G below which a second thread costs more than it brings.
-constexpr int64_t GRAIN = 1 << 15;
-
-// U [J, s] (row j is u_j) from means [J, s].
-template <typename T, int B>
-MLA_INLINE void columns(const T* means, T* U, double alpha, int64_t J, int64_t s) {
+// U [J, s] (row j is u_j) from means [J, s]; in double, since nearly parallel means leave little of each other.
+template <int B>
+MLA_INLINE void columns(const double* means, double* U, double alpha, int64_t J, int64_t s) {
   for (int64_t j = 0; j < J; ++j) {
-    const T* x = means + j * s;
-    T* k = U + j * s;
-    std::memcpy(k, x, s * sizeof(T));
+    const double* x = means + j * s;
+    double* k = U + j * s;
+    std::copy(x, x + s, k);
     for (int64_t i = 0; i < j; ++i) axpy<B>(-dot<B>(U + i * s, x, s), U + i * s, k, s);
-    double d = 0;
-    for (int64_t i = 0; i < s; ++i) d += static_cast<double>(x[i]) * k[i];
-    const double scale = 1.0 / std::sqrt(alpha + d);
-    for (int64_t i = 0; i < s; ++i) k[i] = static_cast<T>(scale * k[i]);
+    const double scale = 1.0 / std::sqrt(alpha + std::max(dot<B>(x, k, s), 0.0));
+    for (int64_t i = 0; i < s; ++i) k[i] *= scale;
   }
 }
 
@@ -46,10 +41,11 @@ Tensor run(const Tensor& means, const Tensor& grad, double alpha) {
   const T* x = means.const_data_ptr<T>();
   const T* G = grad.const_data_ptr<T>();
   T* projected = out.mutable_data_ptr<T>();
-  std::vector<T> U(J * s);
-  vectorized([&](auto bytes) MLA_LAMBDA { columns<T, bytes>(x, U.data(), alpha, J, s); });
-  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>((2 * J + 1) * s, 1));
-  torch::stable::parallel_for(0, C, grain, [&](int64_t begin, int64_t end) {
+  const std::vector<double> wide(x, x + J * s);
+  std::vector<double> exact(J * s);
+  vectorized([&](auto bytes) MLA_LAMBDA { columns<bytes>(wide.data(), exact.data(), alpha, J, s); });
+  const std::vector<T> U(exact.begin(), exact.end());
+  in_parallel(C, (2 * J + 1) * s, [&](int64_t begin, int64_t end) {
     std::vector<T> gu(J);
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t c = begin; c < end; ++c) project_row<T, bytes>(G + c * s, U.data(), projected + c * s, gu.data(), J, s);
@@ -65,7 +61,7 @@ Tensor window_project(Tensor means, Tensor grad, Tensor alpha) {
   check_matrix_pair("window_project", means, grad, means.size(1));
   if (!means.is_contiguous()) means = torch::stable::contiguous(means);
   if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
-  const double a = *alpha.const_data_ptr<double>();
+  const double a = scalar<double>("window_project: alpha", alpha);
   if (grad.scalar_type() == ScalarType::Float) return run<float>(means, grad, a);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Double, "window_project: grad must be float32 or float64");
   return run<double>(means, grad, a);

@@ -96,6 +96,8 @@ def _check_projection_inputs(means: Tensor, name: str, grad: Tensor) -> None:
     for label, t in ((name, means), ("grad", grad)):
         if not t.is_floating_point():
             raise TypeError(f"{label}: expected a floating dtype, got {t.dtype}")
+    if means.dim() == 0:
+        raise ValueError(f"{name}: expected at least one dimension, got a scalar")
     s = means.shape[-1]
     if grad.dim() != 2 or grad.shape[1] != s:
         raise ValueError(f"grad: expected [C, {s}] to match {name}, got {list(grad.shape)}")
@@ -125,7 +127,8 @@ def rls_project_(
     and returns G itself.
 
     With `pending` ([s], zeros to begin with) P is read and written once a step instead of twice: the step's correction
-    u = k / √(α + x̄ᵀk) is left there and enters P in the next one. Until then the true P is P − pending pendingᵀ.
+    u = k / √(α + x̄ᵀk) is left there and enters P in the next one. Until then the true P is P − pending pendingᵀ. Neither x_bar
+    nor grad may share memory with P or pending then.
     """
     _check_projection_inputs(x_bar, "x_bar", grad)
     check_choice("order", order, ORDERS)
@@ -144,11 +147,21 @@ def rls_project_(
         raise ValueError("P: expected a tensor that does not require grad: it is state, updated in place")
     if pending is not None and (pending.shape != (s,) or pending.dtype != P.dtype or not pending.is_contiguous()):
         raise ValueError(f"pending: expected contiguous {P.dtype} [{s}], got {pending.dtype} {list(pending.shape)}")
+    if pending is not None and pending.requires_grad:
+        raise ValueError("pending: expected a tensor that does not require grad: it is state, updated in place")
+    if found_inf is not None and found_inf.numel() != 1:
+        raise ValueError(f"found_inf: expected one element, got shape {list(found_inf.shape)}")
+    for label, t in (("pending", pending), ("found_inf", found_inf)):
+        if t is not None and t.device != P.device:
+            raise ValueError(f"{label}: expected on {P.device} like P, got {t.device}")
     x = x_bar.detach().to(P.dtype)
     G = grad.detach().to(P.dtype)
-    a = alpha_tensor(alpha, P.device)
-    first = order == "project_first"
-    return rls_step(resolve(backend, P.device), P, x, G, a, pending, found_inf, first).to(grad.dtype)
+    overflow = None if found_inf is None else found_inf.to(torch.float32)
+    name = resolve(backend, P.device)
+    projected = rls_step(name, P, x, G, alpha_tensor(alpha, P.device), pending, overflow, order == "project_first")
+    if name != "reference":  # operators on the stable ABI do not tell autograd of what they change in place
+        torch.autograd.graph.increment_version(P if pending is None else (P, pending))
+    return projected.to(grad.dtype)
 
 
 def rls_step(

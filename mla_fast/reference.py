@@ -36,9 +36,13 @@ def with_constant(x_bar: Tensor) -> Tensor:
 
 
 def rls_gain(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
-    """u = k / √(α + x̄ᵀk) with k = P x̄ (eq. 5), so that P⁺ = P − u uᵀ. [s]"""
+    """u = k / √(α + x̄ᵀk) with k = P x̄ (eq. 5), so that P⁺ = P − u uᵀ. [s]
+
+    P ⪰ 0, so x̄ᵀk < 0 is rounding: x̄ is projected away already, and u is 0.
+    """
     k = P @ x_bar
-    return k / (alpha + x_bar @ k).sqrt()
+    d = x_bar @ k
+    return torch.where(d <= 0, 0, k / (alpha + d).sqrt())
 
 
 def rls_update(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
