@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,28 +56,47 @@ def train(arguments: argparse.Namespace) -> None:
     checkpoint = arguments.output / "checkpoint.pt"
     trainer.config = config
     if arguments.resume:
-        trainer.resume(checkpoint)
+        _resume(trainer, checkpoint, config)
     batch = config["batch_size"]
     trainer.fit(data.loader(train_set, batch, shuffle=True), config["epochs"], checkpoint=checkpoint)
     result = trainer.evaluate(data.loader(test_set, 1024))
-    metrics = {"config": config, "history": trainer.history, "test": result, "head": trainer.optimizer.diagnostics()}
-    (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    head = trainer.optimizer.diagnostics()
+    metrics = {"config": config, "history": trainer.history, "test": result, "head": head}
+    (arguments.output / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=2))
     _print_result(result)
+    if head["skipped_nonfinite"]:
+        print(f"{head['skipped_nonfinite']} steps were skipped because they were not finite: lower --lr?")
     print(f"wrote {checkpoint} and {arguments.output / 'metrics.json'}")
 
 
+def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any]) -> None:
+    """Continues a run that was interrupted; ValueError if it was another run."""
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: nothing to resume there; leave out --resume to begin")
+    saved = read_checkpoint(checkpoint)["config"] or {}
+    for name, value in json.loads(json.dumps(config)).items():
+        if saved.get(name) != value:
+            raise ValueError(f"--resume: expected the settings of the run: {name} was {saved.get(name)}, got {value}")
+    trainer.resume(checkpoint)
+    left = config["epochs"] - trainer.epoch
+    print(f"continuing after epoch {trainer.epoch}" if left else f"all {trainer.epoch} epochs are done, nothing left to train")
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Evaluates a checkpoint on the part of its data that was held out, or on other data."""
+    """Evaluates a checkpoint on what was held out of its data, or on other data: all of it, unless told which part."""
     saved = read_checkpoint(arguments.checkpoint)
     config = saved["config"]
     if not isinstance(config, dict) or "encoders" not in config:
         raise ValueError(f"{arguments.checkpoint}: expected a checkpoint written by mla-fast train, which describes its encoders")
+    whole = arguments.all or (arguments.data is not None and arguments.test_where is None)
+    if arguments.data is None and (whole or arguments.test_where not in (None, config["test_where"])):
+        print("note: some of these rows were trained on")
     if arguments.data is not None:
         config = {**config, "data": str(arguments.data)}
     if arguments.test_where is not None:
         config = {**config, "test_where": arguments.test_where}
     dataset = data.load_npz(config["data"], config["modalities"], config["label"])
-    if arguments.all:
+    if whole:
         test_set = data.apply_statistics(dataset, config["statistics"])
     else:
         _, test_set = _split(dataset, config)
@@ -89,7 +109,7 @@ def _config(arguments: argparse.Namespace, dataset: data.MultimodalDataset) -> d
     """All that it takes to build the model and split the data again; plain values."""
     names = ("label", "test_where", "test_fraction", "seed", "epochs", "batch_size", "lr", "momentum", "weight_decay", "features")
     config = {name: getattr(arguments, name) for name in names}
-    config["data"] = str(arguments.data)
+    config["data"] = str(arguments.data.resolve())
     config["modalities"] = list(arguments.modalities)
     config["head"] = {name: getattr(arguments, name) for name in ("projection", "order", "target", "bias", "alpha", "backend")}
     config["encoders"] = {name: list(x.shape[1:]) for name, x in dataset.inputs.items()}
@@ -137,6 +157,15 @@ def _print_result(result: dict[str, Any]) -> None:
         print(f"  {name:{width}}  {100 * value:5.1f} %")
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -163,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("train", help="train on an .npz with one array per modality and a label array")
     p.add_argument("--data", type=Path, required=True, help="the .npz")
-    p.add_argument("--modalities", type=_names, required=True, help="names of its arrays, as audio,image")
+    p.add_argument(
+        "--modalities", type=_names, required=True, help="names of its arrays [N, F], [N, H, W] or [N, C, H, W], as audio,image"
+    )
     p.add_argument("--label", default="label", help="name of the integer labels (default: label)")
     p.add_argument("--test-where", help="hold out the rows where an array has these values, as speaker=2,4")
     p.add_argument("--test-fraction", type=float, default=0.2, help="without --test-where, hold out this part (default: 0.2)")
@@ -182,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", choices=ops.BACKENDS, default="auto")
     p.add_argument("--device", default="auto")
     p.add_argument("--output", type=Path, default=Path("runs/mla"), help="folder for checkpoint.pt and metrics.json")
-    p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output")
+    p.add_argument("--resume", action="store_true", help="continue the interrupted run in --output")
     p.set_defaults(command=train)
 
     p = commands.add_parser("eval", help="evaluate a checkpoint that train wrote")

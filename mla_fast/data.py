@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -116,6 +117,8 @@ def load_npz(path: str | Path, modalities: Sequence[str], label: str = "label") 
         raise TypeError(f"modalities: expected a sequence of names, got the string {modalities!r}")
     if not modalities:
         raise ValueError(f"modalities: expected at least one key of {path}, got none")
+    if len(set(modalities)) != len(modalities):
+        raise ValueError(f"modalities: expected each once, got {', '.join(modalities)}")
     if label in modalities:
         raise ValueError(f"label: expected another key than the modalities {', '.join(modalities)}, got {label!r}")
     arrays = _read_npz(path)
@@ -158,6 +161,8 @@ def _as_float(path: str | Path, key: str, array: np.ndarray) -> Tensor:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path}: {key!r}: expected numbers, got dtype {array.dtype}")
     x = torch.from_numpy(array.astype(np.float32))
+    if not (finite := torch.isfinite(x).view(len(x), math.prod(x.shape[1:])).all(1)).all():
+        raise ValueError(f"{path}: {key!r}: expected finite values, row {int(finite.logical_not().nonzero()[0])} has others")
     return x.div_(255) if array.dtype == np.uint8 else x
 
 

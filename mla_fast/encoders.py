@@ -67,6 +67,8 @@ def encoder_for(shape: Sequence[int], out_features: int) -> nn.Module:
     """The encoder for samples of `shape`: ``SmallCNN`` for [H, W] and [C, H, W], ``MLP`` for [F]; ValueError for others."""
     if len(shape) == 1:
         return MLP(shape[0], out_features)
+    if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4):
+        raise ValueError(f"shape: expected channels first, [C, H, W], got {list(shape)}, which looks like [H, W, C]")
     if len(shape) in (2, 3):
         return SmallCNN(shape, out_features)
     raise ValueError(f"shape: expected a sample [F], [H, W] or [C, H, W], got {list(shape)}")

@@ -28,12 +28,15 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
     present bool [N, M] says which modality each sample has; None: all. The logits of an absent modality are not read: they
     may hold anything, and get weight, entropy and gradient 0. A sample with nothing present gets zeros throughout.
 
-    Differentiable once in the logits. Raises ValueError or TypeError that names the argument, what it was and should be.
+    Differentiable once in the logits; for higher derivatives, forward mode and torch.func use backend="reference".
+    Raises ValueError or TypeError that names the argument, what it was and what it should be.
     """
     if isinstance(logits, Tensor):
         if logits.dim() != 3:
             raise ValueError(f"logits: expected [M, N, C] or a sequence of [N, C], got a tensor of shape {list(logits.shape)}")
         tensors, M = [logits], logits.shape[0]
+    elif not isinstance(logits, Sequence) or not all(isinstance(z, Tensor) for z in logits):
+        raise TypeError(f"logits: expected a tensor or a sequence of tensors, got {type(logits).__name__}")
     else:
         tensors, M = list(logits), len(logits)
         for z in tensors:
@@ -52,6 +55,8 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
         kinds = ", ".join(f"{z.dtype} on {z.device}" for z in tensors)
         raise ValueError(f"logits: expected one dtype and device, got {kinds}")
     if present is not None:
+        if not isinstance(present, Tensor):
+            raise TypeError(f"present: expected a bool tensor, got {type(present).__name__}")
         if present.dtype != torch.bool:
             raise TypeError(f"present: expected a bool tensor, got {present.dtype}")
         if present.shape != (N, M):

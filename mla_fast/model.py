@@ -24,6 +24,10 @@ class MultimodalModel(nn.Module):
         super().__init__()
         if not encoders:
             raise ValueError("encoders: expected at least one modality, got none")
+        if not isinstance(encoders, Mapping):
+            raise TypeError(f"encoders: expected a dict of modules by modality, got {type(encoders).__name__}")
+        if not isinstance(head, nn.Module):
+            raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
         self.encoders = nn.ModuleDict(encoders)
         self.head = head
 
@@ -40,6 +44,11 @@ class MultimodalModel(nn.Module):
         if features.dim() != 2 or features.shape[0] != inputs.shape[0]:
             raise ValueError(
                 f"features: expected [{inputs.shape[0]}, s] from the encoder of {modality!r}, got {list(features.shape)}"
+            )
+        if isinstance(self.head, nn.Linear) and features.shape[1] != self.head.in_features:
+            raise ValueError(
+                f"features: expected [N, {self.head.in_features}] to match head.in_features, "
+                f"got {list(features.shape)} from the encoder of {modality!r}"
             )
         return features
 

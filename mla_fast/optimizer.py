@@ -161,11 +161,13 @@ class MLAOptimizer(torch.optim.Optimizer):
         backend: ``"auto"``, ``"reference"``, ``"cpp"`` or ``"triton"``; see ``mla_fast.ops``.
 
     A step in which x̄ or the head's gradient is not finite, or no row went through the head, changes nothing: no parameter, no
-    momentum, no P. ``diagnostics()`` counts such steps. On CUDA nothing here waits for the device, and a step that is not finite
-    is undone for the head alone unless the wrapped optimizer is fused (the encoders' gradients are then the caller's to guard).
+    momentum, no P (what the forward pass changes, as BatchNorm does, is changed). ``diagnostics()`` counts such steps. On CUDA
+    nothing here waits for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is
+    fused: the encoders' gradients are then the caller's to guard.
 
     Drop gradients with this optimizer's ``zero_grad``, which drops the features collected with them; the model's own leaves
-    those of a step that was never taken to be counted in the next x̄.
+    those of a step that was never taken to be counted in the next x̄. Under torch.compile features are counted in the forward
+    pass: call ``zero_grad`` before it, and evaluate under ``no_grad``.
 
     Raises TypeError or ValueError that names the argument, what it was and what it should be.
     """
@@ -225,6 +227,10 @@ class MLAOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, modality: str | None = None) -> Any:
         """One step on one modality. `modality` is needed by ``projection="window"``; closure as for any optimizer."""
         loss = None
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"closure: expected a callable, got {closure!r}; the modality goes by name, step(modality={closure!r})"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -257,7 +263,7 @@ class MLAOptimizer(torch.optim.Optimizer):
                     continue
                 raise RuntimeError(
                     f"head: {layer.name} has a gradient but no features were seen; call the module itself (not its weight) "
-                    "in the forward pass, and build MLAOptimizer before it"
+                    "in the forward pass, build MLAOptimizer before it, and if the head is compiled call zero_grad before it too"
                 )
             active.append((layer, total / rows if rows else None))
         return active

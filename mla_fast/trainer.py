@@ -47,6 +47,9 @@ class Trainer:
             raise TypeError(f"model: expected a MultimodalModel, got {type(model).__name__}")
         if not isinstance(optimizer, MLAOptimizer):
             raise TypeError(f"optimizer: expected an MLAOptimizer, got {type(optimizer).__name__}")
+        modules = set(model.modules())
+        if not any(layer.module in modules for layer in optimizer.layers):
+            raise ValueError("optimizer: expected an MLAOptimizer whose head is in the model, got one for another head")
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.seed, self.progress = seed, progress
@@ -132,11 +135,9 @@ class Trainer:
         return {"samples": samples, "loss": _means(loss), "accuracy": _means(correct)}
 
     def predict(self, batch: Mapping[str, Tensor] | tuple) -> Fused:
-        """``model.predict`` for a batch with or without target, or for inputs alone, on the trainer's device."""
-        if isinstance(batch, Mapping):
-            inputs, present = batch, None
-        else:
-            inputs, present = batch[0], batch[2] if len(batch) > 2 else None
+        """``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
+        inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
+        present = next((t for t in rest if t is not None and t.dtype == torch.bool), None)
         inputs = {modality: x.to(self.device, non_blocking=True) for modality, x in inputs.items()}
         return self.model.predict(inputs, None if present is None else present.to(self.device))
 
@@ -157,7 +158,8 @@ class Trainer:
         write_checkpoint(path, payload)
 
     def resume(self, path: str | Path) -> None:
-        """Continues from ``save``: bitwise, if the loader shuffles with torch's global generator.
+        """Continues from ``save``: bitwise, if the loader shuffles with torch's global generator. The projection's settings are
+        those that were saved.
 
         Raises CheckpointError (a ValueError) or FileNotFoundError, and changes nothing, if the file does not fit.
         """
@@ -179,11 +181,13 @@ class Trainer:
     def _unpack(self, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
         """(inputs, target, present) on the device, or an error that says what is wrong with the batch."""
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
-            raise TypeError("batch: expected (inputs: dict, target) or (inputs, target, present)")
+            raise TypeError(f"batch: expected (inputs: dict, target) or (inputs, target, present), got {_outline(batch)}")
         inputs, target, present = batch if len(batch) == 3 else (*batch, None)
         unknown = [m for m in inputs if m not in self.model.encoders]
         if unknown or not inputs:
             raise ValueError(f"inputs: expected modalities among {', '.join(self.model.modalities)}, got {', '.join(inputs)}")
+        if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
+            raise TypeError(f"target: expected int64 [N], got {_outline(target)}")
         for modality, x in inputs.items():
             if len(x) != len(target):
                 raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {len(x)}")
@@ -202,6 +206,15 @@ class Trainer:
         """The number of classes, where the head's last linear layer tells it."""
         layers = [m for m in self.model.head.modules() if isinstance(m, torch.nn.Linear)]
         return layers[-1].out_features if layers else None
+
+
+def _outline(value: Any) -> str:
+    """What something is, for an error: a tensor's dtype and shape, a container's kind and contents."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, (tuple, list)) and len(value) < 5:
+        return f"({', '.join(map(_outline, value))})"
+    return f"dict with {', '.join(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
 
 
 def _add(sums: dict[str, list], key: str, value: Tensor, count: int) -> None:

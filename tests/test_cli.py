@@ -104,3 +104,35 @@ def test_env_says_which_backends_run(capsys):
 def test_module_runs_like_the_command():
     done = subprocess.run([sys.executable, "-m", "mla_fast", "env"], capture_output=True, text=True)
     assert done.returncode == 0 and "backend" in done.stdout
+
+
+def test_resume_refuses_another_run(archive, tmp_path, capsys):
+    assert train(archive, tmp_path / "run", "--resume") == 2
+    assert "nothing to resume" in capsys.readouterr().err
+    train(archive, tmp_path / "run")
+    for other in (["--lr", "0.5"], ["--projection", "window"], ["--epochs", "9"]):
+        capsys.readouterr()
+        assert train(archive, tmp_path / "run", "--resume", *other) == 2
+        assert other[0].strip("-") in capsys.readouterr().err or other[0] == "--projection"
+    assert train(archive, tmp_path / "run", "--resume") == 0
+    assert "nothing left to train" in capsys.readouterr().out
+
+
+def test_metrics_of_a_run_that_diverged_are_still_json(archive, tmp_path, capsys):
+    assert train(archive, tmp_path / "run", "--lr", "1e30") == 0
+    assert "steps were skipped" in capsys.readouterr().out
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    json.loads((tmp_path / "run" / "metrics.json").read_text(), parse_constant=refuse)
+
+
+def test_eval_on_other_data_takes_all_of_it(archive, tmp_path, capsys, monkeypatch):
+    train(archive, tmp_path / "run")
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path / "run")  # the checkpoint knows its data wherever it is read
+    assert main(["eval", "checkpoint.pt", "--data", str(archive)]) == 0
+    assert "90 samples" in capsys.readouterr().out
+    assert main(["eval", "checkpoint.pt", "--test-where", "speaker=0"]) == 0
+    assert "trained on" in capsys.readouterr().out

@@ -213,3 +213,64 @@ def test_a_fallback_is_announced_once(monkeypatch):
         for _ in range(3):
             assert ops.resolve("auto", torch.device("cpu")) == "reference"
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize("C", [6, 20])
+def test_autocast_is_not_for_the_projection(C, backend):
+    P, x_bar, grad = problem(64, C, torch.float32)
+    pending, plain = torch.zeros(64), P.clone()
+    expected = [mla.rls_project_(plain, x_bar, grad, 1.0, backend="reference") for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backend == "cpp"):
+        for want in expected:
+            assert relative(mla.rls_project_(P, x_bar, grad, 1.0, pending=pending, backend=backend), want) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e4, 1e6])
+def test_a_mean_that_is_projected_away_already_is_no_reason_to_skip(scale, backend):
+    """‖x̄‖²/α of 1e6 and far beyond what float32 can hold: d becomes rounding, of either sign."""
+    P, grad = torch.eye(64), torch.randn(6, 64)
+    x_bar = torch.rand(64)
+    x_bar *= scale / x_bar.norm()
+    exact = reference.project(grad.double(), reference.rls_closed_form(x_bar.double()[None], 1.0))
+    for _ in range(100):
+        projected = mla.rls_project_(P, x_bar, grad, 1.0, backend=backend)
+    assert relative(projected, exact) < 0.01 and torch.isfinite(P).all()
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e6, 1e10])
+def test_window_of_nearly_parallel_means(ratio, backend):
+    mean = torch.randn(64, dtype=torch.float64)
+    means = (mean * ratio**0.5 / mean.norm() + 1e-3 * torch.randn(3, 64)).float()
+    grad = torch.randn(6, 64)
+    expected = reference.project(grad.double(), reference.window_projection(means.double(), 1.0))
+    bound = 1e-6 if backend == "cpp" else 1e-2
+    assert relative(mla.window_project(means, grad, 1.0, backend=backend), expected) < bound
+
+
+@needs_cpp
+def test_autograd_learns_that_P_has_changed():
+    P, H = torch.eye(4), torch.randn(3, 4, requires_grad=True)
+    loss = (H @ P).sum()
+    mla.rls_project_(P, torch.ones(4), torch.ones(2, 4), 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@needs_cpp
+def test_direct_callers_are_kept_within_bounds():
+    op = torch.ops.mla_fast
+    P, x, G, alpha = torch.eye(4), torch.ones(4), torch.ones(2, 4), torch.ones((), dtype=torch.float64)
+    z, w = torch.randn(2, 3, 5), torch.rand(3, 2)
+    for call in (
+        lambda: op.rls_project_(P, x[None].expand(5, 4), G, alpha),
+        lambda: op.rls_project_(P, x, G, torch.ones(0, dtype=torch.float64)),
+        lambda: op.rls_project_(P, x, G, alpha, None, torch.zeros(0)),
+        lambda: op.window_project(x[None], G, torch.ones(2, dtype=torch.float64)),
+        lambda: op.entropy_fusion_backward([z], None, w[:2], w, None, None, None),
+        lambda: op.entropy_fusion_backward([z], None, w, w, torch.rand(2, 5), None, None),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+    for bad in (torch.zeros(0), torch.zeros(2), torch.zeros(1, device="meta")):
+        with pytest.raises(ValueError, match="^found_inf: "):
+            mla.rls_project_(P, x, G, 1.0, found_inf=bad)

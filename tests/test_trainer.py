@@ -216,7 +216,11 @@ def test_predict_takes_every_form_of_a_batch(masked):
     present = some_present(8) if masked else None
     trainer, (inputs, target) = make_trainer(), make_batch()
     expected = tuple(trainer.model.predict(inputs, present))
-    for batch in [(inputs, target, present)] if masked else [inputs, (inputs,), (inputs, target), (inputs, target, None)]:
+    for batch in (
+        [(inputs, target, present), (inputs, present)]
+        if masked
+        else [inputs, (inputs,), (inputs, target), (inputs, target, None)]
+    ):
         assert_bitwise(tuple(trainer.predict(batch)), expected)
 
 
