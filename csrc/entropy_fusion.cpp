@@ -163,6 +163,8 @@ template <int B, typename In, typename T>
 MLA_INLINE void forward_samples(
     Rows<In, T> rows, const bool* present, In* fused, T* weights, T* entropy, int64_t M, int64_t begin, int64_t end) {
   const int64_t C = rows.C;
+  if constexpr (B > 16)  // few classes: a vector that they fill
+    if (C < Simd<T, B>::width) return forward_samples<B / 2>(rows, present, fused, weights, entropy, M, begin, end);
   std::vector<const T*> z(M);
   std::vector<T> top(M);
   std::vector<ExpSums> sums(M);
@@ -199,6 +201,10 @@ MLA_INLINE void backward_samples(
     Rows<In, T> rows, const std::vector<In*>& grad_logits, const bool* present, const T* weights, const T* entropy,
     const In* grad_fused, const T* grad_weights, const T* grad_entropy, T* g, int64_t M, int64_t begin, int64_t end) {
   const int64_t C = rows.C;
+  if constexpr (B > 16)
+    if (C < Simd<T, B>::width)
+      return backward_samples<B / 2>(
+          rows, grad_logits, present, weights, entropy, grad_fused, grad_weights, grad_entropy, g, M, begin, end);
   std::vector<const T*> z(M);
   std::vector<T> v(M);
   for (int64_t n = begin; n < end; ++n) {

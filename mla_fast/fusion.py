@@ -34,33 +34,41 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
     if isinstance(logits, Tensor):
         if logits.dim() != 3:
             raise ValueError(f"logits: expected [M, N, C] or a sequence of [N, C], got a tensor of shape {list(logits.shape)}")
-        tensors, M = [logits], logits.shape[0]
-    elif not isinstance(logits, Sequence) or not all(isinstance(z, Tensor) for z in logits):
-        raise TypeError(f"logits: expected a tensor or a sequence of tensors, got {type(logits).__name__}")
+        tensors, first = [logits], logits
+        M, N, C = logits.shape
     else:
-        tensors, M = list(logits), len(logits)
-        for z in tensors:
-            if z.dim() != 2 or z.shape != tensors[0].shape:
-                shapes = ", ".join(str(list(t.shape)) for t in tensors)
-                raise ValueError(f"logits: expected tensors of one shape [N, C], got {shapes}")
-    if M == 0:
-        raise ValueError("logits: expected at least one modality, got none")
-    first = tensors[0]
-    N, C = first.shape[-2:]
-    if C == 0:
-        raise ValueError(f"logits: expected at least one class, got shape {list(first.shape)}")
-    if first.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        tensors = _checked_list(logits)
+        first = tensors[0]
+        M, (N, C) = len(tensors), first.shape
+    if M == 0 or C == 0:
+        raise ValueError(f"logits: expected at least one modality and one class, got M = {M} and C = {C}")
+    if first.dtype not in _DTYPES:
         raise TypeError(f"logits: expected float32, float64, bfloat16 or float16, got {first.dtype}")
-    if any(z.dtype != first.dtype or z.device != first.device for z in tensors):
-        kinds = ", ".join(f"{z.dtype} on {z.device}" for z in tensors)
-        raise ValueError(f"logits: expected one dtype and device, got {kinds}")
+    device = first.device
     if present is not None:
-        if not isinstance(present, Tensor):
-            raise TypeError(f"present: expected a bool tensor, got {type(present).__name__}")
-        if present.dtype != torch.bool:
-            raise TypeError(f"present: expected a bool tensor, got {present.dtype}")
+        if not isinstance(present, Tensor) or present.dtype != torch.bool:
+            raise TypeError(f"present: expected a bool tensor, got {getattr(present, 'dtype', type(present).__name__)}")
         if present.shape != (N, M):
             raise ValueError(f"present: expected [{N}, {M}] (samples, modalities) to match logits, got {list(present.shape)}")
-        if present.device != first.device:
-            raise ValueError(f"present: expected on {first.device} like logits, got {present.device}")
-    return Fused(*ops.entropy_fusion(tensors, present, ops.resolve(backend, first.device)))
+        if present.device != device:
+            raise ValueError(f"present: expected on {device} like logits, got {present.device}")
+    return Fused(*ops.entropy_fusion(tensors, present, ops.resolve(backend, device)))
+
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+def _checked_list(logits: Sequence[Tensor]) -> list[Tensor]:
+    """The modalities' logits, of one shape [N, C], dtype and device."""
+    if not isinstance(logits, Sequence) or not all(isinstance(z, Tensor) for z in logits):
+        raise TypeError(f"logits: expected a tensor or a sequence of tensors, got {type(logits).__name__}")
+    if not logits:
+        raise ValueError("logits: expected at least one modality, got none")
+    first = logits[0]
+    for z in logits:
+        if z.dim() != 2 or z.shape != first.shape:
+            raise ValueError(f"logits: expected tensors of one shape [N, C], got {', '.join(str(list(t.shape)) for t in logits)}")
+        if z.dtype != first.dtype or z.device != first.device:
+            kinds = ", ".join(f"{t.dtype} on {t.device}" for t in logits)
+            raise ValueError(f"logits: expected one dtype and device, got {kinds}")
+    return list(logits)

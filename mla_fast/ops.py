@@ -228,9 +228,7 @@ def entropy_fusion(logits: list[Tensor], present: Tensor | None, backend: str) -
         fused, weights, entropies = reference.entropy_fusion(wide, present)
         return fused.to(stacked.dtype), weights, entropies
     op = torch.ops.mla_fast.entropy_fusion.default
-    if torch.is_grad_enabled() and any(z.requires_grad for z in logits):
-        return op(logits, present)
-    if torch.compiler.is_compiling():
+    if (torch.is_grad_enabled() and any(z.requires_grad for z in logits)) or torch.compiler.is_compiling():
         return op(logits, present)
     # The autograd rule lives in Python; where no gradient is wanted, going around it saves more than the arithmetic costs.
     with torch._C._AutoDispatchBelowAutograd():
