@@ -269,7 +269,7 @@ struct Layout {
     return std::is_same_v<In, T> ? 0 : M * C;
   }
   // Multiplications, roughly, that a sample costs.
-  int64_t work() const { return 4 * M * C; }
+  int64_t work() const { return 16 * M * C; }
 };
 
 template <typename In, typename T>
