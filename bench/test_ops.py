@@ -10,7 +10,7 @@ from mla_fast import ops
 pytestmark = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
 
 
-@pytest.mark.parametrize("case", cases() if ops.CPP_MISSING is None else [], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases()) if ops.CPP_MISSING is None else [], ids=lambda case: case.name)
 def test_operator(benchmark, case: Case):
     torch.set_num_threads(1)
     with torch.no_grad():
