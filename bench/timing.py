@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import random
@@ -64,6 +65,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -72,7 +74,9 @@ def _cpu() -> str:
         return platform.processor()
 
 
+@functools.cache
 def _commit() -> str:
+    """Asked for once, before the results that are written make the tree dirty."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

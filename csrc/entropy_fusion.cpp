@@ -240,25 +240,24 @@ MLA_INLINE void backward_samples(
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// M tensors [N, C], or one [M, N, C]: where each modality's rows begin, and how far apart they are.
-template <typename In>
-struct Layout {
+// M tensors [N, C], or one [M, N, C].
+struct Sizes {
   bool stacked;
   int64_t M, N, C;
+};
+
+// Where each modality's rows begin, and how far apart they are.
+template <typename In>
+struct Layout : Sizes {
   std::vector<const In*> base;
   std::vector<int64_t> stride;
 
-  explicit Layout(std::vector<Tensor>& logits) {
+  Layout(std::vector<Tensor>& logits, const Sizes& sizes) : Sizes(sizes) {
+    const int64_t dim = stacked ? 3 : 2;
     for (Tensor& z : logits)
-      if (z.stride(z.dim() - 1) != 1 && z.size(z.dim() - 1) > 1) z = torch::stable::contiguous(z);
-    const Tensor& first = logits[0];
-    const int64_t dim = first.dim();
-    stacked = dim == 3;
-    M = stacked ? first.size(0) : static_cast<int64_t>(logits.size());
-    N = first.size(dim - 2);
-    C = first.size(dim - 1);
+      if (z.stride(dim - 1) != 1 && C > 1) z = torch::stable::contiguous(z);
     for (int64_t m = 0; m < M; ++m) {
-      const Tensor& z = stacked ? first : logits[m];
+      const Tensor& z = stacked ? logits[0] : logits[m];
       base.push_back(z.const_data_ptr<In>() + (stacked ? m * z.stride(0) : 0));
       stride.push_back(z.stride(dim - 2));
     }
@@ -273,8 +272,8 @@ struct Layout {
 };
 
 template <typename In, typename T>
-std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const bool* present, ScalarType acc) {
-  const Layout<In> lay(logits);
+std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const Sizes& sizes, const bool* present, ScalarType acc) {
+  const Layout<In> lay(logits, sizes);
   Tensor fused = empty_matrix(lay.N, lay.C, logits[0].scalar_type());
   Tensor weights = empty_matrix(lay.N, lay.M, acc);
   Tensor entropy = empty_matrix(lay.N, lay.M, acc);
@@ -298,9 +297,9 @@ const T* pointer(const std::optional<Tensor>& t) {
 
 template <typename In, typename T>
 std::vector<Tensor> backward(
-    std::vector<Tensor>& logits, const bool* present, const Tensor& weights, const Tensor& entropy,
+    std::vector<Tensor>& logits, const Sizes& sizes, const bool* present, const Tensor& weights, const Tensor& entropy,
     const std::optional<Tensor>& grad_fused, const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_entropy) {
-  const Layout<In> lay(logits);
+  const Layout<In> lay(logits, sizes);
   std::vector<Tensor> grads;
   std::vector<In*> to;
   for (const Tensor& z : logits) grads.push_back(torch::stable::new_empty(z, z.sizes()));
@@ -325,22 +324,24 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
-void check(const std::vector<Tensor>& logits, const std::optional<Tensor>& present) {
+Sizes checked_sizes(const std::vector<Tensor>& logits, const std::optional<Tensor>& present) {
   STD_TORCH_CHECK(!logits.empty(), "entropy_fusion: logits must hold at least one modality");
-  const int64_t dim = logits[0].dim();
+  const Tensor& first = logits[0];
+  const int64_t dim = first.dim();
   STD_TORCH_CHECK(
-      dim == 2 || (dim == 3 && logits.size() == 1 && logits[0].size(0) > 0),
+      dim == 2 || (dim == 3 && logits.size() == 1 && first.size(0) > 0),
       "entropy_fusion: logits must be M tensors [N, C] or one [M, N, C]");
-  const int64_t N = logits[0].size(dim - 2), C = logits[0].size(dim - 1);
+  const int64_t M = dim == 3 ? first.size(0) : static_cast<int64_t>(logits.size());
+  const int64_t N = first.size(dim - 2), C = first.size(dim - 1);
   STD_TORCH_CHECK(C > 0, "entropy_fusion: logits must have at least one class");
-  const int64_t M = dim == 3 ? logits[0].size(0) : static_cast<int64_t>(logits.size());
   for (const Tensor& z : logits)
     STD_TORCH_CHECK(
-        z.dim() == dim && z.size(dim - 2) == N && z.size(dim - 1) == C && z.scalar_type() == logits[0].scalar_type(),
+        z.dim() == dim && z.size(dim - 2) == N && z.size(dim - 1) == C && z.scalar_type() == first.scalar_type(),
         "entropy_fusion: all modalities must have one shape and dtype");
   STD_TORCH_CHECK(
       !present || (present->scalar_type() == ScalarType::Bool && present->dim() == 2 && present->size(0) == N && present->size(1) == M),
       "entropy_fusion: present must be bool [N, M]");
+  return {dim == 3, M, N, C};
 }
 
 // A saved or incoming tensor of the backward pass: its shape is what the loops above rely on.
@@ -365,26 +366,23 @@ auto for_dtype(ScalarType dtype, const F& f) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> entropy_fusion(std::vector<Tensor> logits, std::optional<Tensor> present) {
-  check(logits, present);
+  const Sizes sizes = checked_sizes(logits, present);
   present = contiguous(present);
   return for_dtype(logits[0].scalar_type(), [&](auto in, auto acc) {
     const ScalarType wide = std::is_same_v<decltype(acc), double> ? ScalarType::Double : ScalarType::Float;
-    return forward<decltype(in), decltype(acc)>(logits, pointer<bool>(present), wide);
+    return forward<decltype(in), decltype(acc)>(logits, sizes, pointer<bool>(present), wide);
   });
 }
 
 std::vector<Tensor> entropy_fusion_backward(
     std::vector<Tensor> logits, std::optional<Tensor> present, Tensor weights, Tensor entropy,
     std::optional<Tensor> grad_fused, std::optional<Tensor> grad_weights, std::optional<Tensor> grad_entropy) {
-  check(logits, present);
-  const bool stacked = logits[0].dim() == 3;
-  const int64_t N = logits[0].size(stacked ? 1 : 0), C = logits[0].size(stacked ? 2 : 1);
-  const int64_t M = stacked ? logits[0].size(0) : static_cast<int64_t>(logits.size());
-  check_rows("weights", weights, N, M);
-  check_rows("entropy", entropy, N, M);
-  check_rows("grad_fused", grad_fused, N, C);
-  check_rows("grad_weights", grad_weights, N, M);
-  check_rows("grad_entropy", grad_entropy, N, M);
+  const Sizes sizes = checked_sizes(logits, present);
+  check_rows("weights", weights, sizes.N, sizes.M);
+  check_rows("entropy", entropy, sizes.N, sizes.M);
+  check_rows("grad_fused", grad_fused, sizes.N, sizes.C);
+  check_rows("grad_weights", grad_weights, sizes.N, sizes.M);
+  check_rows("grad_entropy", grad_entropy, sizes.N, sizes.M);
   present = contiguous(present);
   grad_fused = contiguous(grad_fused);
   grad_weights = contiguous(grad_weights);
@@ -393,7 +391,7 @@ std::vector<Tensor> entropy_fusion_backward(
   entropy = torch::stable::contiguous(entropy);
   return for_dtype(logits[0].scalar_type(), [&](auto in, auto acc) {
     return backward<decltype(in), decltype(acc)>(
-        logits, pointer<bool>(present), weights, entropy, grad_fused, grad_weights, grad_entropy);
+        logits, sizes, pointer<bool>(present), weights, entropy, grad_fused, grad_weights, grad_entropy);
   });
 }
 

@@ -51,7 +51,9 @@ def train(arguments: argparse.Namespace) -> None:
     dataset = data.load_npz(arguments.data, arguments.modalities, arguments.label)
     torch.manual_seed(arguments.seed)
     config = _config(arguments, dataset)
-    train_set, test_set = _split(dataset, config)
+    parts = _split(dataset, config)
+    config["statistics"] = {name: list(values) for name, values in data.statistics(parts[0]).items()}
+    train_set, test_set = (data.apply_statistics(part, config["statistics"]) for part in parts)
     trainer = _build(config, _device(arguments.device))
     checkpoint = arguments.output / "checkpoint.pt"
     trainer.config = config
@@ -96,17 +98,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.test_where is not None:
         config = {**config, "test_where": arguments.test_where}
     dataset = data.load_npz(config["data"], config["modalities"], config["label"])
-    if whole:
-        test_set = data.apply_statistics(dataset, config["statistics"])
-    else:
-        _, test_set = _split(dataset, config)
+    test_set = data.apply_statistics(dataset if whole else _split(dataset, config)[1], config["statistics"])
     trainer = _build(config, _device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
     _print_result(trainer.evaluate(data.loader(test_set, 1024)))
 
 
 def _config(arguments: argparse.Namespace, dataset: data.MultimodalDataset) -> dict[str, Any]:
-    """All that it takes to build the model and split the data again; plain values."""
+    """All that it takes to build the model and split the data again, the train part's statistics aside; plain values."""
     names = ("label", "test_where", "test_fraction", "seed", "epochs", "batch_size", "lr", "momentum", "weight_decay", "features")
     config = {name: getattr(arguments, name) for name in names}
     config["data"] = str(arguments.data.resolve())
@@ -114,20 +113,13 @@ def _config(arguments: argparse.Namespace, dataset: data.MultimodalDataset) -> d
     config["head"] = {name: getattr(arguments, name) for name in ("projection", "order", "target", "bias", "alpha", "backend")}
     config["encoders"] = {name: list(x.shape[1:]) for name, x in dataset.inputs.items()}
     config["classes"] = dataset.classes
-    train_set, _ = _split_raw(dataset, config)
-    config["statistics"] = {name: list(values) for name, values in data.statistics(train_set).items()}
     return config
 
 
-def _split_raw(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[data.MultimodalDataset, data.MultimodalDataset]:
+def _split(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[data.MultimodalDataset, data.MultimodalDataset]:
     if config["test_where"] is not None:
         return data.split_where(dataset, config["test_where"])
     return data.random_split(dataset, config["test_fraction"], config["seed"])
-
-
-def _split(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[data.MultimodalDataset, data.MultimodalDataset]:
-    train_set, test_set = (data.apply_statistics(part, config["statistics"]) for part in _split_raw(dataset, config))
-    return train_set, test_set
 
 
 def _build(config: dict[str, Any], device: torch.device) -> Trainer:

@@ -53,6 +53,7 @@ class Trainer:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.seed, self.progress = seed, progress
+        self._classes = _classes(model.head)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.config: dict[str, Any] | None = None
@@ -191,21 +192,21 @@ class Trainer:
         for modality, x in inputs.items():
             if len(x) != len(target):
                 raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {len(x)}")
-        classes = self._classes()
-        if target.device.type == "cpu" and len(target) and classes is not None:
+        if target.device.type == "cpu" and len(target) and self._classes is not None:
             low, high = int(target.min()), int(target.max())
-            if low < 0 or high >= classes:
-                raise ValueError(f"target: expected labels in 0 … {classes - 1}, got {low if low < 0 else high}")
+            if low < 0 or high >= self._classes:
+                raise ValueError(f"target: expected labels in 0 … {self._classes - 1}, got {low if low < 0 else high}")
         if present is not None:
             self.model.columns(present, inputs)
             present = present.to(self.device, non_blocking=True)
         on_device = {modality: x.to(self.device, non_blocking=True) for modality, x in inputs.items()}
         return on_device, target.to(self.device, non_blocking=True), present
 
-    def _classes(self) -> int | None:
-        """The number of classes, where the head's last linear layer tells it."""
-        layers = [m for m in self.model.head.modules() if isinstance(m, torch.nn.Linear)]
-        return layers[-1].out_features if layers else None
+
+def _classes(head: torch.nn.Module) -> int | None:
+    """The number of classes, where the head's last linear layer tells it."""
+    layers = [m for m in head.modules() if isinstance(m, torch.nn.Linear)]
+    return layers[-1].out_features if layers else None
 
 
 def _outline(value: Any) -> str:

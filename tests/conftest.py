@@ -1,16 +1,13 @@
 import pytest
-import torch
 
-from mla_fast import ops
+from mla_fast import competition, ops
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """Small problems run faster on one thread, and far faster where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with competition.one_thread():
+        yield
 
 
 @pytest.fixture(
