@@ -5,9 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+GPU_PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench env clean
+.PHONY: demo test lint bench kernels-check gpu-check tune env clean
 # The build needs the torch that is installed, not one that pip would fetch into an isolated environment.
 $(READY): pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "==> preparing $(VENV) with $(TORCH)"
@@ -22,8 +23,8 @@ demo: $(READY)
 	$(BIN)/mla-fast demo
 
 test: $(READY)
-	@echo "==> the whole test suite"
-	$(BIN)/python -m pytest
+	@echo "==> the whole test suite, a process on each core"
+	$(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	@echo "==> ruff"
@@ -34,6 +35,19 @@ bench: $(READY)
 	@echo "==> operators beside the best eager forms, on one thread and on two"
 	$(BIN)/python -m bench.ops --threads 1
 	$(BIN)/python -m bench.ops --threads 2
+
+kernels-check: $(READY)
+	@echo "==> every Triton kernel and shipped configuration, compiled for each target without a GPU"
+	$(BIN)/python -m mla_fast.kernels.aot
+
+# On a machine with a GPU, with its own Python, torch and triton; nothing is downloaded. GPU_PYTHON may name another Python.
+gpu-check:
+	@echo "==> build, test and measure on this machine's GPU; results go to bench/results/"
+	PYTHON=$(GPU_PYTHON) bash .ci/gpu-check
+
+tune:
+	@echo "==> measuring launch configurations on this machine's GPU; rewrites kernels/launch.json"
+	$(GPU_PYTHON) -m bench.tune
 
 env: $(READY)
 	$(BIN)/mla-fast env

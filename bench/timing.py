@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
 import platform
 import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+CPU = torch.device("cpu")
 
 
 class Timing(NamedTuple):
@@ -24,45 +28,103 @@ class Timing(NamedTuple):
     p80: float
 
 
+class HostClock:
+    """For functions that are done when they return."""
+
+    sample_us = 0.0  # one call is a sample
+
+    def time(self, function: Callable[[], Any], calls: int) -> float:
+        """Microseconds a call."""
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter_ns() - start) / 1e3 / calls
+
+
+class DeviceClock:
+    """For functions that launch work on the current CUDA device: between two events on its stream, the launching included
+    where the device waits for it."""
+
+    # The first launch reaches an idle device some µs late; among this many it does not show.
+    sample_us = 1000.0
+
+    def __init__(self):
+        self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time(self, function: Callable[[], Any], calls: int) -> float:
+        self.start.record()
+        for _ in range(calls):
+            function()
+        self.stop.record()
+        self.stop.synchronize()
+        return self.start.elapsed_time(self.stop) * 1e3 / calls
+
+
 def interleave(
-    providers: dict[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: tuple[int, int] = (25, 2000)
+    providers: dict[str, Callable[[], Any]],
+    *,
+    seconds: float = 1.0,
+    rounds: tuple[int, int] = (25, 2000),
+    periods: Mapping[str, int] | None = None,
+    device: torch.device = CPU,
 ) -> dict[str, Timing]:
-    """Medians over rounds in which each provider runs once, in a random order: none always follows the one that leaves the
-    caches worst."""
-    names = list(providers)
-    for name in names:
-        for _ in range(3):
-            providers[name]()
-    once = sum(_time(providers[name]) for name in names)
+    """Medians over rounds in which each provider gives one sample, in a random order: none always follows the one that leaves
+    the caches worst.
+
+    A provider whose cost comes round every `periods[name]` calls counts with the means of as many samples, so that what it
+    puts off until the last of them is in every one.
+    """
+    clock = DeviceClock() if device.type == "cuda" else HostClock()
+    names, periods = list(providers), periods or {}
+    calls = {name: _calls(clock, providers[name]) for name in names}
+    once = sum(clock.time(providers[name], calls[name]) * calls[name] for name in names)
     count = int(min(max(seconds * 1e6 / once, rounds[0]), rounds[1]))
+    count = max([count, *(5 * period for period in periods.values() if period > 1)])
     samples: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
     for _ in range(count):
         for name in order.sample(names, len(names)):
-            samples[name].append(_time(providers[name]))
-    return {name: _summary(times) for name, times in samples.items()}
+            samples[name].append(clock.time(providers[name], calls[name]))
+    return {name: summary(times, periods.get(name, 1)) for name, times in samples.items()}
 
 
-def _time(function: Callable[[], Any]) -> float:
-    start = time.perf_counter_ns()
-    function()
-    return (time.perf_counter_ns() - start) / 1e3
+def _calls(clock: HostClock | DeviceClock, function: Callable[[], Any]) -> int:
+    """How many calls make a sample. A single one takes longer than one of many, hence a second look."""
+    for _ in range(3):
+        function()
+    calls = 1
+    for _ in range(2):
+        calls = max(1, math.ceil(clock.sample_us / max(clock.time(function, calls), 1e-3)))
+    return calls
 
 
-def _summary(times: list[float]) -> Timing:
-    fifths = statistics.quantiles(times, n=5)
-    return Timing(statistics.median(times), fifths[0], fifths[-1])
+def summary(times: list[float], period: int = 1) -> Timing:
+    """Of the samples' means over whole periods."""
+    means = [statistics.mean(times[i : i + period]) for i in range(0, len(times) - period + 1, period)]
+    fifths = statistics.quantiles(means, n=5, method="inclusive")
+    return Timing(statistics.median(means), fifths[0], fifths[-1])
 
 
-def machine() -> dict[str, Any]:
+def copy_bandwidth(device: torch.device = CPU) -> float:
+    """GB/s, read and written, of a copy far larger than any cache."""
+    source = torch.rand(2**28 if device.type == "cuda" else 2**26, device=device)  # pages of zeros might all be one
+    target = torch.empty_like(source)
+    copied = interleave({"copy": lambda: target.copy_(source)}, seconds=0.3, rounds=(10, 100), device=device)["copy"]
+    return 2 * source.nbytes / copied.median / 1e3
+
+
+def machine(device: torch.device = CPU) -> dict[str, Any]:
     """Where a number comes from."""
-    return {
+    where = {
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
     }
+    if device.type == "cuda":
+        where |= {"gpu": torch.cuda.get_device_name(device), "driver": _driver(), "cuda": torch.version.cuda, "triton": _triton()}
+    return where
 
 
 @functools.cache
@@ -76,17 +138,35 @@ def _cpu() -> str:
 
 @functools.cache
 def _commit() -> str:
-    """Asked for once, before the results that are written make the tree dirty."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    """Asked for once, before the results that are written make the tree dirty. A copy of the tree is told by its maker."""
+    command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
+    return os.environ.get("MLA_FAST_COMMIT") or _output(*command)
+
+
+@functools.cache
+def _driver() -> str:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def _triton() -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        import triton
+    except ImportError:
+        return "unknown"
+    return triton.__version__
+
+
+def _output(*command: str) -> str:
+    """The first line that the command prints."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
 
 
-def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, records: list[dict[str, Any]], device: torch.device = CPU) -> None:
     """Appends records, each with the machine it was measured on."""
-    where = machine()
+    where = machine(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.writelines(json.dumps({**record, "machine": where}) + "\n" for record in records)

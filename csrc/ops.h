@@ -1,4 +1,4 @@
-// The CPU implementations behind the schemas in registration.cpp. Arguments were checked in Python (mla_fast/ops.py),
+// The CPU implementations of the operators whose schemas are in mla_fast/ops.py. Arguments were checked in Python (mla_fast/ops.py),
 // where an error can name them; what is checked again here guards callers of torch.ops.mla_fast.
 #pragma once
 
@@ -25,12 +25,15 @@ Tensor rls_project_(
     Tensor grad,
     Tensor alpha,
     std::optional<Tensor> pending,
+    std::optional<Tensor> slot,
     std::optional<Tensor> found_inf,
     bool project_first);
 
-void rls_fold_(Tensor P, Tensor pending);
+void rls_fold_(Tensor P, Tensor pending, std::optional<Tensor> slot);
 
 Tensor window_project(Tensor means, Tensor grad, Tensor alpha);
+
+Tensor window_step_(Tensor means, int64_t own, Tensor x_bar, Tensor grad, Tensor alpha, std::optional<Tensor> found_inf);
 
 std::tuple<Tensor, Tensor, Tensor> entropy_fusion(std::vector<Tensor> logits, std::optional<Tensor> present);
 

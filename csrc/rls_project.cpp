@@ -7,7 +7,8 @@
 // is bitwise symmetric, hence P stays so.
 //
 // With `pending`, the last u waits there (the true P is P − pending pendingᵀ) until the next step reads P anyway: each row
-// is corrected, stored and used while it is in registers, so a step reads and writes P once.
+// is corrected, stored and used while it is in registers, so a step reads and writes P once. Letting more of them wait, as the
+// CUDA kernels do for large P, does not pay here: at s = 512 … 4096 the folding costs what the unwritten P saves.
 #include "ops.h"
 #include "simd.h"
 
@@ -174,7 +175,7 @@ void check_state(const Tensor& P, const std::optional<Tensor>& pending) {
       "rls_project_: P must be float32 or float64");
   STD_TORCH_CHECK(
       !pending || (pending->numel() == P.size(0) && pending->is_contiguous() && pending->scalar_type() == P.scalar_type()),
-      "rls_project_: pending must be contiguous [s] of P's dtype");
+      "rls_project_: pending must be contiguous [1, s] of P's dtype");
 }
 
 template <typename T>
@@ -188,7 +189,8 @@ void run_fold(const Tensor& P, const Tensor& pending) {
 }  // namespace
 
 Tensor rls_project_(
-    Tensor P, Tensor x_bar, Tensor grad, Tensor alpha, std::optional<Tensor> pending, std::optional<Tensor> found_inf, bool project_first) {
+    Tensor P, Tensor x_bar, Tensor grad, Tensor alpha, std::optional<Tensor> pending, std::optional<Tensor> /* slot, for R > 1 */,
+    std::optional<Tensor> found_inf, bool project_first) {
   check_state(P, pending);
   check_matrix_pair("rls_project_", x_bar, grad, P.size(0));
   STD_TORCH_CHECK(P.scalar_type() == grad.scalar_type(), "rls_project_: P and grad must have one dtype");
@@ -201,7 +203,7 @@ Tensor rls_project_(
                                               : run<double>(P, x_bar, grad, a, pending, project_first);
 }
 
-void rls_fold_(Tensor P, Tensor pending) {
+void rls_fold_(Tensor P, Tensor pending, std::optional<Tensor> /* slot */) {
   check_state(P, pending);
   P.scalar_type() == ScalarType::Float ? run_fold<float>(P, pending) : run_fold<double>(P, pending);
 }

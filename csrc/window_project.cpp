@@ -34,14 +34,18 @@ MLA_INLINE void project_row(const T* g, const T* U, T* out, T* gu, int64_t J, in
   for (int64_t j = 0; j < J; ++j) axpy<B>(-gu[j], U + j * s, out, s);
 }
 
+// From all rows of means but row `own`, if that is one.
 template <typename T>
-Tensor run(const Tensor& means, const Tensor& grad, double alpha) {
-  const int64_t J = means.size(0), C = grad.size(0), s = grad.size(1);
+Tensor run(const Tensor& means, const Tensor& grad, double alpha, int64_t own) {
+  const int64_t C = grad.size(0), s = grad.size(1);
   Tensor out = empty_matrix(C, s, grad.scalar_type());
   const T* x = means.const_data_ptr<T>();
   const T* G = grad.const_data_ptr<T>();
   T* projected = out.mutable_data_ptr<T>();
-  const std::vector<double> wide(x, x + J * s);
+  std::vector<double> wide;
+  for (int64_t j = 0; j < means.size(0); ++j)
+    if (j != own) wide.insert(wide.end(), x + j * s, x + (j + 1) * s);
+  const int64_t J = own < 0 ? means.size(0) : means.size(0) - 1;
   std::vector<double> exact(J * s);
   vectorized([&](auto bytes) MLA_LAMBDA { columns<bytes>(wide.data(), exact.data(), alpha, J, s); });
   const std::vector<T> U(exact.begin(), exact.end());
@@ -54,17 +58,33 @@ Tensor run(const Tensor& means, const Tensor& grad, double alpha) {
   return out;
 }
 
+Tensor checked_run(const Tensor& means, Tensor grad, const Tensor& alpha, int64_t own) {
+  STD_TORCH_CHECK(means.dim() == 2, "window_project: means must be [J, s]");
+  check_matrix_pair("window_project", means, grad, means.size(1));
+  if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+  const double a = scalar<double>("window_project: alpha", alpha);
+  if (grad.scalar_type() == ScalarType::Float) return run<float>(means, grad, a, own);
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Double, "window_project: grad must be float32 or float64");
+  return run<double>(means, grad, a, own);
+}
+
 }  // namespace
 
 Tensor window_project(Tensor means, Tensor grad, Tensor alpha) {
-  STD_TORCH_CHECK(means.dim() == 2, "window_project: means must be [J, s]");
-  check_matrix_pair("window_project", means, grad, means.size(1));
-  if (!means.is_contiguous()) means = torch::stable::contiguous(means);
-  if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
-  const double a = scalar<double>("window_project: alpha", alpha);
-  if (grad.scalar_type() == ScalarType::Float) return run<float>(means, grad, a);
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Double, "window_project: grad must be float32 or float64");
-  return run<double>(means, grad, a);
+  return checked_run(means.is_contiguous() ? means : torch::stable::contiguous(means), grad, alpha, -1);
+}
+
+Tensor window_step_(Tensor means, int64_t own, Tensor x_bar, Tensor grad, Tensor alpha, std::optional<Tensor> found_inf) {
+  STD_TORCH_CHECK(means.is_contiguous() && 0 <= own && own < means.size(0), "window_step_: own must be a row of contiguous means");
+  STD_TORCH_CHECK(
+      x_bar.numel() == means.size(1) && x_bar.is_contiguous() && x_bar.scalar_type() == means.scalar_type(),
+      "window_step_: x_bar must be contiguous [s] of means' dtype");
+  Tensor projected = checked_run(means, grad, alpha, own);
+  if (!found_inf || scalar<float>("window_step_: found_inf", *found_inf) == 0) {
+    const int64_t bytes = means.size(1) * (means.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double));
+    std::memcpy(static_cast<char*>(means.mutable_data_ptr()) + own * bytes, x_bar.const_data_ptr(), bytes);
+  }
+  return projected;
 }
 
 }  // namespace mla_fast

@@ -1,4 +1,19 @@
-"""Triton kernels, installed as ``mla_fast.kernels``: the CUDA implementations of the operators in csrc/registration.cpp.
+"""Triton kernels, installed as ``mla_fast.kernels``: the CUDA implementations of the operators that ``mla_fast.ops`` declares.
 
-None are here yet; ``mla_fast.ops`` sends CUDA tensors to the reference arithmetic until they are.
+They import triton and torch, nothing of ours. With TRITON_INTERPRET=1, set before this is imported, they run on CPU tensors.
 """
+
+from . import launch
+from .entropy_fusion import entropy_fusion, entropy_fusion_backward
+from .rls_project import rls_fold_, rls_project_
+from .window_project import window_project, window_step_
+
+__all__ = [
+    "entropy_fusion",
+    "entropy_fusion_backward",
+    "launch",
+    "rls_fold_",
+    "rls_project_",
+    "window_project",
+    "window_step_",
+]

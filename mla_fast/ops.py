@@ -1,19 +1,20 @@
 """The operators and the one place that knows which backend runs them.
 
-``rls_project_``, ``window_project`` and ``entropy_fusion`` are registered with torch by the compiled extension (schemas and CPU
-code in csrc/); fakes for torch.compile and the autograd rule of the fusion are added here. ``backend`` is one of
+``rls_project_``, ``window_project`` and ``entropy_fusion`` are declared to torch here, with fakes for torch.compile and the
+autograd rule of the fusion; csrc/ implements them for the CPU, kernels/ for CUDA. ``backend`` is one of
 
 - ``"auto"``: the fastest that works for the tensors' device; a fallback is announced once, with its reason;
 - ``"reference"``: ``mla_fast.reference``, plain torch, any device and floating dtype;
 - ``"cpp"``: the compiled CPU operators;
-- ``"triton"``: the CUDA kernels.
+- ``"triton"``: the CUDA kernels; on CPU tensors where TRITON_INTERPRET=1 was set before the import.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +23,29 @@ from mla_fast import reference
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 ORDERS = ("update_first", "project_first")
+SCHEMAS = (
+    "rls_project_(Tensor(a!) P, Tensor x_bar, Tensor grad, Tensor alpha, Tensor(b!)? pending=None, Tensor(c!)? slot=None, "
+    "Tensor? found_inf=None, bool project_first=False) -> Tensor",
+    "rls_fold_(Tensor(a!) P, Tensor(b!) pending, Tensor(c!)? slot=None) -> ()",
+    "window_project(Tensor means, Tensor grad, Tensor alpha) -> Tensor",
+    "window_step_(Tensor(a!) means, int own, Tensor x_bar, Tensor grad, Tensor alpha, Tensor? found_inf=None) -> Tensor",
+    "entropy_fusion(Tensor[] logits, Tensor? present) -> (Tensor, Tensor, Tensor)",
+    "entropy_fusion_backward(Tensor[] logits, Tensor? present, Tensor weights, Tensor entropy, Tensor? grad_fused, "
+    "Tensor? grad_weights, Tensor? grad_entropy) -> Tensor[]",
+)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The CPU implementations of mla_fast are the compiled ones, so what the interpreter runs on CPU tensors has a library of its own.
+_libraries = {
+    device: torch.library.Library(name, "FRAGMENT")
+    for name, device in (("mla_fast", "CUDA"), ("mla_fast_interpreted", "CPU"))
+    if device == "CUDA" or INTERPRETED
+}
+for _library in _libraries.values():
+    for _schema in SCHEMAS:
+        _library.define(_schema)
 
 try:
-    from mla_fast import _C  # noqa: F401  (loading it registers the operators)
+    from mla_fast import _C  # noqa: F401  (loading it registers the CPU implementations)
 
     CPP_MISSING = None
 except ImportError as error:
@@ -32,7 +53,20 @@ except ImportError as error:
         f"the compiled extension did not load ({error}); "
         'build it with: pip install torch "setuptools>=77" && pip install --no-build-isolation mla_fast'
     )
-TRITON_MISSING = "this version has no CUDA kernels yet; CUDA tensors use the reference backend"
+
+TRITON_MISSING = None
+if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
+    TRITON_MISSING = "this torch was built for the CPU alone"
+else:
+    try:
+        from mla_fast import kernels
+
+        for _device, _library in _libraries.items():
+            for _schema in SCHEMAS:
+                _name = _schema.split("(")[0]
+                _library.impl(_name, getattr(kernels, _name), _device)
+    except ImportError as error:
+        TRITON_MISSING = f"the Triton kernels did not load ({error}); install triton"
 # For each backend why it cannot run here, or None if it can.
 MISSING = {"reference": None, "cpp": CPP_MISSING, "triton": TRITON_MISSING}
 _SERVES = {"cpu": "cpp", "cuda": "triton"}
@@ -62,9 +96,14 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend in ("cpp", "triton"):
         if (reason := MISSING[backend]) is not None:
             raise BackendError(f"backend: {backend!r} is not available: {reason}")
-        if backend != serves:
+        if backend != serves and not (backend == "triton" and INTERPRETED):
             raise ValueError(f"backend: {backend!r} does not serve tensors on {device.type!r}")
     return backend
+
+
+def _operator(name: str, backend: str, device: torch.device) -> Callable:
+    interpreted = backend == "triton" and device.type == "cpu"
+    return getattr(torch.ops.mla_fast_interpreted if interpreted else torch.ops.mla_fast, name).default
 
 
 def alpha_tensor(alpha: float | Tensor, device: torch.device) -> Tensor:
@@ -126,9 +165,9 @@ def rls_project_(
     A step whose x̄ or G is not finite, or for which found_inf (one float32, as torch.amp uses it) is not 0, leaves P as it is
     and returns G itself.
 
-    With `pending` ([s], zeros to begin with) P is read and written once a step instead of twice: the step's correction
-    u = k / √(α + x̄ᵀk) is left there and enters P in the next one. Until then the true P is P − pending pendingᵀ. Neither x_bar
-    nor grad may share memory with P or pending then.
+    With `pending` ([s] or [1, s], zeros to begin with) P is read and written once a step instead of twice: the step's
+    correction u = k / √(α + x̄ᵀk) is left there and enters P in the next one. Until then the true P is P − pending pendingᵀ.
+    Neither x_bar nor grad may share memory with P or pending then.
     """
     _check_projection_inputs(x_bar, "x_bar", grad)
     check_choice("order", order, ORDERS)
@@ -145,7 +184,7 @@ def rls_project_(
         raise ValueError(f"P: expected a contiguous tensor, got strides {P.stride()}")
     if P.requires_grad:
         raise ValueError("P: expected a tensor that does not require grad: it is state, updated in place")
-    if pending is not None and (pending.shape != (s,) or pending.dtype != P.dtype or not pending.is_contiguous()):
+    if pending is not None and (pending.numel() != s or pending.dtype != P.dtype or not pending.is_contiguous()):
         raise ValueError(f"pending: expected contiguous {P.dtype} [{s}], got {pending.dtype} {list(pending.shape)}")
     if pending is not None and pending.requires_grad:
         raise ValueError("pending: expected a tensor that does not require grad: it is state, updated in place")
@@ -154,14 +193,27 @@ def rls_project_(
     for label, t in (("pending", pending), ("found_inf", found_inf)):
         if t is not None and t.device != P.device:
             raise ValueError(f"{label}: expected on {P.device} like P, got {t.device}")
-    x = x_bar.detach().to(P.dtype)
-    G = grad.detach().to(P.dtype)
-    overflow = None if found_inf is None else found_inf.to(torch.float32)
     name = resolve(backend, P.device)
-    projected = rls_step(name, P, x, G, alpha_tensor(alpha, P.device), pending, overflow, order == "project_first")
+    x, G = x_bar.detach(), grad.detach()
+    if name != "triton":  # whose kernels convert what they load
+        x, G = x.to(P.dtype), G.to(P.dtype)
+    overflow = None if found_inf is None else found_inf.to(torch.float32)
+    waiting = None if pending is None else pending.view(1, s)
+    alpha = alpha_tensor(alpha, P.device)
+    projected = rls_step(name, P, x, G, alpha, waiting, None, overflow, order == "project_first")
     if name != "reference":  # operators on the stable ABI do not tell autograd of what they change in place
         torch.autograd.graph.increment_version(P if pending is None else (P, pending))
     return projected.to(grad.dtype)
+
+
+def pending_rows(backend: str, s: int) -> int:
+    """How many steps' corrections should wait before they enter a P of s columns; 0: none, P is updated at once.
+
+    One, the lazy form, reads and writes P once a step. More, the deferred form, pays on a GPU where P outgrows the caches.
+    """
+    if backend == "triton":
+        return kernels.launch.pending_rows(s)
+    return 1 if backend == "cpp" else 0
 
 
 def rls_step(
@@ -170,15 +222,21 @@ def rls_step(
     x_bar: Tensor,
     grad: Tensor,
     alpha: Tensor,
-    pending: Tensor | None,
-    found_inf: Tensor | None,
-    project_first: bool,
+    pending: Tensor | None = None,
+    slot: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    project_first: bool = False,
 ) -> Tensor:
-    """``rls_project_`` without its checks, for callers that made them once: one dtype, alpha as ``alpha_tensor`` gives it."""
+    """``rls_project_`` without its checks, for callers that made them once: one dtype, alpha as ``alpha_tensor`` gives it.
+
+    pending [R, s] holds up to R corrections u_r; the true P is P − Σ_r u_r u_rᵀ. For R > 1 slot, int32 [2] on P's device, zeros
+    to begin with, counts in slot[1] how many wait (slot[0] is the kernels' own).
+    """
     if backend != "reference":
-        return torch.ops.mla_fast.rls_project_.default(P, x_bar, grad, alpha, pending, found_inf, project_first)
+        op = _operator("rls_project_", backend, P.device)
+        return op(P, x_bar, grad, alpha, pending, slot, found_inf, project_first)
     if pending is not None:
-        rls_fold(backend, P, pending)
+        rls_fold(backend, P, pending, slot)
     updated, projected = reference.rls_project(P, x_bar, grad, alpha, project_first=project_first)
     good = torch.isfinite(updated.sum() + projected.sum())
     if found_inf is not None:
@@ -187,13 +245,16 @@ def rls_step(
     return torch.where(good, projected, grad)
 
 
-def rls_fold(backend: str, P: Tensor, pending: Tensor) -> None:
-    """P ← P − pending pendingᵀ, pending ← 0: the P that ``rls_project_`` with `pending` stands for, to the last bit."""
+def rls_fold(backend: str, P: Tensor, pending: Tensor, slot: Tensor | None = None) -> None:
+    """P ← P − Σ_r u_r u_rᵀ over what waits in pending, which is empty afterwards: the P that ``rls_step`` stands for."""
     if backend != "reference":
-        torch.ops.mla_fast.rls_fold_.default(P, pending)
-    else:
-        P.sub_(torch.outer(pending, pending))
-        pending.zero_()
+        _operator("rls_fold_", backend, P.device)(P, pending, slot)
+        return
+    for u in pending if slot is None else pending[: slot[1]]:
+        P.sub_(torch.outer(u, u))
+    pending.zero_()
+    if slot is not None:
+        slot.zero_()
 
 
 def window_project(means: Tensor, grad: Tensor, alpha: float | Tensor, *, backend: str = "auto") -> Tensor:
@@ -207,16 +268,30 @@ def window_project(means: Tensor, grad: Tensor, alpha: float | Tensor, *, backen
     _check_projection_inputs(means, "means", grad)
     if means.dim() != 2:
         raise ValueError(f"means: expected [J, s], got {list(means.shape)}")
+    name = resolve(backend, grad.device)
+    X, G, alpha = means.detach(), grad.detach(), alpha_tensor(alpha, grad.device)
+    if name == "triton":  # whose kernel converts what it loads
+        return _operator("window_project", name, grad.device)(X, G, alpha)
     dtype = torch.promote_types(torch.promote_types(means.dtype, grad.dtype), torch.float32)
-    a = alpha_tensor(alpha, grad.device)
-    return window_step(resolve(backend, grad.device), means.detach().to(dtype), grad.detach().to(dtype), a).to(grad.dtype)
+    X, G = X.to(dtype), G.to(dtype)
+    if name == "reference":
+        projected = reference.project(G, reference.window_projection(X, alpha))
+    else:
+        projected = _operator("window_project", name, grad.device)(X, G, alpha)
+    return projected.to(grad.dtype)
 
 
-def window_step(backend: str, means: Tensor, grad: Tensor, alpha: Tensor) -> Tensor:
-    """``window_project`` without its checks."""
+def window_step_(
+    backend: str, means: Tensor, own: int, x_bar: Tensor, grad: Tensor, alpha: Tensor, found_inf: Tensor | None = None
+) -> Tensor:
+    """``window_project`` from all rows of means [K, s] but `own`, the row of the modality at hand, which then becomes x_bar
+    unless found_inf is set; without checks."""
     if backend != "reference":
-        return torch.ops.mla_fast.window_project.default(means, grad, alpha)
-    return reference.project(grad, reference.window_projection(means, alpha))
+        return _operator("window_step_", backend, means.device)(means, own, x_bar, grad, alpha, found_inf)
+    others = torch.cat([means[:own], means[own + 1 :]])
+    projected = reference.project(grad, reference.window_projection(others, alpha))
+    means[own] = x_bar if found_inf is None else torch.where(found_inf == 0, x_bar, means[own])
+    return projected
 
 
 def entropy_fusion(logits: list[Tensor], present: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +302,7 @@ def entropy_fusion(logits: list[Tensor], present: Tensor | None, backend: str) -
         wide = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
         fused, weights, entropies = reference.entropy_fusion(wide, present)
         return fused.to(stacked.dtype), weights, entropies
-    op = torch.ops.mla_fast.entropy_fusion.default
+    op = _operator("entropy_fusion", backend, logits[0].device)
     if (torch.is_grad_enabled() and any(z.requires_grad for z in logits)) or torch.compiler.is_compiling():
         return op(logits, present)
     # The autograd rule lives in Python; where no gradient is wanted, going around it saves more than the arithmetic costs.
@@ -235,22 +310,26 @@ def entropy_fusion(logits: list[Tensor], present: Tensor | None, backend: str) -
         return op(logits, present)
 
 
-def _register() -> None:
+def _register(library: str) -> None:
     """What torch.compile and autograd need to know about the operators."""
 
-    @torch.library.register_fake("mla_fast::rls_project_")
-    def _(P, x_bar, grad, alpha, pending=None, found_inf=None, project_first=False):
+    @torch.library.register_fake(f"{library}::rls_project_")
+    def _(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None, project_first=False):
         return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("mla_fast::rls_fold_")
-    def _(P, pending):
+    @torch.library.register_fake(f"{library}::rls_fold_")
+    def _(P, pending, slot=None):
         return None
 
-    @torch.library.register_fake("mla_fast::window_project")
+    @torch.library.register_fake(f"{library}::window_project")
     def _(means, grad, alpha):
         return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
-    @torch.library.register_fake("mla_fast::entropy_fusion")
+    @torch.library.register_fake(f"{library}::window_step_")
+    def _(means, own, x_bar, grad, alpha, found_inf=None):
+        return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake(f"{library}::entropy_fusion")
     def _(logits, present):
         first = logits[0]
         N, C = first.shape[-2:]
@@ -258,7 +337,7 @@ def _register() -> None:
         wide = torch.promote_types(first.dtype, torch.float32)
         return first.new_empty(N, C), first.new_empty(N, M, dtype=wide), first.new_empty(N, M, dtype=wide)
 
-    @torch.library.register_fake("mla_fast::entropy_fusion_backward")
+    @torch.library.register_fake(f"{library}::entropy_fusion_backward")
     def _(logits, present, weights, entropy, grad_fused, grad_weights, grad_entropy):
         return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
 
@@ -272,7 +351,7 @@ def _register() -> None:
     def backward(ctx, grad_fused, grad_weights, grad_entropy):
         logits, (weights, entropy, *rest) = ctx.saved_tensors[: ctx.modalities], ctx.saved_tensors[ctx.modalities :]
         present = rest[0] if ctx.has_present else None
-        grads = torch.ops.mla_fast.entropy_fusion_backward(
+        grads = getattr(torch.ops, library).entropy_fusion_backward(
             list(logits), present, weights, entropy, grad_fused, grad_weights, grad_entropy
         )
         return grads, None
@@ -280,9 +359,9 @@ def _register() -> None:
     def no_second_derivative(ctx, *grads):
         raise NotImplementedError('entropy_fusion: differentiable once; use backend="reference" for higher derivatives')
 
-    torch.library.register_autograd("mla_fast::entropy_fusion", backward, setup_context=setup)
-    torch.library.register_autograd("mla_fast::entropy_fusion_backward", no_second_derivative)
+    torch.library.register_autograd(f"{library}::entropy_fusion", backward, setup_context=setup)
+    torch.library.register_autograd(f"{library}::entropy_fusion_backward", no_second_derivative)
 
 
-if CPP_MISSING is None:
-    _register()
+for _library in _libraries.values():
+    _register(_library.ns)

@@ -81,11 +81,16 @@ class HeadLayer:
         size = self.module.in_features + with_bias
         return make_projection(settings, size, self.dtype, self.module.weight.device, self.backend)
 
+    def state_dict(self) -> dict[str, Any]:
+        projection = self.projection
+        state = {"step": projection.step, "modality": projection.modality, "tensors": projection.tensors()}
+        return {"name": self.name, **state}
+
     def restored(self, settings: ProjectionSettings, saved: dict[str, Any]) -> Projection:
         """A projection that continues from a saved state; ValueError if it does not fit this layer."""
         projection = self.new_projection(settings)
         projection.check(saved["tensors"])
-        projection.load(saved["tensors"], saved["step"])
+        projection.load(saved["tensors"], saved["step"], saved.get("modality"))
         return projection
 
     def joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -149,7 +154,8 @@ class MLAOptimizer(torch.optim.Optimizer):
     Args:
         optimizer: any optimizer whose ``step`` does not require a closure; it holds the head's parameters among others.
         head: the shared head, a module with at least one trainable ``nn.Linear``.
-        alpha: α > 0 of eq. 5, or a callable of the step number. Large: the head stays free longer.
+        alpha: α > 0 of eq. 5, or a callable of the step number. Large: the head stays free longer. A 0-d float64 tensor on
+            the head's device is read there at each step: change it in place, between replays of a CUDA graph too.
         projection: ``"rls"`` (the paper's P, eq. 5; the head's steps shrink like 1/t) · ``"window"`` (P from the other
             modalities' latest x̄ alone; never shrinks, no s × s matrix, needs the name of the modality in ``step``) ·
             ``"none"`` (alternation alone) · ``"official"`` (the released code's arithmetic, for comparison).
@@ -177,7 +183,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         head: nn.Module,
         *,
-        alpha: float | Callable[[int], float] = 1.0,
+        alpha: float | Tensor | Callable[[int], float] = 1.0,
         projection: str = "rls",
         order: str = "update_first",
         target: str = "gradient",
@@ -304,21 +310,19 @@ class MLAOptimizer(torch.optim.Optimizer):
         """The wrapped optimizer's step. `bad`, if given, is read on the device: nothing of the head moves where it is 1."""
         inner = self.optimizer
         _start_momentum(inner)
-        amp = {name: getattr(self, name) for name in ("grad_scale", "found_inf") if hasattr(self, name)}
+        amp = {name: getattr(self, name) for name in _AMP if hasattr(self, name)}
         restore = None
         if bad is not None:
-            self._bad_on_device = bad if self._bad_on_device is None else self._bad_on_device + bad
+            if self._bad_on_device is None:
+                self._bad_on_device = torch.zeros_like(bad)
+            self._bad_on_device.add_(bad)  # in place, for a captured step finds it where it was
             if self._step_supports_amp_scaling:
                 amp["found_inf"] = bad
             else:
                 restore = _Snapshot(inner, [p for layer, _ in active for p in layer.module.parameters()])
-        for name, value in amp.items():
-            setattr(inner, name, value)
-        try:
-            inner.step()
-        finally:
-            for name in amp:
-                delattr(inner, name)
+        _set_amp(inner, amp)  # which also removes what a step that raised has left
+        inner.step()
+        _set_amp(inner, {})
         if restore is not None:
             restore.where(bad)
 
@@ -337,14 +341,12 @@ class MLAOptimizer(torch.optim.Optimizer):
         """`skipped`, with what the device has counted since the last time."""
         if self._bad_on_device is not None:
             self.skipped["nonfinite"] += int(self._bad_on_device.item())
-            self._bad_on_device = None
+            self._bad_on_device.zero_()
         return dict(self.skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and under ``"mla"`` the settings, every P (or window) and the counts."""
-        layers = [
-            {"name": layer.name, "step": layer.projection.step, "tensors": layer.projection.tensors()} for layer in self.layers
-        ]
+        layers = [layer.state_dict() for layer in self.layers]
         mla = {"version": STATE_VERSION, "settings": self.settings.state_dict(), "layers": layers, "skipped": self._counted()}
         return {**self.optimizer.state_dict(), "mla": mla}
 
@@ -361,11 +363,15 @@ class MLAOptimizer(torch.optim.Optimizer):
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "mla"})
         self._share(self.optimizer)
         self.settings = settings
+        if isinstance(settings.alpha, Tensor):
+            settings.alpha.fill_(mla["settings"]["alpha"])
         self.skipped, self._bad_on_device = dict(mla["skipped"]), None
         for layer, projection in zip(self.layers, restored, strict=True):
             layer.projection = projection
 
     def _restored_settings(self, saved: dict[str, Any]) -> ProjectionSettings:
+        if saved["alpha"] is not None and isinstance(self.settings.alpha, Tensor):
+            return ProjectionSettings(**{**saved, "alpha": self.settings.alpha})
         if saved["alpha"] is not None:
             return ProjectionSettings(**saved)
         if not callable(self.settings.alpha):
@@ -403,6 +409,18 @@ class _Snapshot:
         for key, t in self._tensors().items():
             before = self.before.get(key)
             t.copy_(torch.where(bad == 0, t, torch.zeros_like(t) if before is None else before))
+
+
+_AMP = ("grad_scale", "found_inf")  # the attributes by which torch.amp reaches a fused optimizer
+
+
+def _set_amp(optimizer: torch.optim.Optimizer, values: dict[str, Tensor]) -> None:
+    """Those of _AMP that `values` has and no other; no try … finally around the step, which torch.compile cannot resume in."""
+    for name in _AMP:
+        if name in values:
+            setattr(optimizer, name, values[name])
+        elif hasattr(optimizer, name):
+            delattr(optimizer, name)
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:

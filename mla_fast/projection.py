@@ -27,23 +27,26 @@ class ProjectionSettings:
     order: str = "update_first"
     target: str = "gradient"
     bias: str = "free"
-    alpha: float | Callable[[int], float] = 1.0
+    alpha: float | Tensor | Callable[[int], float] = 1.0
 
     def __post_init__(self) -> None:
         ops.check_choice("projection", self.projection, PROJECTIONS)
         ops.check_choice("order", self.order, ops.ORDERS)
         ops.check_choice("target", self.target, TARGETS)
         ops.check_choice("bias", self.bias, BIASES)
-        if not callable(self.alpha):
-            ops.check_alpha(self.alpha)
+        if isinstance(self.alpha, Tensor) and (self.alpha.dim() or self.alpha.dtype != torch.float64):
+            raise TypeError(f"alpha: expected a tensor to be 0-d float64, got {self.alpha.dtype} {list(self.alpha.shape)}")
+        self.alpha_at(0)
 
     def alpha_at(self, step: int) -> float:
-        """α of the step, checked."""
-        return ops.check_alpha(self.alpha(step)) if callable(self.alpha) else self.alpha
+        """α of the step, checked; waits for the device if it is a tensor."""
+        if isinstance(self.alpha, Tensor):
+            return ops.check_alpha(self.alpha.item())
+        return ops.check_alpha(self.alpha(step) if callable(self.alpha) else self.alpha)
 
     def state_dict(self) -> dict:
         """Plain values; a callable alpha cannot be saved and stands as None."""
-        return {**asdict(self), "alpha": None if callable(self.alpha) else self.alpha}
+        return {**asdict(self), "alpha": None if callable(self.alpha) else self.alpha_at(0)}
 
 
 class Projection:
@@ -55,11 +58,16 @@ class Projection:
         self.backend = ops.resolve(backend, device)
         self.dtype = dtype
         self.step = 0
+        self.modality: str | None = None  # of the last step
+        if isinstance(settings.alpha, Tensor) and settings.alpha.device != device:
+            raise ValueError(f"alpha: expected a tensor on {device} like the head, got {settings.alpha.device}")
         self._alpha_value = settings.alpha_at(0)
-        self._alpha = ops.alpha_tensor(self._alpha_value, device)
+        self._alpha = settings.alpha if isinstance(settings.alpha, Tensor) else ops.alpha_tensor(self._alpha_value, device)
 
     def alpha(self) -> Tensor:
         """α of the current step, 0-d float64 on the device."""
+        if isinstance(self.settings.alpha, Tensor):
+            return self._alpha
         value = self.settings.alpha_at(self.step)
         if value != self._alpha_value:
             self._alpha.fill_(value)
@@ -69,7 +77,7 @@ class Projection:
     def __call__(self, grad: Tensor, x_bar: Tensor, modality: str | None, found_inf: Tensor | None) -> Tensor:
         """The projected G. With found_inf ≠ 0 no tensor of the state moves; the step is counted all the same."""
         projected = self._project(grad, x_bar, modality, found_inf)
-        self.step += 1
+        self.step, self.modality = self.step + 1, modality
         return projected
 
     def _project(self, grad: Tensor, x_bar: Tensor, modality: str | None, found_inf: Tensor | None) -> Tensor:
@@ -87,9 +95,9 @@ class Projection:
         """The state, for ``state_dict``."""
         return {}
 
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+    def load(self, tensors: dict[str, Tensor], step: int, modality: str | None = None) -> None:
         """Takes over a saved state; ``check`` it first."""
-        self.step = step
+        self.step, self.modality = step, modality
 
     def check(self, tensors: dict[str, Tensor]) -> None:
         """Raises ValueError unless `tensors` is a state of this projection."""
@@ -114,8 +122,8 @@ class _MatrixProjection(Projection):
     def tensors(self) -> dict[str, Tensor]:
         return {"P": self.matrix().clone()}
 
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        super().load(tensors, step)
+    def load(self, tensors: dict[str, Tensor], step: int, modality: str | None = None) -> None:
+        super().load(tensors, step, modality)
         self.P.copy_(tensors["P"])
 
     def check(self, tensors: dict[str, Tensor]) -> None:
@@ -126,27 +134,28 @@ class _MatrixProjection(Projection):
 
 
 class RLSProjection(_MatrixProjection):
-    """Eq. 5. The last correction waits in `pending` until the next step reads P: it is read and written once a step."""
+    """Eq. 5. The last corrections wait in `pending` before they enter P, which is read once a step and written at most once."""
 
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
-        self.pending = None if self.backend == "reference" else torch.zeros(size, dtype=dtype, device=device)
+        rows = ops.pending_rows(self.backend, size)
+        self.pending = torch.zeros(rows, size, dtype=dtype, device=device) if rows else None
+        self.slot = torch.zeros(2, dtype=torch.int32, device=device) if rows > 1 else None
 
     def _project(self, grad, x_bar, modality, found_inf):
         project_first = self.settings.order == "project_first"
         if self.step == 0 and not project_first:
             return grad  # Algorithm 1: the first step is neither projected nor enters P
-        return ops.rls_step(self.backend, self.P, x_bar, grad, self.alpha(), self.pending, found_inf, project_first)
+        return ops.rls_step(self.backend, self.P, x_bar, grad, self.alpha(), self.pending, self.slot, found_inf, project_first)
 
     def matrix(self) -> Tensor:
         if self.pending is not None:
-            ops.rls_fold(self.backend, self.P, self.pending)
+            ops.rls_fold(self.backend, self.P, self.pending, self.slot)
         return self.P
 
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        super().load(tensors, step)
-        if self.pending is not None:
-            self.pending.zero_()
+    def load(self, tensors: dict[str, Tensor], step: int, modality: str | None = None) -> None:
+        self.matrix()  # nothing waits any more
+        super().load(tensors, step, modality)
 
 
 class OfficialProjection(_MatrixProjection):
@@ -163,47 +172,47 @@ class OfficialProjection(_MatrixProjection):
 
 
 class WindowProjection(Projection):
-    """P from the latest x̄ of every other modality, built anew at each step; no s × s matrix."""
+    """P from the latest x̄ of every other modality, built anew at each step; no s × s matrix.
+
+    A modality keeps its row of `means` from its first step on, so that a captured step finds it where it was.
+    """
 
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
-        self.means: dict[str, Tensor] = {}  # the modality of the last step comes last
+        self.means = torch.empty(0, size, dtype=dtype, device=device)
+        self.rows: dict[str | None, int] = {}
 
-    def _others(self, modality: str | None) -> Tensor:
-        others = [mean for name, mean in self.means.items() if name != modality]
-        return torch.stack(others) if others else torch.empty(0, self.size, dtype=self.dtype, device=self._alpha.device)
+    def _row(self, modality: str | None) -> int:
+        """Its row of `means`; a new one holds zeros, and a mean of zero projects nothing away."""
+        if modality not in self.rows:
+            self.rows[modality] = len(self.rows)
+            self.means = torch.cat([self.means, self.means.new_zeros(1, self.size)])
+        return self.rows[modality]
 
     def _project(self, grad, x_bar, modality, found_inf):
-        projected = ops.window_step(self.backend, self._others(modality), grad, self.alpha())
-        if found_inf is not None and modality in self.means:
-            x_bar = torch.where(found_inf == 0, x_bar, self.means[modality])
-        elif found_inf is not None:
-            x_bar = torch.where(found_inf == 0, x_bar, 0)  # a mean of zero projects nothing away
-        self.means.pop(modality, None)
-        self.means[modality] = x_bar
-        return projected
+        own = self._row(modality)
+        return ops.window_step_(self.backend, self.means, own, x_bar, grad, self.alpha(), found_inf)
 
-    @property
-    def current(self) -> str | None:
-        """The modality of the last step."""
-        return next(reversed(self.means), None)
+    def _others(self) -> Tensor:
+        return self.means[[row for name, row in self.rows.items() if name != self.modality]]
 
     def matrix(self) -> Tensor:
-        return reference.window_projection(self._others(self.current), self.alpha())
+        return reference.window_projection(self._others(), self.alpha())
 
     def norm_and_trace(self) -> tuple[float, float]:
         # By Woodbury P = I − Xᵀ (α I + X Xᵀ)⁻¹ X: all but M − 1 of the eigenvalues are 1.
-        X = self._others(self.current).double()
+        X = self._others().double()
         kept = self.alpha() / (self.alpha() + torch.linalg.eigvalsh(X @ X.T))
         ones = self.size - len(kept)
         return (ones + kept.square().sum().item()) ** 0.5, ones + kept.sum().item()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: mean.clone() for name, mean in self.means.items()}
+        return {name: self.means[row].clone() for name, row in self.rows.items()}
 
-    def load(self, tensors: dict[str, Tensor], step: int) -> None:
-        super().load(tensors, step)
-        self.means = {name: mean.to(self._alpha.device, copy=True) for name, mean in tensors.items()}
+    def load(self, tensors: dict[str, Tensor], step: int, modality: str | None = None) -> None:
+        super().load(tensors, step, modality)
+        self.rows = {name: row for row, name in enumerate(tensors)}
+        self.means = torch.stack(list(tensors.values())).to(self.means) if tensors else self.means[:0]
 
     def check(self, tensors: dict[str, Tensor]) -> None:
         for name, mean in tensors.items():

@@ -1,6 +1,13 @@
-import pytest
+import os
 
-from mla_fast import competition, ops
+import pytest
+import torch
+
+# Without a GPU the Triton kernels are interpreted, which must be said before they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from mla_fast import competition, ops  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -10,8 +17,21 @@ def one_thread():
         yield
 
 
-@pytest.fixture(
-    params=["reference", pytest.param("cpp", marks=pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING)))]
-)
+def unless_missing(name):
+    reason = ops.MISSING[name]
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+
+
+@pytest.fixture(params=["reference", unless_missing("cpp"), unless_missing("triton")])
 def backend(request):
-    return request.param
+    """Each backend by name. With a GPU, what a test makes for "triton" lies there; without, the kernels are interpreted, and
+    tests of thousands of launches (marked `many_launches`) are for a GPU."""
+    if request.param != "triton":
+        yield request.param
+    elif ops.INTERPRETED:
+        if request.node.get_closest_marker("many_launches"):
+            pytest.skip("thousands of launches: too slow to interpret")
+        yield request.param
+    else:
+        with torch.device("cuda"):
+            yield request.param

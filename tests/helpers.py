@@ -15,8 +15,17 @@ PROJECTIONS = ("rls", "window", "none", "official")
 ALTERNATION = tuple(WIDTHS)
 
 
+def here():
+    """The device that tensors are made on where none is named."""
+    return torch.empty(0).device
+
+
 def normal(generator, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(here(), dtype)
+
+
+def labels(generator, N):
+    return torch.randint(CLASSES, (N,), generator=generator, device="cpu").to(here())
 
 
 def make_model(dtype=torch.float32, s=5, head=None, seed=0):
@@ -43,16 +52,13 @@ def make_steps(count, dtype=torch.float32, N=7, seed=1, start=0):
     """`count` steps (modality, inputs [N, …], target [N]), the modalities in turn (eq. 1)."""
     generator = torch.Generator().manual_seed(seed)
     names = [reference.modality_at(t, ALTERNATION) for t in range(start, start + count)]
-    return [(m, normal(generator, N, WIDTHS[m], dtype=dtype), torch.randint(CLASSES, (N,), generator=generator)) for m in names]
+    return [(m, normal(generator, N, WIDTHS[m], dtype=dtype), labels(generator, N)) for m in names]
 
 
 def head_steps(count, s=5, dtype=torch.float32, N=7, seed=2):
     """The same with features [N, s] for a head alone, their mean away from zero."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (ALTERNATION[t % 3], 0.5 + normal(generator, N, s, dtype=dtype), torch.randint(CLASSES, (N,), generator=generator))
-        for t in range(count)
-    ]
+    return [(ALTERNATION[t % 3], 0.5 + normal(generator, N, s, dtype=dtype), labels(generator, N)) for t in range(count)]
 
 
 def momentum_sgd(parameters, **settings):

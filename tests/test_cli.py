@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mla_fast import ops
 from mla_fast.cli import main
 
 
@@ -74,7 +75,8 @@ def test_random_split(archive, tmp_path):
         (["--backend", "triton"], "triton"),
     ],
 )
-def test_bad_input_is_one_line_on_stderr(archive, tmp_path, capsys, arguments, message):
+def test_bad_input_is_one_line_on_stderr(archive, tmp_path, capsys, arguments, message, monkeypatch):
+    monkeypatch.setitem(ops.MISSING, "triton", "there is no GPU")
     status = train(archive, tmp_path / "run", *arguments)
     captured = capsys.readouterr()
     assert status == 2 and message in captured.err and len(captured.err.splitlines()) == 1

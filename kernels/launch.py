@@ -1,0 +1,83 @@
+"""Launch configurations by size, read from launch.json: no autotuning, so the first step is as fast as the thousandth.
+
+An op's rows are tried in order; the first one whose bounds (``up_to``, inclusive) all hold is taken. ``python -m bench.tune``
+measures the alternatives on the GPU at hand and rewrites the file.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+import triton
+
+TABLE = json.loads(Path(__file__).with_name("launch.json").read_text())
+# fma(−u_i, u_j, p) is the same for (i, j) and (j, i), so fusing multiplications with additions keeps P symmetric.
+OPTIONS = {"enable_fp_fusion": True}
+HIP = torch.version.hip is not None
+MAX_BLOCK_C = 128
+MAX_SPLITS = 16
+
+
+def _row(op: str, **sizes: int) -> dict:
+    return next(row for row in TABLE[op] if all(sizes[name] <= bound for name, bound in row["up_to"].items()))
+
+
+def _config(row: dict) -> dict:
+    """For the compiler: AMD's knows no limit on registers."""
+    return {name: value for name, value in row["config"].items() if not (HIP and name == "maxnreg")}
+
+
+def pending_rows(s: int) -> int:
+    """How many steps' corrections wait before P is written: one (lazy), or more where P no longer fits in the L2 cache."""
+    return TABLE["deferred"]["rows"] if s >= TABLE["deferred"]["from_s"] else 1
+
+
+def block_c(C: int) -> int:
+    """Rows of G that one program multiplies; tensor cores want 16 at least."""
+    return min(max(triton.next_power_of_2(C), 16), MAX_BLOCK_C)
+
+
+@functools.cache
+def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, int, int]:
+    """(configuration, rows of P to a split, splits): enough programs to occupy the GPU, whole blocks of rows in each split."""
+    row = _row("rls_read", s=s, C=C)
+    config = {"BLOCK_C": block_c(C), **_config(row)}
+    if itemsize > 4:  # twice the shared memory
+        config["STAGES"] = 2
+    columns = triton.cdiv(s, config["BLOCK_COLS"]) * triton.cdiv(max(C, 1), config["BLOCK_C"])
+    wanted = min(max(row["programs"] // columns, 1), MAX_SPLITS)
+    split_rows = triton.cdiv(triton.cdiv(s, wanted), config["BLOCK_ROWS"]) * config["BLOCK_ROWS"]
+    return config, split_rows, triton.cdiv(s, split_rows)
+
+
+@functools.cache
+def rls_finish_config(s: int, R: int) -> dict:
+    config = _config(_row("rls_finish", s=s, R=R))
+    return {**config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(s))}
+
+
+def rls_fold_config(s: int) -> dict:
+    return _config(_row("rls_fold", s=s))
+
+
+@functools.cache
+def window_config(s: int, J: int) -> dict:
+    config = _config(_row("window", s=s, J=J))
+    return {"J_PAD": triton.next_power_of_2(max(J, 1)), **config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(s))}
+
+
+@functools.cache
+def fusion_config(op: str, C: int, itemsize: int) -> dict:
+    """Several short rows to a program (no more than it has threads), or one row in one or more blocks; `itemsize` bytes to a
+    number as it is computed."""
+    config = _config(_row(op, C=C))
+    elements = config.pop("elements") * 4 // itemsize
+    BLOCK_C = min(triton.next_power_of_2(C), elements)
+    return {"BLOCK_C": BLOCK_C, "BLOCK_N": min(elements // BLOCK_C, 32 * config["num_warps"]), **config}
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """P never gets less than float32's accuracy: three TF32 products on tensor cores carry it (AMD's have no such mode). The
+    compiler adds each block's sum outside of the tensor cores, whose own long sums would truncate."""
+    return "tf32x3" if dtype == torch.float32 and not HIP else "ieee"

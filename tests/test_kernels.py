@@ -1,0 +1,266 @@
+"""The Triton kernels: what the operators' tests, which run them too, do not reach. On a GPU if there is one, else interpreted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import head_steps, here, make_model, make_steps, momentum_sgd, relative, train
+
+import mla_fast as mla
+from mla_fast import ops, reference
+from mla_fast.projection import ProjectionSettings, make_projection
+
+pytestmark = pytest.mark.skipif(ops.TRITON_MISSING is not None, reason=f"triton: {ops.TRITON_MISSING}")
+f64 = torch.float64
+ALPHA = 0.7
+needs_cuda = pytest.mark.skipif(ops.INTERPRETED, reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    if ops.INTERPRETED:
+        yield
+    else:
+        with torch.device("cuda"):
+            yield
+
+
+def state(s, R, dtype=torch.float32):
+    """P = I, nothing pending, and the slot. What must not be read is NaN."""
+    pending = torch.full((R, s), torch.nan, dtype=dtype) if R > 1 else torch.zeros(1, s, dtype=dtype)
+    return torch.eye(s, dtype=dtype), pending, torch.zeros(2, dtype=torch.int32) if R > 1 else None
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """More classes than one block holds, without the interpreter's paying for 128 of them."""
+    from mla_fast import kernels
+
+    monkeypatch.setattr(kernels.launch, "MAX_BLOCK_C", 16)
+    kernels.launch.rls_read_config.cache_clear()
+    yield
+    kernels.launch.rls_read_config.cache_clear()
+
+
+def folded(P, pending, slot):
+    P, pending, slot = (None if t is None else t.clone() for t in (P, pending, slot))
+    ops.rls_fold("triton", P, pending, slot)
+    return P
+
+
+@pytest.mark.parametrize("s,C,R", [(1, 1, 4), (63, 6, 4), (65, 17, 1), (130, 17, 4), (33, 0, 1), (33, 0, 4)])
+@pytest.mark.parametrize("project_first", [False, True])
+def test_deferred_and_wide_steps_follow_the_reference(s, C, R, project_first, narrow_blocks):
+    """Past two foldings, with more classes than one block holds, and with none."""
+    (P, pending, slot), exact = state(s, R), torch.eye(s, dtype=f64)
+    alpha = torch.tensor(ALPHA, dtype=f64)
+    for _ in range(2 * R + 2):
+        x_bar, grad = torch.rand(s), torch.randn(C, s)
+        projected = ops.rls_step("triton", P, x_bar, grad, alpha, pending, slot, None, project_first)
+        exact, expected = reference.rls_project(exact, x_bar.double(), grad.double(), ALPHA, project_first=project_first)
+        assert projected.shape == (C, s) and (C == 0 or relative(projected, expected) < 2e-6)
+        assert relative(folded(P, pending, slot), exact) < 1e-6
+        assert torch.equal(P, P.T)
+
+
+def test_foldings_change_no_bit_of_a_deferred_run():
+    """The P that is written every fourth step is the P of corrections entered one by one."""
+    s, R = 20, 4
+    P, pending, slot = state(s, R)
+    alpha, entered = torch.tensor(ALPHA, dtype=f64), torch.eye(s)
+    for step in range(2 * R):
+        ops.rls_step("triton", P, torch.rand(s), torch.randn(3, s), alpha, pending, slot)
+        u = pending[step % R]
+        entered = torch.addcmul(entered, u[:, None], u[None, :], value=-1)  # fused or not, as the kernel
+        torch.testing.assert_close(folded(P, pending, slot), entered, rtol=0, atol=2**-22)
+
+
+@pytest.mark.parametrize("R", [1, 4])
+@pytest.mark.parametrize("C", [3, 19])
+@pytest.mark.parametrize("what", ["x_bar", "grad", "found_inf"])
+def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
+    s = 21
+    P, pending, slot = state(s, R)
+    alpha, found_inf = torch.tensor(ALPHA, dtype=f64), torch.zeros(1)
+    for _ in range(R + 1):
+        ops.rls_step("triton", P, torch.rand(s), torch.randn(C, s), alpha, pending, slot, found_inf)
+    before = folded(P, pending, slot)
+    x_bar, grad = torch.rand(s), torch.randn(C, s)
+    for spoil in (torch.nan, torch.inf, -torch.inf):
+        if what == "found_inf":
+            found_inf.fill_(1)
+        else:
+            (x_bar if what == "x_bar" else grad[-1])[s // 2] = spoil
+        returned = ops.rls_step("triton", P, x_bar, grad, alpha, pending, slot, found_inf)
+        torch.testing.assert_close(returned, grad, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(folded(P, pending, slot), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rls_takes_half_precision_features_and_gradients(dtype):
+    (P, pending, slot), s = state(40, 1), 40
+    x_bar, grad, alpha = torch.rand(s).to(dtype), torch.randn(6, s).to(dtype), torch.tensor(ALPHA, dtype=f64)
+    projected = ops.rls_step("triton", P, x_bar, grad, alpha, pending, slot)
+    exact, expected = reference.rls_project(torch.eye(s, dtype=f64), x_bar.double(), grad.double(), ALPHA)
+    assert projected.dtype == dtype and relative(projected, expected) < 2 * torch.finfo(dtype).eps
+    assert relative(folded(P, pending, slot), exact) < 1e-6  # P knows nothing of the gradient's dtype
+
+
+@pytest.mark.parametrize("M,N,C", [(1, 1, 1), (2, 5, 101), (3, 33, 6), (5, 2, 9000)])
+def test_packed_rows_fuse_as_tensors_with_a_mask_do(M, N, C):
+    from mla_fast import kernels
+
+    present = torch.rand(N, M) > 0.4
+    slot = torch.full((N, M), -1)
+    slot.T[present.T] = torch.randperm(int(present.sum()))
+    K = int(present.sum()) + 2  # two rows that nobody names
+    logits, packed = 5 * torch.randn(M, N, C), torch.full((K, C), torch.nan)
+    packed[slot.T[present.T]] = logits[present.T]
+    expected = kernels.entropy_fusion([logits], present)
+    results = kernels.entropy_fusion([packed], None, slot)
+    for got, want in zip(results, expected, strict=True):
+        assert torch.equal(got, want)
+    grads = [torch.randn_like(t) for t in results]
+    (dense,) = kernels.entropy_fusion_backward([logits], present, *expected[1:], *grads)
+    (rows,) = kernels.entropy_fusion_backward([packed], None, *results[1:], *grads, slot=slot)
+    assert torch.equal(rows[slot.T[present.T]], dense[present.T])
+    assert rows.count_nonzero() == dense.count_nonzero()
+
+
+@pytest.mark.parametrize("C", [1, 129, 4097, 9001])
+def test_long_and_short_rows_have_the_same_gradient(C):
+    """Across the boundaries of the launch configurations, against autograd of the reference in float64."""
+    present = torch.tensor([[True, True], [True, False], [False, False]])
+    logits = (5 * torch.randn(2, 3, C)).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    weights = [torch.randn(3, C), torch.randn(3, 2), torch.randn(3, 2)]
+    for z, fused in (
+        (logits, mla.entropy_fusion(logits, present, backend="triton")),
+        (exact, reference.entropy_fusion(exact, present)),
+    ):
+        sum((part * w.to(part.dtype)).sum() for part, w in zip(fused, weights, strict=True)).backward()
+        assert not z.grad[1, 1].any() and not z.grad[:, 2].any()
+    assert relative(logits.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("projection", ["rls", "window"])
+@pytest.mark.parametrize("order", ops.ORDERS)
+@pytest.mark.parametrize("target,bias", [("gradient", "free"), ("update", "project")])
+def test_a_short_training_is_that_of_the_reference_backend(projection, order, target, bias):
+    parameters = []
+    for backend in ("reference", "triton"):
+        model = make_model(f64)
+        settings = {"projection": projection, "order": order, "target": target, "bias": bias, "alpha": 0.3}
+        optimizer = mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head, backend=backend, **settings)
+        train(model, optimizer, make_steps(7, f64))
+        optimizer.state_dict()  # which folds
+        train(model, optimizer, make_steps(2, f64, start=7))
+        parameters.append([p.detach() for p in model.parameters()])
+    for reference_p, triton_p in zip(*parameters, strict=True):
+        assert relative(triton_p, reference_p) < 1e-12
+
+
+def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
+    from mla_fast import kernels
+
+    assert [kernels.launch.pending_rows(s) for s in (1, 4095, 4096, 8192)] == [1, 1, 16, 16]
+    monkeypatch.setattr(kernels.launch, "pending_rows", lambda s: 4)
+    deferred = make_projection(ProjectionSettings(alpha=ALPHA), 9, torch.float32, here(), "triton")
+    plain = make_projection(ProjectionSettings(alpha=ALPHA), 9, f64, here(), "reference")
+    for t in range(11):
+        x_bar, grad = torch.rand(9), torch.randn(2, 9)
+        assert relative(deferred(grad, x_bar, None, None), plain(grad.double(), x_bar.double(), None, None)) < 2e-6
+        if t % 3 == 2:
+            saved = deferred.tensors()["P"]
+            assert relative(saved, plain.matrix()) < 1e-6 and not deferred.pending.any() and not deferred.slot.any()
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_without_spilling(target):
+    """From the launchers themselves, with every row of launch.json; `make kernels-check` prints it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mla_fast.kernels.aot", "--targets", target],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "0 bytes spilled" in done.stdout
+
+
+@needs_cuda
+@pytest.mark.parametrize("s,R", [(512, 1), (512, 4), (4096, 16)])
+def test_a_thousand_updates_stay_within_the_promise(s, R):
+    (P, pending, slot), exact = state(s, R), torch.eye(s, dtype=f64)
+    alpha = torch.tensor(1.0, dtype=f64)
+    for _ in range(1000 if s == 512 else 40):
+        x_bar, grad = torch.rand(s) / s**0.5, torch.randn(101, s)
+        projected = ops.rls_step("triton", P, x_bar, grad, alpha, pending, slot)
+        exact, expected = reference.rls_project(exact, x_bar.double(), grad.double(), 1.0)
+    assert relative(projected, expected) <= 2e-6
+    assert relative(folded(P, pending, slot), exact) <= 1e-6
+
+
+@needs_cuda
+@pytest.mark.parametrize("projection", ["rls", "window", "none"])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_steps_replay_in_a_cuda_graph(projection, deferred, monkeypatch):
+    """A captured round of the modalities, replayed with α, learning rate and features that change between replays, equals the
+    same steps taken one by one."""
+    from mla_fast import kernels
+
+    if deferred:
+        monkeypatch.setattr(kernels.launch, "pending_rows", lambda s: 4)
+    names, s, C, N = ("audio", "image", "text"), 48, 6, 16
+    features, target = torch.randn(3, N, s), torch.randint(C, (3, N))
+
+    def build():
+        torch.manual_seed(0)
+        head = torch.nn.Linear(s, C)
+        sgd = torch.optim.SGD(head.parameters(), lr=torch.tensor(0.1), momentum=0.9, fused=True)
+        alpha = torch.tensor(1.0, dtype=f64)
+        return head, mla.MLAOptimizer(sgd, head, projection=projection, alpha=alpha)
+
+    def one_round(head, optimizer):
+        for m, name in enumerate(names):
+            optimizer.zero_grad()
+            F.cross_entropy(head(features[m]), target[m]).backward()
+            optimizer.step(modality=name)
+
+    (head, optimizer), (plain, stepwise) = build(), build()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            one_round(head, optimizer)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one_round(head, optimizer)
+    for _ in range(3):
+        one_round(plain, stepwise)
+    for replay in range(5):
+        features.copy_(torch.randn(3, N, s))
+        for o in (optimizer, stepwise):
+            o.param_groups[0]["lr"].fill_(0.1 / (replay + 1))
+            o.settings.alpha.fill_(0.5 + replay)
+        graph.replay()
+        one_round(plain, stepwise)
+        torch.testing.assert_close(head.weight, plain.weight, rtol=1e-5, atol=1e-6)
+
+
+@needs_cuda
+def test_a_step_does_not_wait_for_the_device():
+    head = torch.nn.Linear(64, 6)
+    optimizer = mla.MLAOptimizer(torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, fused=True), head)
+    steps = head_steps(6, 64)
+    train(head, optimizer, steps[:3])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(head, optimizer, steps[3:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
