@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test lint bench kernels-check gpu-check tune env clean
 # The build needs the torch that is installed, not one that pip would fetch into an isolated environment.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "==> preparing $(VENV) with $(TORCH)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=77" "$(TORCH)"
@@ -45,9 +45,10 @@ gpu-check:
 	@echo "==> build, test and measure on this machine's GPU; results go to bench/results/"
 	PYTHON=$(GPU_PYTHON) bash .ci/gpu-check
 
+# After gpu-check, whose build it runs from.
 tune:
 	@echo "==> measuring launch configurations on this machine's GPU; rewrites kernels/launch.json"
-	$(GPU_PYTHON) -m bench.tune
+	cd build/gpu/checkout && PYTHONPATH=$(CURDIR)/build/gpu/site $(GPU_PYTHON) -m bench.tune --output $(CURDIR)/kernels/launch.json
 
 env: $(READY)
 	$(BIN)/mla-fast env

@@ -1,21 +1,73 @@
 """The extension build, and nothing else; everything else is in pyproject.toml.
 
-MLA_FAST_BUILD chooses it: ``auto`` (the default: compile if a compiler and torch's headers are there, else install without),
-``cpu`` (compile or fail), ``none`` (do not compile).
+MLA_FAST_BUILD chooses it: ``auto`` (the default: compile what there is a compiler for, with torch's headers, and install without
+the rest), ``cpu`` (compile for the CPU alone, or fail), ``cuda`` (for both, or fail), ``none`` (do not compile).
+MLA_FAST_CUDA_ARCHS names other GPU architectures than ARCHS ("80 90"); there is PTX of the last for later ones.
 """
 
 import os
+import shutil
+import subprocess
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 MODE = os.environ.get("MLA_FAST_BUILD", "auto")
-if MODE not in ("auto", "cpu", "none"):
-    sys.exit(f"MLA_FAST_BUILD: expected auto, cpu or none, got {MODE!r}")
+if MODE not in ("auto", "cpu", "cuda", "none"):
+    sys.exit(f"MLA_FAST_BUILD: expected auto, cpu, cuda or none, got {MODE!r}")
 
 # libtorch's stable ABI as of 2.10 and CPython's as of 3.10: one binary serves every later release of both.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030A0000")]
-SOURCES = ["registration.cpp", "rls_project.cpp", "window_project.cpp", "entropy_fusion.cpp"]
+SOURCES = ["registration.cpp", "rls_project.cpp", "window_project.cpp", "entropy_fusion.cpp", "dispatch.cpp"]
+CUDA_SOURCES = ["operators.cpp", "dispatch_plan.cu", "copy_rows.cu", "segment_mean.cu"]
+CUDA_HEADERS = ["arithmetic.h", "kernels.h"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+ARCHS = ["75", "80", "90", "100", "120"]
+
+
+def find_nvcc():
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = (shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes)
+    return next(filter(None, found), None) or shutil.which("nvcc")
+
+
+def architecture_flags(nvcc):
+    archs = os.environ.get("MLA_FAST_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
+    if not archs:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        archs = [arch for arch in ARCHS if f"sm_{arch}" in known] or ARCHS
+    targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
+
+
+def nvcc_command(ext, target, include_dirs):
+    """Compiles and links `ext`; nvcc knows where its own runtime is, and links it statically."""
+    return [
+        find_nvcc(),
+        "-shared",
+        *ext.extra_compile_args,
+        *(f"-D{name}={value}" for name, value in ext.define_macros),
+        *(f"-I{path}" for path in [*ext.include_dirs, *include_dirs]),
+        *ext.sources,
+        *(f"-L{path}" for path in ext.library_dirs),
+        *(f"-l{name}" for name in ext.libraries),
+        "-o",
+        target,
+    ]
+
+
+class BuildExtension(build_ext):
+    """With nvcc for the CUDA module: torch's own CUDAExtension refuses to work with a torch for the CPU alone."""
+
+    def build_extension(self, ext):
+        if ext.name != "mla_fast._C_cuda":
+            return super().build_extension(ext)
+        target = self.get_ext_fullpath(ext.name)
+        if self.force or newer_group(ext.sources + ext.depends, target):
+            self.mkpath(os.path.dirname(target))
+            self.spawn(nvcc_command(ext, target, self.include_dirs))
 
 
 def extensions():
@@ -24,27 +76,43 @@ def extensions():
     try:
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError:
-        if MODE == "cpu":
-            sys.exit("MLA_FAST_BUILD=cpu needs torch in the build environment: pip install --no-build-isolation")
+        if MODE != "auto":
+            sys.exit(f"MLA_FAST_BUILD={MODE} needs torch in the build environment: pip install --no-build-isolation")
         print("mla_fast: no torch in the build environment, installing without the compiled operators", file=sys.stderr)
         return []
-    return [
-        Extension(
-            "mla_fast._C",
-            [f"csrc/{name}" for name in SOURCES],
-            include_dirs=include_paths(),
-            library_dirs=library_paths(),
-            libraries=["torch_cpu"],
-            define_macros=MACROS,
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"],
-            depends=["csrc/ops.h", "csrc/simd.h", "setup.py"],
-            py_limited_api=True,
-            optional=MODE == "auto",
-        )
-    ]
+    common = dict(
+        include_dirs=include_paths(),
+        library_dirs=library_paths(),
+        libraries=["torch_cpu"],
+        define_macros=MACROS,
+        py_limited_api=True,
+        optional=MODE == "auto",
+    )
+    cpu = Extension(
+        "mla_fast._C",
+        [f"csrc/{name}" for name in SOURCES],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi"],
+        depends=["csrc/ops.h", "csrc/simd.h", "setup.py"],
+        **common,
+    )
+    nvcc = find_nvcc()
+    if MODE == "cuda" and nvcc is None:
+        sys.exit("MLA_FAST_BUILD=cuda needs nvcc, in CUDA_HOME or on the PATH")
+    if MODE == "cpu" or nvcc is None:
+        return [cpu]
+    cuda = Extension(
+        "mla_fast._C_cuda",
+        [f"csrc/cuda/{name}" for name in CUDA_SOURCES],
+        extra_compile_args=[*CUDA_FLAGS, *architecture_flags(nvcc)],
+        depends=[*(f"csrc/cuda/{name}" for name in CUDA_HEADERS), "setup.py"],
+        **common,
+    )
+    return [cpu, cuda]
 
 
-setup(
-    ext_modules=extensions(),
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODE != "none" else {},
-)
+if __name__ == "__main__":  # which it is when it builds; tests/test_cuda_build.py asks for the flags
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if MODE != "none" else {},
+    )

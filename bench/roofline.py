@@ -132,7 +132,7 @@ RLS_FORMS = {
     "eager stacked": eager_stacked,
     "at once": at_once,
     "lazy": lazy,
-    "deferred R=16": lambda s, C: deferred(s, C, 16),
+    "deferred R=4": lambda s, C: deferred(s, C, 4),
     "eager sequential window, M=3": lambda s, C: window_eager(s, C, 2),
     "window, M=3": lambda s, C: window(s, C, 2),
 }

@@ -13,12 +13,18 @@ def main() -> None:
             P, pending, slot = torch.eye(s), torch.zeros(R, s), torch.zeros(2, dtype=torch.int32)
             for _ in range(R + 2):
                 ops.rls_step("triton", P, torch.rand(s), torch.randn(C, s), alpha, pending, slot)
+            ops.rls_step("triton", P, torch.rand(s), torch.randn(C, s), alpha, pending, slot, torch.ones(1))
             ops.rls_fold("triton", P, pending, slot)
+            mla.rls_project_(P, torch.rand(s), torch.randn(C, s).bfloat16(), alpha)
         ops.window_step_("triton", torch.rand(3, 33), 1, torch.rand(33), torch.randn(6, 33), alpha)
         for shape in ((3, 5, 7), (2, 3, 9001)):
             logits = torch.randn(shape, requires_grad=True)
-            present = torch.rand(shape[1], shape[0]) > 0.3
+            present = torch.rand(*shape[:2]).T > 0.3
             mla.entropy_fusion(logits, present, backend="triton").logits.sum().backward()
+            plan = mla.dispatch(present)
+            packed = torch.randn(sum(plan.counts), shape[2], requires_grad=True)
+            plan.fuse(packed).logits.sum().backward()
+            plan.segment_mean(packed), plan.unpack(plan.pack(list(logits)))
     torch.cuda.synchronize()
     print("each kernel ran")
 

@@ -54,7 +54,7 @@ def problem(op: str, size: dict[str, int], device: torch.device) -> Start:
     return start_backward(fusion, device)
 
 
-def start_fold(s: int, device: torch.device, R: int = 16) -> tuple[Step, Callable[[], None]]:
+def start_fold(s: int, device: torch.device, R: int = 4) -> tuple[Step, Callable[[], None]]:
     """Folding all rows of a full `pending`, which is filled again before."""
     U = torch.randn(R, s, device=device, generator=random(device)) / s
     P, pending, backend = torch.empty(s, s, device=device), torch.empty_like(U), ops.resolve("auto", device)

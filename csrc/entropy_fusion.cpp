@@ -4,7 +4,8 @@
 //     λ = softmax(−e) over the modalities that are present                   (eq. 8; the maximum in the paper cancels)
 //     fused = Σ_m λ_m z_m                                                    (eq. 6)
 //
-// A sample with nothing present gives zeros. The logits of an absent modality are never read, so they may be anything.
+// A sample with nothing present gives zeros. The logits of an absent modality are never read, so they may be anything. They are
+// M tensors [N, C], one [M, N, C], or with slot [N, M] packed rows [K, C], where slot is the row of each (sample, modality) or −1.
 #include "ops.h"
 #include "simd.h"
 
@@ -13,6 +14,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 
 namespace mla_fast {
 namespace {
@@ -144,11 +146,13 @@ template <typename In, typename T>
 struct Rows {
   const std::vector<const In*>& base;
   const std::vector<int64_t>& stride;
+  const int64_t* slot;
   T* scratch;
   int64_t C;
 
+  MLA_INLINE int64_t index(int64_t m, int64_t n) const { return slot ? slot[n * static_cast<int64_t>(base.size()) + m] : n; }
   MLA_INLINE const T* operator()(int64_t m, int64_t n) const {
-    const In* from = base[m] + n * stride[m];
+    const In* from = base[m] + index(m, n) * stride[m];
     if constexpr (std::is_same_v<In, T>) {
       return from;
     } else {
@@ -220,11 +224,11 @@ MLA_INLINE void backward_samples(
       mean += w[m] * v[m];
     }
     for (int64_t m = 0; m < M; ++m) {
-      In* out = grad_logits[m] + n * C;
       if (here && !here[m]) {
-        std::fill(out, out + C, static_cast<In>(0));
+        if (!rows.slot) std::fill_n(grad_logits[m] + n * C, C, static_cast<In>(0));
         continue;
       }
+      In* out = grad_logits[m] + rows.index(m, n) * C;
       const T grad_e = (grad_entropy ? grad_entropy[n * M + m] : T(0)) - w[m] * (v[m] - mean);
       const T top = row_maximum<T, B>(z[m], C);
       const T log_sum = static_cast<T>(row_exp_sums<T, B>(z[m], top, C).log_sum());
@@ -240,10 +244,26 @@ MLA_INLINE void backward_samples(
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// M tensors [N, C], or one [M, N, C].
 struct Sizes {
-  bool stacked;
+  bool stacked, packed;  // one [M, N, C], or one [K, C] with slot
   int64_t M, N, C;
+  const int64_t* slot;  // null with N = 0, too
+};
+
+// Which samples have which modality: as given, or from the slots.
+class Mask {
+ public:
+  Mask(const Sizes& sizes, const std::optional<Tensor>& present) : here_(present ? present->const_data_ptr<bool>() : nullptr) {
+    if (!sizes.packed) return;
+    own_.reset(new bool[sizes.N * sizes.M]);
+    for (int64_t i = 0; i < sizes.N * sizes.M; ++i) own_[i] = sizes.slot[i] >= 0;
+    here_ = own_.get();
+  }
+  const bool* get() const { return here_; }
+
+ private:
+  std::unique_ptr<bool[]> own_;
+  const bool* here_;
 };
 
 // Where each modality's rows begin, and how far apart they are.
@@ -257,7 +277,7 @@ struct Layout : Sizes {
     for (Tensor& z : logits)
       if (z.stride(dim - 1) != 1 && C > 1) z = torch::stable::contiguous(z);
     for (int64_t m = 0; m < M; ++m) {
-      const Tensor& z = stacked ? logits[0] : logits[m];
+      const Tensor& z = stacked || packed ? logits[0] : logits[m];
       base.push_back(z.const_data_ptr<In>() + (stacked ? m * z.stride(0) : 0));
       stride.push_back(z.stride(dim - 2));
     }
@@ -282,7 +302,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const Si
   T* e = entropy.mutable_data_ptr<T>();
   in_parallel(lay.N, lay.work(), [&](int64_t begin, int64_t end) {
     std::vector<T> scratch(lay.template converted<T>());
-    const Rows<In, T> rows{lay.base, lay.stride, scratch.data(), lay.C};
+    const Rows<In, T> rows{lay.base, lay.stride, lay.slot, scratch.data(), lay.C};
     vectorized([&](auto bytes) MLA_LAMBDA {
       forward_samples<bytes>(rows, present, f, w, e, lay.M, begin, end);
     });
@@ -302,9 +322,10 @@ std::vector<Tensor> backward(
   const Layout<In> lay(logits, sizes);
   std::vector<Tensor> grads;
   std::vector<In*> to;
-  for (const Tensor& z : logits) grads.push_back(torch::stable::new_empty(z, z.sizes()));
+  for (const Tensor& z : logits)
+    grads.push_back(lay.packed ? torch::stable::new_zeros(z, z.sizes()) : torch::stable::new_empty(z, z.sizes()));
   for (int64_t m = 0; m < lay.M; ++m)
-    to.push_back(lay.stacked ? grads[0].mutable_data_ptr<In>() + m * lay.N * lay.C : grads[m].mutable_data_ptr<In>());
+    to.push_back(lay.packed ? grads[0].mutable_data_ptr<In>() : lay.stacked ? grads[0].mutable_data_ptr<In>() + m * lay.N * lay.C : grads[m].mutable_data_ptr<In>());
   const T* w = weights.const_data_ptr<T>();
   const T* e = entropy.const_data_ptr<T>();
   const In* gf = pointer<In>(grad_fused);
@@ -312,7 +333,7 @@ std::vector<Tensor> backward(
   const T* ge = pointer<T>(grad_entropy);
   in_parallel(lay.N, lay.work(), [&](int64_t begin, int64_t end) {
     std::vector<T> scratch(lay.C + lay.template converted<T>());  // the gradient of the fused logits first
-    const Rows<In, T> rows{lay.base, lay.stride, scratch.data() + lay.C, lay.C};
+    const Rows<In, T> rows{lay.base, lay.stride, lay.slot, scratch.data() + lay.C, lay.C};
     vectorized([&](auto bytes) MLA_LAMBDA {
       backward_samples<bytes>(rows, to, present, w, e, gf, gw, ge, scratch.data(), lay.M, begin, end);
     });
@@ -324,8 +345,24 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
 }
 
-Sizes checked_sizes(const std::vector<Tensor>& logits, const std::optional<Tensor>& present) {
+// With slot, every row that it names lies within the packed ones.
+Sizes packed_sizes(const std::vector<Tensor>& logits, const std::optional<Tensor>& present, const Tensor& slot) {
+  STD_TORCH_CHECK(logits.size() == 1 && logits[0].dim() == 2 && !present, "entropy_fusion: with slot, logits must be one [K, C]");
+  STD_TORCH_CHECK(
+      slot.dim() == 2 && slot.scalar_type() == ScalarType::Long && slot.is_contiguous() && slot.size(1) > 0,
+      "entropy_fusion: slot must be contiguous int64 [N, M]");
+  const int64_t* rows = slot.const_data_ptr<int64_t>();
+  const int64_t K = logits[0].size(0), C = logits[0].size(1);
+  STD_TORCH_CHECK(C > 0, "entropy_fusion: logits must have at least one class");
+  STD_TORCH_CHECK(
+      std::all_of(rows, rows + slot.numel(), [K](int64_t k) { return -1 <= k && k < K; }),
+      "entropy_fusion: slot must be in -1 ... ", K - 1);
+  return {false, true, slot.size(1), slot.size(0), C, rows};
+}
+
+Sizes checked_sizes(const std::vector<Tensor>& logits, const std::optional<Tensor>& present, const std::optional<Tensor>& slot) {
   STD_TORCH_CHECK(!logits.empty(), "entropy_fusion: logits must hold at least one modality");
+  if (slot) return packed_sizes(logits, present, *slot);
   const Tensor& first = logits[0];
   const int64_t dim = first.dim();
   STD_TORCH_CHECK(
@@ -341,7 +378,7 @@ Sizes checked_sizes(const std::vector<Tensor>& logits, const std::optional<Tenso
   STD_TORCH_CHECK(
       !present || (present->scalar_type() == ScalarType::Bool && present->dim() == 2 && present->size(0) == N && present->size(1) == M),
       "entropy_fusion: present must be bool [N, M]");
-  return {dim == 3, M, N, C};
+  return {dim == 3, false, M, N, C, nullptr};
 }
 
 // A saved or incoming tensor of the backward pass: its shape is what the loops above rely on.
@@ -365,25 +402,29 @@ auto for_dtype(ScalarType dtype, const F& f) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> entropy_fusion(std::vector<Tensor> logits, std::optional<Tensor> present) {
-  const Sizes sizes = checked_sizes(logits, present);
+std::tuple<Tensor, Tensor, Tensor> entropy_fusion(
+    std::vector<Tensor> logits, std::optional<Tensor> present, std::optional<Tensor> slot) {
+  const Sizes sizes = checked_sizes(logits, present, slot);
   present = contiguous(present);
+  const Mask mask(sizes, present);
   return for_dtype(logits[0].scalar_type(), [&](auto in, auto acc) {
     const ScalarType wide = std::is_same_v<decltype(acc), double> ? ScalarType::Double : ScalarType::Float;
-    return forward<decltype(in), decltype(acc)>(logits, sizes, pointer<bool>(present), wide);
+    return forward<decltype(in), decltype(acc)>(logits, sizes, mask.get(), wide);
   });
 }
 
 std::vector<Tensor> entropy_fusion_backward(
     std::vector<Tensor> logits, std::optional<Tensor> present, Tensor weights, Tensor entropy,
-    std::optional<Tensor> grad_fused, std::optional<Tensor> grad_weights, std::optional<Tensor> grad_entropy) {
-  const Sizes sizes = checked_sizes(logits, present);
+    std::optional<Tensor> grad_fused, std::optional<Tensor> grad_weights, std::optional<Tensor> grad_entropy,
+    std::optional<Tensor> slot) {
+  const Sizes sizes = checked_sizes(logits, present, slot);
   check_rows("weights", weights, sizes.N, sizes.M);
   check_rows("entropy", entropy, sizes.N, sizes.M);
   check_rows("grad_fused", grad_fused, sizes.N, sizes.C);
   check_rows("grad_weights", grad_weights, sizes.N, sizes.M);
   check_rows("grad_entropy", grad_entropy, sizes.N, sizes.M);
   present = contiguous(present);
+  const Mask mask(sizes, present);
   grad_fused = contiguous(grad_fused);
   grad_weights = contiguous(grad_weights);
   grad_entropy = contiguous(grad_entropy);
@@ -391,7 +432,7 @@ std::vector<Tensor> entropy_fusion_backward(
   entropy = torch::stable::contiguous(entropy);
   return for_dtype(logits[0].scalar_type(), [&](auto in, auto acc) {
     return backward<decltype(in), decltype(acc)>(
-        logits, sizes, pointer<bool>(present), weights, entropy, grad_fused, grad_weights, grad_entropy);
+        logits, sizes, mask.get(), weights, entropy, grad_fused, grad_weights, grad_entropy);
   });
 }
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -35,7 +36,10 @@ Tensor window_project(Tensor means, Tensor grad, Tensor alpha);
 
 Tensor window_step_(Tensor means, int64_t own, Tensor x_bar, Tensor grad, Tensor alpha, std::optional<Tensor> found_inf);
 
-std::tuple<Tensor, Tensor, Tensor> entropy_fusion(std::vector<Tensor> logits, std::optional<Tensor> present);
+std::tuple<Tensor, Tensor, Tensor> entropy_fusion(
+    std::vector<Tensor> logits,
+    std::optional<Tensor> present,
+    std::optional<Tensor> slot);
 
 std::vector<Tensor> entropy_fusion_backward(
     std::vector<Tensor> logits,
@@ -44,7 +48,16 @@ std::vector<Tensor> entropy_fusion_backward(
     Tensor entropy,
     std::optional<Tensor> grad_fused,
     std::optional<Tensor> grad_weights,
-    std::optional<Tensor> grad_entropy);
+    std::optional<Tensor> grad_entropy,
+    std::optional<Tensor> slot);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_plan(Tensor present, bool padded);
+
+std::vector<Tensor> pack_rows(std::vector<Tensor> inputs, Tensor rows, Tensor offsets, Tensor slot, std::vector<int64_t> sizes);
+
+std::vector<Tensor> unpack_rows(std::vector<Tensor> packed, Tensor slot, Tensor offsets);
+
+Tensor segment_mean(Tensor features, Tensor offsets, std::optional<Tensor> counts);
 
 // The value of a tensor with one element.
 template <typename T>
@@ -65,7 +78,7 @@ inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
   const std::array<int64_t, 2> size{rows, columns}, stride{columns, 1};
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, size.data(), stride.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -35,7 +35,7 @@ def _rows_of(m: tl.constexpr, ptrs, strides, present_ptr, n, N, M: tl.constexpr,
 
 
 @triton.jit
-def _load_block(rows, here, c, C, ALIGN: tl.constexpr, dtype: tl.constexpr):
+def _load_block(rows, here, c, C: tl.constexpr, ALIGN: tl.constexpr, dtype: tl.constexpr):
     """[BLOCK_N, BLOCK_C] of logits, −inf outside."""
     inside = here[:, None] & (c < C)[None, :]
     return tl.load(tl.multiple_of(rows[:, None] + c[None, :], (1, ALIGN)), mask=inside, other=-float("inf")).to(dtype)
@@ -49,7 +49,7 @@ def _online(z, top, S, T):
     t = z - tl.where(new == -float("inf"), 0.0, new)[:, None]
     p = tl.exp(t)
     scale = tl.exp(shift)
-    T = (T + shift * S) * scale + tl.sum(tl.where(p == 0, 0.0, t * p), 1)
+    T = T * scale + tl.where(scale == 0, 0.0, shift * scale) * S + tl.sum(tl.where(p == 0, 0.0, t * p), 1)
     return new, S * scale + tl.sum(p, 1), T
 
 
@@ -59,9 +59,9 @@ def _column(tile, at):
     return tl.sum(tl.where(at, tile, 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def entropy_fusion_kernel(
-    ptrs, strides, present_ptr, fused_ptr, weights_ptr, entropy_ptr, N, C,
+    ptrs, strides, present_ptr, fused_ptr, weights_ptr, entropy_ptr, N, C: tl.constexpr,
     M: tl.constexpr, M_PAD: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr, ONE_READ: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +82,9 @@ def entropy_fusion_kernel(
                 z = _load_block(rows, here, begin + tl.arange(0, BLOCK_C), C, ALIGN, dtype)
                 top, S, T = _online(z, top, S, T)
         e = tl.where(here, tl.log(S) - T / S, 0.0)
-        w = tl.where(here, tl.exp(-e), 0.0)
+        # exp(−e) without e's rounding, and in float64: its error, times logits that differ by 60, is that of the fused ones.
+        wide = S.to(tl.float64)
+        w = tl.where(here, (tl.exp(T.to(tl.float64) / wide) / wide).to(dtype), 0.0)
         if ONE_READ:
             fused += tl.where(here[:, None], w[:, None] * z, 0.0)
         total += w
@@ -111,10 +113,10 @@ def entropy_fusion_kernel(
             tl.store(tl.multiple_of(out + c[None, :], (1, ALIGN)), fused.to(fused_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def entropy_fusion_backward_kernel(
-    ptrs, strides, present_ptr, weights_ptr, entropy_ptr, g_fused_ptr, g_weights_ptr, g_entropy_ptr, grad_ptrs, N, C,
-    M: tl.constexpr, M_PAD: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr,
+    ptrs, strides, present_ptr, weights_ptr, entropy_ptr, g_fused_ptr, g_weights_ptr, g_entropy_ptr, grad_ptrs, N,
+    C: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr,
     HAS_FUSED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -175,15 +177,15 @@ def entropy_fusion_backward_kernel(
 def entropy_fusion(logits, present=None, slot=None):
     """(fused [N, C], weights [N, M], entropy [N, M]) of M tensors [N, C], of one [M, N, C], or with slot [N, M] of packed rows
     [K, C]; fused in the logits' dtype, the others in float32 (float64 for float64)."""
-    rows, N, M, C, mask = _layout(logits, present, slot)
+    rows, N, M, C, mask, kind = _layout(logits, present, slot)
     wide = torch.promote_types(rows[0].dtype, torch.float32)
     fused = rows[0].new_empty(N, C)
-    weights, entropy = rows[0].new_empty(2, N, M, dtype=wide).unbind()
+    weights, entropy = rows[0].new_empty(N, M, dtype=wide), rows[0].new_empty(N, M, dtype=wide)
     config = fusion_config("entropy_fusion", C, wide.itemsize)
     if N:
         entropy_fusion_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            rows, tuple(z.stride(0) for z in rows), slot if present is None else present, fused, weights, entropy, N, C,
-            M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=_alignment(C, rows), ONE_READ=C <= config["BLOCK_C"],
+            rows, tuple(z.stride(0) for z in rows), mask, fused, weights, entropy, N, C,
+            M=M, M_PAD=triton.next_power_of_2(M), MASK=kind, ALIGN=_alignment(C, *rows), ONE_READ=C <= config["BLOCK_C"],
             **config, **OPTIONS,
         )  # fmt: skip
     return fused, weights, entropy
@@ -191,16 +193,16 @@ def entropy_fusion(logits, present=None, slot=None):
 
 def entropy_fusion_backward(logits, present, weights, entropy, g_fused, g_weights, g_entropy, slot=None):
     """The gradients of the logits, in their shapes; packed rows that no slot names get zeros."""
-    rows, N, M, C, mask = _layout(logits, present, slot)
+    rows, N, M, C, mask, kind = _layout(logits, present, slot)
     grads = [(torch.empty_like if slot is None else torch.zeros_like)(z, memory_format=torch.contiguous_format) for z in logits]
     to = grads[0].unbind() if grads[0].dim() == 3 else tuple(grads)
     config = fusion_config("entropy_fusion_backward", C, weights.element_size())
     g_fused, g_weights, g_entropy = (None if g is None else g.contiguous() for g in (g_fused, g_weights, g_entropy))
     if N:
         entropy_fusion_backward_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            rows, tuple(z.stride(0) for z in rows), slot if present is None else present,
+            rows, tuple(z.stride(0) for z in rows), mask,
             weights.contiguous(), entropy.contiguous(), g_fused, g_weights, g_entropy, to, N, C,
-            M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=_alignment(C, rows),
+            M=M, M_PAD=triton.next_power_of_2(M), MASK=kind, ALIGN=_alignment(C, *rows, *([] if g_fused is None else [g_fused])),
             HAS_FUSED=g_fused is not None, HAS_WEIGHTS=g_weights is not None, HAS_ENTROPY=g_entropy is not None,
             **config, **OPTIONS,
         )  # fmt: skip
@@ -208,18 +210,18 @@ def entropy_fusion_backward(logits, present, weights, entropy, g_fused, g_weight
 
 
 def _layout(logits, present, slot):
-    """(the modalities' rows as tensors whose last stride is 1, N, M, C, what masks them)."""
+    """(the modalities' rows as tensors whose last stride is 1, N, M, C, what masks them, and how)."""
     rows = logits[0].unbind() if logits[0].dim() == 3 else tuple(logits)
     rows = tuple(z if z.stride(-1) == 1 else z.contiguous() for z in rows)
     if slot is not None:
-        return rows, *slot.shape, rows[0].shape[1], "slot"
-    return rows, rows[0].shape[0], len(rows), rows[0].shape[1], "" if present is None else "present"
+        return rows, *slot.shape, rows[0].shape[1], slot.contiguous(), "slot"
+    mask = None if present is None else present.contiguous()
+    return rows, rows[0].shape[0], len(rows), rows[0].shape[1], mask, "" if mask is None else "present"
 
 
-def _alignment(C, rows):
-    """The power of two, up to 16 bytes, that divides the address of every row: what the compiler cannot see in C = 1000."""
-    itemsize = rows[0].element_size()
-    address = C * itemsize
-    for z in rows:
-        address |= z.data_ptr() | z.stride(0) * itemsize
-    return max(min(address & -address, 16) // itemsize, 1)
+def _alignment(C, *tensors):
+    """The bytes, a power of two up to 16, that divide the address of every row: what the compiler cannot see in C = 1000."""
+    address = C * tensors[0].element_size()
+    for t in tensors:
+        address |= t.data_ptr() | t.stride(0) * t.element_size()
+    return min(address & -address, 16)

@@ -150,12 +150,14 @@ def rls_finish_kernel(
 
     at = tl.arange(0, FLAGS)
     bad = tl.max(tl.load(bad_ptr + at, mask=at < flags, other=0), 0) != 0
-    bad = bad | (d - d != 0)
+    bad = bad | (d - d != 0)  # so shows a NaN or Inf in x̄
     if HAS_FOUND_INF:
         bad = bad | (tl.load(found_inf_ptr) != 0)
     # P ⪰ 0, so d < 0 is rounding: x̄ is projected away already.
+    alpha = tl.load(alpha_ptr)
+    bad = bad | ((alpha > 0) == 0)
     wide = tl.where(bad | (d <= 0), 0.0, d).to(tl.float64)
-    scale = (1.0 / tl.sqrt(tl.load(alpha_ptr) + wide)).to(dtype)
+    scale = (1.0 / tl.sqrt(alpha + wide)).to(dtype)
     scale = tl.where(d > 0, scale, 0.0)
 
     for begin in range(0, s, BLOCK):
@@ -188,6 +190,10 @@ def rls_project_(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None,
     Returns [C, s] in grad's dtype. Without `pending` the step's u enters P before this returns, by one more launch.
     """
     s, C = P.shape[0], grad.shape[0]
+    if not (P.is_contiguous() and P.shape == (s, s) and x_bar.shape == (s,) and grad.shape == (C, s)):
+        got = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (P, x_bar, grad))
+        raise ValueError(f"rls_project_: expected contiguous P [s, s], x_bar [s] and grad [C, s], got {got}")
+    _check_pending(P, pending, slot)
     x_bar, grad = x_bar.contiguous(), grad.contiguous()
     out = torch.empty_like(grad)
     if s == 0:
@@ -218,8 +224,20 @@ def rls_project_(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None,
     return out
 
 
+def _check_pending(P, pending, slot):
+    if pending is None:
+        return
+    R, s = pending.shape[0], P.shape[0]
+    if pending.shape != (R, s) or pending.dtype != P.dtype or not pending.is_contiguous() or R < 1 or R & (R - 1):
+        got = f"{pending.dtype} {list(pending.shape)}"
+        raise ValueError(f"pending: expected contiguous {P.dtype} [R, {s}], R a power of two, got {got}")
+    if R > 1 and (slot is None or slot.shape != (2,) or slot.dtype != torch.int32):
+        raise ValueError(f"slot: expected int32 [2] for {R} rows of pending, got {None if slot is None else slot.dtype}")
+
+
 def rls_fold_(P, pending, slot=None):
     """P ← P − Σ_r u_r u_rᵀ over the waiting rows of pending [R, s], which are none afterwards."""
+    _check_pending(P, pending, slot)
     if P.shape[0]:
         _launch_fold(P, pending, slot, full_only=False)
     pending.zero_()

@@ -86,6 +86,9 @@ def window_project(means, grad, alpha):
 
 def window_step_(means, own, x_bar, grad, alpha, found_inf=None):
     """The same without row `own` of means, the modality's own, which then becomes x_bar [s] unless found_inf [1] is set."""
+    if not (means.is_contiguous() and 0 <= own < means.shape[0] and x_bar.shape == (means.shape[1],)):
+        got = f"{list(means.shape)}, {own} and {list(x_bar.shape)}"
+        raise ValueError(f"window_step_: expected contiguous means [K, s], own in 0 … K − 1 and x_bar [s], got {got}")
     return _launch(means, x_bar.contiguous(), grad, alpha, own, found_inf)
 
 

@@ -2,6 +2,7 @@
 
 from mla_fast import reference
 from mla_fast.checkpoint import CheckpointError
+from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.fusion import Fused, entropy_fusion
 from mla_fast.model import MultimodalModel
 from mla_fast.ops import rls_project_, window_project
@@ -11,10 +12,12 @@ from mla_fast.trainer import Trainer
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
+    "DispatchPlan",
     "Fused",
     "MLAOptimizer",
     "MultimodalModel",
     "Trainer",
+    "dispatch",
     "entropy_fusion",
     "reference",
     "rls_project_",

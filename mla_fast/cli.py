@@ -48,9 +48,11 @@ def env(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains on an .npz, evaluates on the held-out part, writes checkpoint.pt and metrics.json."""
-    dataset = data.load_npz(arguments.data, arguments.modalities, arguments.label)
+    config = _config(arguments)
+    dataset = _load(config)
     torch.manual_seed(arguments.seed)
-    config = _config(arguments, dataset)
+    config["encoders"] = {name: list(x.shape[1:]) for name, x in dataset.inputs.items()}
+    config["classes"] = dataset.classes
     parts = _split(dataset, config)
     config["statistics"] = {name: list(values) for name, values in data.statistics(parts[0]).items()}
     train_set, test_set = (data.apply_statistics(part, config["statistics"]) for part in parts)
@@ -97,23 +99,39 @@ def evaluate(arguments: argparse.Namespace) -> None:
         config = {**config, "data": str(arguments.data)}
     if arguments.test_where is not None:
         config = {**config, "test_where": arguments.test_where}
-    dataset = data.load_npz(config["data"], config["modalities"], config["label"])
+    dataset = _load(config)
     test_set = data.apply_statistics(dataset if whole else _split(dataset, config)[1], config["statistics"])
     trainer = _build(config, _device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
     _print_result(trainer.evaluate(data.loader(test_set, 1024)))
 
 
-def _config(arguments: argparse.Namespace, dataset: data.MultimodalDataset) -> dict[str, Any]:
-    """All that it takes to build the model and split the data again, the train part's statistics aside; plain values."""
-    names = ("label", "test_where", "test_fraction", "seed", "epochs", "batch_size", "lr", "momentum", "weight_decay", "features")
+def _config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, as plain values; with the data's shapes and statistics all that it takes to build the model again."""
+    names = (
+        "label",
+        "missing",
+        "test_where",
+        "test_fraction",
+        "seed",
+        "epochs",
+        "batch_size",
+        "lr",
+        "momentum",
+        "weight_decay",
+        "features",
+    )
     config = {name: getattr(arguments, name) for name in names}
     config["data"] = str(arguments.data.resolve())
     config["modalities"] = list(arguments.modalities)
     config["head"] = {name: getattr(arguments, name) for name in ("projection", "order", "target", "bias", "alpha", "backend")}
-    config["encoders"] = {name: list(x.shape[1:]) for name, x in dataset.inputs.items()}
-    config["classes"] = dataset.classes
     return config
+
+
+def _load(config: dict[str, Any]) -> data.MultimodalDataset:
+    dataset = data.load_npz(config["data"], config["modalities"], config["label"])
+    rate = config.get("missing", 0.0)
+    return data.with_missing(dataset, rate, config["seed"]) if rate else dataset
 
 
 def _split(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[data.MultimodalDataset, data.MultimodalDataset]:
@@ -188,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
         "--modalities", type=_names, required=True, help="names of its arrays [N, F], [N, H, W] or [N, C, H, W], as audio,image"
     )
     p.add_argument("--label", default="label", help="name of the integer labels (default: label)")
+    p.add_argument(
+        "--missing", type=float, default=0.0, help="take away this part of the modalities' entries, in training and test"
+    )
     p.add_argument("--test-where", help="hold out the rows where an array has these values, as speaker=2,4")
     p.add_argument("--test-fraction", type=float, default=0.2, help="without --test-where, hold out this part (default: 0.2)")
     p.add_argument("--epochs", type=_positive(int), default=20)

@@ -110,7 +110,11 @@ def train_mla(seed: int, *, rounds: int = ROUNDS, projection: str = "rls", targe
     model = MultimodalModel(_encoders(seed, train), block_sum_head())
     optimizer = MLAOptimizer(_sgd(model), head=model.head, projection=projection, target=target)
     Trainer(model, optimizer, progress=False).fit([(train.inputs, train.target)] * rounds, epochs=1)
-    return _learned(model.logits(test.inputs).sum(0), test, found_pairs(model.encoders, directions))
+    return _learned(
+        model.packed_logits(test.inputs).unflatten(0, (len(test.inputs), -1)).sum(0),
+        test,
+        found_pairs(model.encoders, directions),
+    )
 
 
 def _stream(seed: int, which: int) -> int:

@@ -17,15 +17,22 @@ Index = int | slice | Sequence[int] | Tensor | np.ndarray
 
 
 class MultimodalDataset(Dataset):
-    """N samples, each with every modality and a class.
+    """N samples, each with its modalities and a class.
 
     inputs: modality → tensor [N, ...] of any dtype; target: integer tensor [N], classes from 0, kept as int64; fields: name →
-    numpy array [N, ...], whatever else is known of a sample (its speaker, say), to split by.
+    numpy array [N, ...], whatever else is known of a sample (its speaker, say), to split by; present: bool [N, M], which
+    modality each sample has, in the order of inputs (None: all). What absent entries of inputs hold does not matter.
 
     Raises ValueError or TypeError that names the argument, what it was and what it should be.
     """
 
-    def __init__(self, inputs: dict[str, Tensor], target: Tensor, fields: dict[str, np.ndarray] | None = None):
+    def __init__(
+        self,
+        inputs: dict[str, Tensor],
+        target: Tensor,
+        fields: dict[str, np.ndarray] | None = None,
+        present: Tensor | None = None,
+    ):
         if not inputs:
             raise ValueError("inputs: expected at least one modality, got none")
         self.target = _checked_target(target)
@@ -39,6 +46,10 @@ class MultimodalDataset(Dataset):
             for name, column in columns.items():
                 if column.ndim == 0 or column.shape[0] != N:
                     raise ValueError(f"{kind}[{name!r}]: expected [{N}, ...] to match target, got {list(column.shape)}")
+        if present is not None and (present.dtype != torch.bool or present.shape != (N, len(self.inputs))):
+            got = f"{present.dtype} {list(present.shape)}"
+            raise ValueError(f"present: expected bool [{N}, {len(self.inputs)}] (samples, modalities), got {got}")
+        self.present = present
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -52,10 +63,12 @@ class MultimodalDataset(Dataset):
     def __len__(self) -> int:
         return len(self.target)
 
-    def __getitem__(self, index: Index) -> tuple[dict[str, Tensor], Tensor]:
-        """(modality → x[index], target[index]): one sample for an int; a batch for a slice, indices or a bool mask [N]."""
+    def __getitem__(self, index: Index) -> tuple:
+        """(modality → x[index], target[index]), and present[index] if there is a mask: one sample for an int; a batch for a
+        slice, indices or a bool mask [N]."""
         index = _as_index(index)
-        return {modality: x[index] for modality, x in self.inputs.items()}, self.target[index]
+        sample = {modality: x[index] for modality, x in self.inputs.items()}, self.target[index]
+        return sample if self.present is None else (*sample, self.present[index])
 
     def subset(self, mask_or_indices: Index) -> MultimodalDataset:
         """The samples that a bool mask [N], indices or a slice select, with their fields. At least one, or ValueError."""
@@ -66,13 +79,19 @@ class MultimodalDataset(Dataset):
         rows = torch.arange(len(self))[index].reshape(-1)
         if not len(rows):
             raise ValueError("mask_or_indices: expected to select at least one sample, got none")
-        inputs, target = self[rows]
-        return MultimodalDataset(inputs, target, {name: column[rows.numpy()] for name, column in self.fields.items()})
+        inputs, target, *present = self[rows]
+        return MultimodalDataset(inputs, target, {name: column[rows.numpy()] for name, column in self.fields.items()}, *present)
+
+    def rows(self, modality: str) -> Tensor:
+        """The samples of `modality` that are there [K, ...]."""
+        x = self.inputs[modality]
+        return x if self.present is None else x[self.present[:, self.modalities.index(modality)]]
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(x.shape[1:])}" for name, x in self.inputs.items())
         fields = f", fields {', '.join(self.fields)}" if self.fields else ""
-        return f"MultimodalDataset({len(self)} samples, {self.classes} classes, {shapes}{fields})"
+        missing = "" if self.present is None else f", {1 - self.present.float().mean():.0%} missing"
+        return f"MultimodalDataset({len(self)} samples, {self.classes} classes, {shapes}{fields}{missing})"
 
 
 def _as_index(index: Index) -> int | slice | Tensor:
@@ -106,7 +125,8 @@ def loader(dataset: MultimodalDataset, batch_size: int, *, shuffle: bool = False
 
 
 def load_npz(path: str | Path, modalities: Sequence[str], label: str = "label") -> MultimodalDataset:
-    """The data set in a NumPy ``.npz`` file: arrays `modalities` [N, ...] and `label` [N]; any other [N, ...] becomes a field.
+    """The data set in a NumPy ``.npz`` file: arrays `modalities` [N, ...] and `label` [N]; any other [N, ...] becomes a field,
+    but for ``present``, bool [N, M], which says what each sample has: its columns are `modalities` in their order.
 
     uint8 modalities (images, spectrograms) are divided by 255; other numbers become float32 as they are. Nothing is unpickled.
 
@@ -130,11 +150,16 @@ def load_npz(path: str | Path, modalities: Sequence[str], label: str = "label") 
     if len(set(sizes.values())) > 1 or None in sizes.values():
         lengths = ", ".join(f"{key} {list(arrays[key].shape)}" for key in wanted)
         raise ValueError(f"{path}: expected arrays of one length N in the first dimension, got {lengths}")
-    inputs = {modality: _as_float(path, modality, arrays[modality]) for modality in modalities}
+    N, M = sizes[label], len(modalities)
+    mask = arrays.pop("present", None) if "present" not in wanted else None
+    if mask is not None and (mask.dtype != np.bool_ or mask.shape != (N, M)):
+        raise ValueError(f"{path}: expected present to be bool [{N}, {M}], got {mask.dtype} {list(mask.shape)}")
+    present = None if mask is None else torch.from_numpy(mask)
+    columns = [None] * M if present is None else present.T
+    inputs = {m: _as_float(path, m, arrays[m], here) for m, here in zip(modalities, columns, strict=True)}
     target = _as_target(path, label, arrays[label])
-    N = sizes[label]
     fields = {key: a for key, a in arrays.items() if key not in wanted and a.ndim and a.shape[0] == N}
-    return MultimodalDataset(inputs, target, fields)
+    return MultimodalDataset(inputs, target, fields, present)
 
 
 def _read_npz(path: str | Path) -> dict[str, np.ndarray]:
@@ -157,11 +182,15 @@ def _read_array(path: str | Path, archive: np.lib.npyio.NpzFile, key: str) -> np
     return array
 
 
-def _as_float(path: str | Path, key: str, array: np.ndarray) -> Tensor:
+def _as_float(path: str | Path, key: str, array: np.ndarray, here: Tensor | None) -> Tensor:
+    """float32 [N, ...]; rows that are not `here` may hold anything."""
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path}: {key!r}: expected numbers, got dtype {array.dtype}")
     x = torch.from_numpy(array.astype(np.float32))
-    if not (finite := torch.isfinite(x).view(len(x), math.prod(x.shape[1:])).all(1)).all():
+    finite = torch.isfinite(x).view(len(x), math.prod(x.shape[1:])).all(1)
+    if here is not None:
+        finite |= ~here
+    if not finite.all():
         raise ValueError(f"{path}: {key!r}: expected finite values, row {int(finite.logical_not().nonzero()[0])} has others")
     return x.div_(255) if array.dtype == np.uint8 else x
 
@@ -224,11 +253,36 @@ def random_split(dataset: MultimodalDataset, test_fraction: float, seed: int) ->
 Statistics = dict[str, tuple[float, float]]
 
 
+def missing_mask(N: int, M: int, rate: float, seed: int) -> Tensor:
+    """present bool [N, M] of the paper's protocol (§4.2): each modality of each sample is missing with probability `rate`.
+
+    Every sample keeps at least one: where all would go, one of them, drawn evenly, stays; so fewer are missing than `rate` says,
+    with M = 2 rate − rate² / 2 of them.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate: expected a probability in [0, 1), got {rate}")
+    if N < 0 or M < 1:
+        raise ValueError(f"N, M: expected samples and at least one modality, got {N} and {M}")
+    generator = torch.Generator().manual_seed(seed)
+    present = torch.rand(N, M, generator=generator) >= rate
+    kept = torch.randint(M, (N,), generator=generator)
+    present[torch.arange(N), kept] |= ~present.any(1)
+    return present
+
+
+def with_missing(dataset: MultimodalDataset, rate: float, seed: int) -> MultimodalDataset:
+    """The same samples with modalities taken away by ``missing_mask``; raises ValueError if some are missing already."""
+    if dataset.present is not None:
+        raise ValueError("dataset: expected one without missing modalities, got a mask")
+    present = missing_mask(len(dataset), len(dataset.modalities), rate, seed)
+    return MultimodalDataset(dataset.inputs, dataset.target, dataset.fields, present)
+
+
 def statistics(dataset: MultimodalDataset) -> Statistics:
-    """Modality → (mean, standard deviation) over all its samples and entries; a constant's deviation is given as 1."""
+    """Modality → (mean, standard deviation) over all entries of the samples that have it; a constant's deviation counts as 1."""
     result = {}
-    for modality, x in dataset.inputs.items():
-        x = x.double()
+    for modality in dataset.modalities:
+        x = dataset.rows(modality).double()
         mean, std = x.mean().item(), x.std(correction=0).item()
         # Rounding leaves a constant with a deviation of some 1e-17 of itself: no scale to divide by.
         result[modality] = (mean, std if std > 1e-12 * abs(mean) else 1.0)
@@ -247,7 +301,7 @@ def apply_statistics(dataset: MultimodalDataset, statistics: Statistics) -> Mult
     for modality, x in dataset.inputs.items():
         mean, std = statistics[modality]
         inputs[modality] = ((x.double() - mean) / std).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return MultimodalDataset(inputs, dataset.target, dataset.fields)
+    return MultimodalDataset(inputs, dataset.target, dataset.fields, dataset.present)
 
 
 def standardize(train: MultimodalDataset, *others: MultimodalDataset) -> tuple[list[MultimodalDataset], Statistics]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.fusion import Fused, entropy_fusion
 
 
@@ -57,16 +58,20 @@ class MultimodalModel(nn.Module):
         return {modality: self.head(self.features(modality, x)) for modality, x in inputs.items()}
 
     @torch.no_grad()
-    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Logits [M, N, C] of the modalities in `inputs`, in evaluation mode, by one product with the head."""
+    def packed_logits(self, inputs: Mapping[str, Tensor], plan: DispatchPlan | None = None) -> Tensor:
+        """Logits [K, C] of the modalities in `inputs`, one after another, in evaluation mode: the rows that the plan (of
+        ``mla_fast.dispatch``, over these modalities) has, or all N of each. One product with the head; a modality without rows is
+        not encoded."""
         sizes = {modality: len(x) for modality, x in inputs.items()}
         if not sizes or len(set(sizes.values())) != 1:
             raise ValueError(f"inputs: expected the same number of samples for every modality, got {sizes}")
+        if plan is not None:
+            inputs = plan.pack(inputs)
+        rows = {modality: x for modality, x in inputs.items() if len(x)} or dict([next(iter(inputs.items()))])
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            features = [self.features(modality, x) for modality, x in inputs.items()]
-            return self.head(torch.cat(features)).unflatten(0, (len(features), -1))
+            return self.head(torch.cat([self.features(modality, x) for modality, x in rows.items()]))
         finally:
             for module in training:  # one by one: an encoder may be in evaluation mode on purpose
                 module.training = True
@@ -74,13 +79,14 @@ class MultimodalModel(nn.Module):
     def predict(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> Fused:
         """Entropy-weighted prediction (eqs. 6–8) for samples of any of the modalities, in evaluation mode.
 
-        inputs: {modality: [N, …]}, a modality left out is absent for all; present: bool [N, M] over ``self.modalities``, what
-        absent entries of inputs hold does not matter. Weights and entropies [N, M'] are over the modalities in `inputs`, in
-        their order.
+        inputs: {modality: [N, …]}, a modality left out is absent for all; present: bool [N, M] over ``self.modalities``. Only
+        present rows are encoded; what absent ones hold does not matter. Weights and entropies [N, M'] are over the modalities in
+        `inputs`, in their order.
         """
-        if present is not None:
-            present = self.columns(present, inputs)
-        return entropy_fusion(self.logits(inputs), present)
+        if present is None:
+            return entropy_fusion(self.packed_logits(inputs).unflatten(0, (len(inputs), -1)))
+        plan = dispatch(self.columns(present, inputs), tuple(inputs))
+        return plan.fuse(self.packed_logits(inputs, plan))
 
     def columns(self, present: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """The columns of present [N, M] that belong to the modalities in `inputs`, in their order."""

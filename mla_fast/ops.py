@@ -1,7 +1,4 @@
-"""The operators and the one place that knows which backend runs them.
-
-``rls_project_``, ``window_project`` and ``entropy_fusion`` are declared to torch here, with fakes for torch.compile and the
-autograd rule of the fusion; csrc/ implements them for the CPU, kernels/ for CUDA. ``backend`` is one of
+"""The operators, and the one place that knows which backend runs them. ``backend`` is one of
 
 - ``"auto"``: the fastest that works for the tensors' device; a fallback is announced once, with its reason;
 - ``"reference"``: ``mla_fast.reference``, plain torch, any device and floating dtype;
@@ -12,7 +9,6 @@ autograd rule of the fusion; csrc/ implements them for the CPU, kernels/ for CUD
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -20,53 +16,10 @@ import torch
 from torch import Tensor
 
 from mla_fast import reference
+from mla_fast.registration import CPP_MISSING, CUDA_MISSING, INTERPRETED, TRITON_MISSING
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 ORDERS = ("update_first", "project_first")
-SCHEMAS = (
-    "rls_project_(Tensor(a!) P, Tensor x_bar, Tensor grad, Tensor alpha, Tensor(b!)? pending=None, Tensor(c!)? slot=None, "
-    "Tensor? found_inf=None, bool project_first=False) -> Tensor",
-    "rls_fold_(Tensor(a!) P, Tensor(b!) pending, Tensor(c!)? slot=None) -> ()",
-    "window_project(Tensor means, Tensor grad, Tensor alpha) -> Tensor",
-    "window_step_(Tensor(a!) means, int own, Tensor x_bar, Tensor grad, Tensor alpha, Tensor? found_inf=None) -> Tensor",
-    "entropy_fusion(Tensor[] logits, Tensor? present) -> (Tensor, Tensor, Tensor)",
-    "entropy_fusion_backward(Tensor[] logits, Tensor? present, Tensor weights, Tensor entropy, Tensor? grad_fused, "
-    "Tensor? grad_weights, Tensor? grad_entropy) -> Tensor[]",
-)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The CPU implementations of mla_fast are the compiled ones, so what the interpreter runs on CPU tensors has a library of its own.
-_libraries = {
-    device: torch.library.Library(name, "FRAGMENT")
-    for name, device in (("mla_fast", "CUDA"), ("mla_fast_interpreted", "CPU"))
-    if device == "CUDA" or INTERPRETED
-}
-for _library in _libraries.values():
-    for _schema in SCHEMAS:
-        _library.define(_schema)
-
-try:
-    from mla_fast import _C  # noqa: F401  (loading it registers the CPU implementations)
-
-    CPP_MISSING = None
-except ImportError as error:
-    CPP_MISSING = (
-        f"the compiled extension did not load ({error}); "
-        'build it with: pip install torch "setuptools>=77" && pip install --no-build-isolation mla_fast'
-    )
-
-TRITON_MISSING = None
-if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
-    TRITON_MISSING = "this torch was built for the CPU alone"
-else:
-    try:
-        from mla_fast import kernels
-
-        for _device, _library in _libraries.items():
-            for _schema in SCHEMAS:
-                _name = _schema.split("(")[0]
-                _library.impl(_name, getattr(kernels, _name), _device)
-    except ImportError as error:
-        TRITON_MISSING = f"the Triton kernels did not load ({error}); install triton"
 # For each backend why it cannot run here, or None if it can.
 MISSING = {"reference": None, "cpp": CPP_MISSING, "triton": TRITON_MISSING}
 _SERVES = {"cpu": "cpp", "cuda": "triton"}
@@ -89,9 +42,7 @@ def resolve(backend: str, device: torch.device) -> str:
         reason = MISSING[serves]
         if reason is None:
             return serves
-        if serves not in _announced:
-            _announced.add(serves)
-            warnings.warn(f"mla_fast runs its reference backend on {device.type}: {reason}", stacklevel=3)
+        _announce(device.type, reason)
         return "reference"
     if backend in ("cpp", "triton"):
         if (reason := MISSING[backend]) is not None:
@@ -99,6 +50,13 @@ def resolve(backend: str, device: torch.device) -> str:
         if backend != serves and not (backend == "triton" and INTERPRETED):
             raise ValueError(f"backend: {backend!r} does not serve tensors on {device.type!r}")
     return backend
+
+
+def _announce(what: str, reason: str) -> None:
+    """Says once that the reference backend does it, and why."""
+    if what not in _announced:
+        _announced.add(what)
+        warnings.warn(f"mla_fast runs its reference backend for {what}: {reason}", stacklevel=4)
 
 
 def _operator(name: str, backend: str, device: torch.device) -> Callable:
@@ -212,7 +170,9 @@ def pending_rows(backend: str, s: int) -> int:
     One, the lazy form, reads and writes P once a step. More, the deferred form, pays on a GPU where P outgrows the caches.
     """
     if backend == "triton":
-        return kernels.launch.pending_rows(s)
+        from mla_fast.kernels.launch import pending_rows
+
+        return pending_rows(s)
     return 1 if backend == "cpp" else 0
 
 
@@ -294,74 +254,64 @@ def window_step_(
     return projected
 
 
-def entropy_fusion(logits: list[Tensor], present: Tensor | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(fused [N, C], weights [N, M], entropies [N, M]) of M tensors [N, C] or one [M, N, C]; ``mla_fast.entropy_fusion``
-    checks its arguments and documents it."""
+def entropy_fusion(
+    logits: list[Tensor], present: Tensor | None, backend: str, slot: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(fused [N, C], weights [N, M], entropies [N, M]) of M tensors [N, C] or one [M, N, C], which ``mla_fast.entropy_fusion``
+    checks and documents, or of packed rows [K, C] with slot [N, M], the row of each (sample, modality) or −1."""
     if backend == "reference":
-        stacked = logits[0] if logits[0].dim() == 3 else torch.stack(logits)
+        if slot is not None:
+            present = slot >= 0
+            stacked = reference.unpack_rows([logits[0]] * slot.shape[1], slot, slot.new_zeros(slot.shape[1] + 1))
+            stacked = torch.stack(stacked)
+        else:
+            stacked = logits[0] if logits[0].dim() == 3 else torch.stack(logits)
         wide = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
         fused, weights, entropies = reference.entropy_fusion(wide, present)
         return fused.to(stacked.dtype), weights, entropies
     op = _operator("entropy_fusion", backend, logits[0].device)
     if (torch.is_grad_enabled() and any(z.requires_grad for z in logits)) or torch.compiler.is_compiling():
-        return op(logits, present)
+        return op(logits, present, slot)
     # The autograd rule lives in Python; where no gradient is wanted, going around it saves more than the arithmetic costs.
     with torch._C._AutoDispatchBelowAutograd():
-        return op(logits, present)
+        return op(logits, present, slot)
 
 
-def _register(library: str) -> None:
-    """What torch.compile and autograd need to know about the operators."""
-
-    @torch.library.register_fake(f"{library}::rls_project_")
-    def _(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None, project_first=False):
-        return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-    @torch.library.register_fake(f"{library}::rls_fold_")
-    def _(P, pending, slot=None):
-        return None
-
-    @torch.library.register_fake(f"{library}::window_project")
-    def _(means, grad, alpha):
-        return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-    @torch.library.register_fake(f"{library}::window_step_")
-    def _(means, own, x_bar, grad, alpha, found_inf=None):
-        return torch.empty_like(grad, memory_format=torch.contiguous_format)
-
-    @torch.library.register_fake(f"{library}::entropy_fusion")
-    def _(logits, present):
-        first = logits[0]
-        N, C = first.shape[-2:]
-        M = first.shape[0] if first.dim() == 3 else len(logits)
-        wide = torch.promote_types(first.dtype, torch.float32)
-        return first.new_empty(N, C), first.new_empty(N, M, dtype=wide), first.new_empty(N, M, dtype=wide)
-
-    @torch.library.register_fake(f"{library}::entropy_fusion_backward")
-    def _(logits, present, weights, entropy, grad_fused, grad_weights, grad_entropy):
-        return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
-
-    def setup(ctx, inputs, output):
-        logits, present = inputs
-        _, weights, entropy = output
-        ctx.modalities = len(logits)
-        ctx.has_present = present is not None
-        ctx.save_for_backward(*logits, weights, entropy, *([present] if ctx.has_present else []))
-
-    def backward(ctx, grad_fused, grad_weights, grad_entropy):
-        logits, (weights, entropy, *rest) = ctx.saved_tensors[: ctx.modalities], ctx.saved_tensors[ctx.modalities :]
-        present = rest[0] if ctx.has_present else None
-        grads = getattr(torch.ops, library).entropy_fusion_backward(
-            list(logits), present, weights, entropy, grad_fused, grad_weights, grad_entropy
-        )
-        return grads, None
-
-    def no_second_derivative(ctx, *grads):
-        raise NotImplementedError('entropy_fusion: differentiable once; use backend="reference" for higher derivatives')
-
-    torch.library.register_autograd(f"{library}::entropy_fusion", backward, setup_context=setup)
-    torch.library.register_autograd(f"{library}::entropy_fusion_backward", no_second_derivative)
+def resolve_dispatch(backend: str, device: torch.device) -> str:
+    """The backend that dispatches on `device`: "cpp" (compiled for the CPU and for CUDA) or "reference"."""
+    check_choice("backend", backend, ("auto", "reference", "cpp"))
+    missing = {"cpu": CPP_MISSING, "cuda": CUDA_MISSING}.get(device.type, f"it does not serve {device.type!r}")
+    if backend == "reference" or missing is None:
+        return "reference" if backend == "reference" else "cpp"
+    if backend == "cpp":
+        raise BackendError(f"backend: 'cpp' is not available for dispatch on {device.type}: {missing}")
+    _announce(f"dispatch on {device.type}", missing)
+    return "reference"
 
 
-for _library in _libraries.values():
-    _register(_library.ns)
+def dispatch_plan(backend: str, present: Tensor, padded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(rows [N M], offsets [M + 1], counts [M], slot [N, M]) of present bool [N, M]; ``mla_fast.dispatch`` documents them."""
+    if backend == "reference":
+        return reference.dispatch_plan(present, padded)
+    return torch.ops.mla_fast.dispatch_plan.default(present, padded)
+
+
+def pack_rows(backend: str, inputs: list[Tensor], rows: Tensor, offsets: Tensor, slot: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Of modality m sizes[m] rows: inputs[m][rows[offsets[m] + i]], zeros where that is −1. Differentiable."""
+    if backend == "reference":
+        return reference.pack_rows(inputs, rows, offsets, sizes)
+    return torch.ops.mla_fast.pack_rows.default(inputs, rows, offsets, slot, sizes)
+
+
+def unpack_rows(backend: str, packed: list[Tensor], slot: Tensor, offsets: Tensor) -> list[Tensor]:
+    """The reverse: of modality m N rows packed[m][slot[n, m] − offsets[m]], zeros where slot is −1. Differentiable."""
+    if backend == "reference":
+        return reference.unpack_rows(packed, slot, offsets)
+    return torch.ops.mla_fast.unpack_rows.default(packed, slot, offsets)
+
+
+def segment_mean(backend: str, features: Tensor, offsets: Tensor, counts: Tensor | None) -> Tensor:
+    """x̄ of every modality [M, s] from packed features [K, s], zeros for one without rows; float32 or wider. Differentiable."""
+    if backend == "reference":
+        return reference.segment_mean(features, offsets, counts)
+    return torch.ops.mla_fast.segment_mean.default(features, offsets, counts)

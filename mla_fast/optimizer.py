@@ -169,7 +169,10 @@ class MLAOptimizer(torch.optim.Optimizer):
     A step in which x̄ or the head's gradient is not finite, or no row went through the head, changes nothing: no parameter, no
     momentum, no P (what the forward pass changes, as BatchNorm does, is changed). ``diagnostics()`` counts such steps. On CUDA
     nothing here waits for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is
-    fused: the encoders' gradients are then the caller's to guard.
+    fused: the encoders' gradients are then the caller's to guard, and a count of steps that it keeps on the CPU (Adam's) goes on.
+
+    A step can be captured in a CUDA graph: take one with every modality before, give learning rate and alpha as tensors if they
+    are to change between replays, and capture anew after ``load_state_dict``. ``steps`` in diagnostics does not count replays.
 
     Drop gradients with this optimizer's ``zero_grad``, which drops the features collected with them; the model's own leaves
     those of a step that was never taken to be counted in the next x̄. Under torch.compile features are counted in the forward
@@ -197,7 +200,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         self._share(optimizer)
         self.layers = [HeadLayer(name, module, self.settings, backend) for name, module in layers]
         self.skipped = {"nonfinite": 0, "empty": 0}
-        self._bad_on_device: Tensor | None = None  # steps that only the device knows it skipped
+        # Steps that only the device knows it skipped; changed in place, for a captured step finds it where it was.
+        self._bad_on_device = torch.zeros((), dtype=torch.float32, device=self.layers[0].module.weight.device)
 
     def _share(self, optimizer: torch.optim.Optimizer) -> None:
         """Schedulers, scalers and the user see and change the wrapped optimizer's own groups, state and hooks."""
@@ -313,9 +317,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         amp = {name: getattr(self, name) for name in _AMP if hasattr(self, name)}
         restore = None
         if bad is not None:
-            if self._bad_on_device is None:
-                self._bad_on_device = torch.zeros_like(bad)
-            self._bad_on_device.add_(bad)  # in place, for a captured step finds it where it was
+            self._bad_on_device.add_(bad)
             if self._step_supports_amp_scaling:
                 amp["found_inf"] = bad
             else:
@@ -339,9 +341,8 @@ class MLAOptimizer(torch.optim.Optimizer):
 
     def _counted(self) -> dict[str, int]:
         """`skipped`, with what the device has counted since the last time."""
-        if self._bad_on_device is not None:
-            self.skipped["nonfinite"] += int(self._bad_on_device.item())
-            self._bad_on_device.zero_()
+        self.skipped["nonfinite"] += int(self._bad_on_device.item())
+        self._bad_on_device.zero_()
         return dict(self.skipped)
 
     def state_dict(self) -> dict[str, Any]:
@@ -365,7 +366,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         self.settings = settings
         if isinstance(settings.alpha, Tensor):
             settings.alpha.fill_(mla["settings"]["alpha"])
-        self.skipped, self._bad_on_device = dict(mla["skipped"]), None
+        self.skipped = dict(mla["skipped"])
+        self._bad_on_device.zero_()
         for layer, projection in zip(self.layers, restored, strict=True):
             layer.projection = projection
 

@@ -141,11 +141,18 @@ class RLSProjection(_MatrixProjection):
         rows = ops.pending_rows(self.backend, size)
         self.pending = torch.zeros(rows, size, dtype=dtype, device=device) if rows else None
         self.slot = torch.zeros(2, dtype=torch.int32, device=device) if rows > 1 else None
+        # 1 until a step has been taken, where only the device knows which are.
+        self.first = torch.ones((), dtype=torch.float32, device=device)
 
     def _project(self, grad, x_bar, modality, found_inf):
+        """Algorithm 1: the first step is neither projected nor enters P, as if it were not finite."""
         project_first = self.settings.order == "project_first"
-        if self.step == 0 and not project_first:
-            return grad  # Algorithm 1: the first step is neither projected nor enters P
+        if not project_first and found_inf is not None:
+            found_inf, bad = torch.maximum(found_inf, self.first), found_inf
+            self.first.mul_(bad.reshape(()))
+        elif self.step == 0 and not project_first:
+            self.first.zero_()
+            return grad
         return ops.rls_step(self.backend, self.P, x_bar, grad, self.alpha(), self.pending, self.slot, found_inf, project_first)
 
     def matrix(self) -> Tensor:
@@ -156,6 +163,7 @@ class RLSProjection(_MatrixProjection):
     def load(self, tensors: dict[str, Tensor], step: int, modality: str | None = None) -> None:
         self.matrix()  # nothing waits any more
         super().load(tensors, step, modality)
+        self.first.fill_(step == 0)
 
 
 class OfficialProjection(_MatrixProjection):
@@ -174,19 +182,28 @@ class OfficialProjection(_MatrixProjection):
 class WindowProjection(Projection):
     """P from the latest x̄ of every other modality, built anew at each step; no s × s matrix.
 
-    A modality keeps its row of `means` from its first step on, so that a captured step finds it where it was.
+    A modality keeps its row of `means` from its first step on, and the rows stay where they are, so that a captured step finds
+    them; one that is new after the capture is not in it.
     """
+
+    CAPACITY = 16  # rows at first
 
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
-        self.means = torch.empty(0, size, dtype=dtype, device=device)
+        self._buffer = torch.zeros(self.CAPACITY, size, dtype=dtype, device=device)
         self.rows: dict[str | None, int] = {}
+
+    @property
+    def means(self) -> Tensor:
+        """The latest x̄ of each modality [K, s]."""
+        return self._buffer[: len(self.rows)]
 
     def _row(self, modality: str | None) -> int:
         """Its row of `means`; a new one holds zeros, and a mean of zero projects nothing away."""
         if modality not in self.rows:
+            if len(self.rows) == len(self._buffer):
+                self._buffer = torch.cat([self._buffer, torch.zeros_like(self._buffer)])
             self.rows[modality] = len(self.rows)
-            self.means = torch.cat([self.means, self.means.new_zeros(1, self.size)])
         return self.rows[modality]
 
     def _project(self, grad, x_bar, modality, found_inf):
@@ -212,7 +229,9 @@ class WindowProjection(Projection):
     def load(self, tensors: dict[str, Tensor], step: int, modality: str | None = None) -> None:
         super().load(tensors, step, modality)
         self.rows = {name: row for row, name in enumerate(tensors)}
-        self.means = torch.stack(list(tensors.values())).to(self.means) if tensors else self.means[:0]
+        self._buffer = self._buffer.new_zeros(max(self.CAPACITY, len(tensors)), self.size)
+        for mean, saved in zip(self.means, tensors.values(), strict=True):
+            mean.copy_(saved)
 
     def check(self, tensors: dict[str, Tensor]) -> None:
         for name, mean in tensors.items():

@@ -127,6 +127,53 @@ def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tenso
     return fuse(logits, weights), weights, entropies
 
 
+def dispatch_plan(present: Tensor, padded: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the rows of each modality go when only those that are present are kept, modality by modality.
+
+    present bool [N, M] → rows [N M], the sample of each packed row, −1 where none is; offsets [M + 1], where each modality's
+    rows begin; counts [M]; slot [N, M], the packed row of each (sample, modality), −1 where absent. Padded: every modality has
+    room for N rows.
+    """
+    N, M = present.shape
+    counts = present.sum(0)
+    rooms = torch.full_like(counts, N) if padded else counts
+    offsets = torch.cat([counts.new_zeros(1), rooms.cumsum(0)])
+    slot = torch.where(present, present.cumsum(0) - 1 + offsets[:-1], -1)
+    return packed_rows(slot, N * M), offsets, counts, slot
+
+
+def packed_rows(slot: Tensor, K: int) -> Tensor:
+    """The sample of each packed row [K], −1 where no slot [N, M] names it."""
+    rows = slot.new_full((K + 1,), -1)
+    samples = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
+    return rows.scatter_(0, torch.where(slot < 0, K, slot).flatten(), samples.flatten())[:K]
+
+
+def _rows_or_zeros(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows], zeros where rows is −1; x may have no rows then."""
+    zeros = x.new_zeros(1, *x.shape[1:])
+    return torch.cat([zeros, x])[rows + 1]
+
+
+def pack_rows(inputs: Sequence[Tensor], rows: Tensor, offsets: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The rows of each modality [N, …] that are present: [sizes[m], …]."""
+    begins = offsets.tolist()
+    return [_rows_or_zeros(x, rows[b : b + n]) for x, b, n in zip(inputs, begins, sizes, strict=False)]
+
+
+def unpack_rows(packed: Sequence[Tensor], slot: Tensor, offsets: Tensor) -> list[Tensor]:
+    """Packed rows back at their samples, zeros where there are none: [N, …] each."""
+    return [_rows_or_zeros(x, torch.where(k < 0, -1, k - begin)) for x, k, begin in zip(packed, slot.T, offsets, strict=False)]
+
+
+def segment_mean(features: Tensor, offsets: Tensor, counts: Tensor | None = None) -> Tensor:
+    """x̄ of each modality's packed rows: features [K, s] → [M, s], zeros where there are none."""
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    begins = offsets.tolist()
+    ends = begins[1:] if counts is None else (offsets[:-1] + counts).tolist()
+    return torch.stack([wide[b:e].sum(0) / max(e - b, 1) for b, e in zip(begins, ends, strict=False)])
+
+
 def official_alpha(batch: int, batches: int) -> float:
     """α = 0.1^(1 + i/L) for batch i of the L in an epoch."""
     return 0.1 ** (1 + batch / batches)

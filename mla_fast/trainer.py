@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from mla_fast.fusion import Fused, entropy_fusion
+from mla_fast.dispatch import dispatch
+from mla_fast.fusion import Fused
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 
@@ -22,8 +23,8 @@ class Trainer:
     """Trains a ``MultimodalModel`` one modality at a time (eqs. 1–5) and evaluates it alone and fused (eqs. 6–8).
 
     A batch is ``(inputs: {modality: [N, …]}, target: int64 [N])``, optionally with ``present: bool [N, M]`` over
-    ``model.modalities``; absent entries of the inputs may hold anything. In each batch every modality takes one optimizer step
-    on the rows that have it, in the order of ``model.modalities``.
+    ``model.modalities``; absent entries of the inputs may hold anything and are not read. In each batch every modality takes one
+    optimizer step on the rows that have it, in the order of ``model.modalities``; one that no row has takes none.
 
     Args:
         model, optimizer: what to train and the ``MLAOptimizer`` over its parameters, with its head.
@@ -59,10 +60,17 @@ class Trainer:
         self.config: dict[str, Any] | None = None
 
     def fit(
-        self, loader: Iterable, epochs: int, *, validation: Iterable | None = None, checkpoint: str | Path | None = None
+        self,
+        loader: Iterable | Mapping[str, Iterable],
+        epochs: int,
+        *,
+        validation: Iterable | None = None,
+        checkpoint: str | Path | None = None,
     ) -> list[dict[str, Any]]:
         """Trains until `epochs` epochs are done in all, those before a ``resume`` included; returns ``history``.
 
+        loader: of batches, or unpaired, {modality: a loader of (x [N, …], target [N])}; MLA needs no pairs to train. Unpaired,
+        the modalities take turns, and an epoch lasts as long as the longest loader: the others begin anew when they end.
         Each epoch adds ``{"epoch", "loss": {modality: mean}}``, and ``"validation"`` if asked for. With `checkpoint` the state is
         saved there after every epoch. Raises ValueError for a batch that does not fit the model.
         """
@@ -85,25 +93,29 @@ class Trainer:
         elif self.scheduler is not None:
             self.scheduler.step()
 
-    def _train_epoch(self, loader: Iterable, epochs: int) -> dict[str, float]:
+    def _train_epoch(self, loader: Iterable | Mapping[str, Iterable], epochs: int) -> dict[str, float]:
         self.model.train()
         losses: dict[str, list[Tensor]] = {}
+        batches = _take_turns(loader, self.model.modalities) if isinstance(loader, Mapping) else loader
         # disable=None: no bar where the output is not a terminal
-        bar = tqdm(loader, desc=f"epoch {self.epoch + 1}/{epochs}", leave=False, disable=None if self.progress else True)
+        bar = tqdm(batches, desc=f"epoch {self.epoch + 1}/{epochs}", leave=False, disable=None if self.progress else True)
         for batch in bar:
-            inputs, target, present = self._unpack(batch)
-            for column, modality in enumerate(self.model.modalities):
-                if modality not in inputs:
-                    continue
-                x, y = inputs[modality], target
-                if present is not None:
-                    rows = present[:, column]
-                    x, y = x[rows], y[rows]
-                if len(y):
-                    losses.setdefault(modality, []).append(self._train_step(modality, x, y))
+            for modality, x, y in self._steps(*self._unpack(batch)):
+                losses.setdefault(modality, []).append(self._train_step(modality, x, y))
         if not losses:
             raise ValueError("loader: expected at least one batch with a sample in it, got none")
         return {modality: torch.stack(values).mean().item() for modality, values in losses.items()}
+
+    def _steps(self, inputs: dict[str, Tensor], target: Tensor, present: Tensor | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(modality, inputs, targets) of each optimizer step of a batch, without the rows that a modality lacks."""
+        inputs = {modality: inputs[modality] for modality in self.model.modalities if modality in inputs}
+        targets = [target] * len(inputs)
+        if present is not None:
+            plan = dispatch(self.model.columns(present, inputs), tuple(inputs))
+            inputs, targets = plan.pack(inputs), plan.pack(targets)
+        for (modality, x), y in zip(inputs.items(), targets, strict=True):
+            if len(y):
+                yield modality, x, y
 
     def _train_step(self, modality: str, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
@@ -122,17 +134,18 @@ class Trainer:
         samples, correct, loss = 0, {}, {}
         for batch in loader:
             inputs, target, present = self._unpack(batch)
-            logits = self.model.logits(inputs)
             N = len(target)
-            here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else self.model.columns(present, inputs)
             samples += N
-            for m, modality in enumerate(inputs):
-                z, y = logits[m][here[:, m]], target[here[:, m]]
+            here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else self.model.columns(present, inputs)
+            plan = dispatch(here, tuple(inputs))
+            logits = self.model.packed_logits(inputs, None if present is None else plan)
+            parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
+            for modality, z, y in zip(inputs, parts, targets, strict=True):
                 _add(loss, modality, F.cross_entropy(z, y, reduction="sum"), len(y))
                 _add(correct, modality, (z.argmax(1) == y).sum(), len(y))
-            average = torch.where(here.T[..., None], logits, 0).sum(0)  # as good as the mean for the largest class
+            average = sum(plan.unpack(list(parts)))  # as good as the mean for the largest class
             _add(correct, "average", (average.argmax(1) == target).sum(), N)
-            _add(correct, "fused", (entropy_fusion(logits, present=here).logits.argmax(1) == target).sum(), N)
+            _add(correct, "fused", (plan.fuse(logits).logits.argmax(1) == target).sum(), N)
         return {"samples": samples, "loss": _means(loss), "accuracy": _means(correct)}
 
     def predict(self, batch: Mapping[str, Tensor] | tuple) -> Fused:
@@ -201,6 +214,29 @@ class Trainer:
             present = present.to(self.device, non_blocking=True)
         on_device = {modality: x.to(self.device, non_blocking=True) for modality, x in inputs.items()}
         return on_device, target.to(self.device, non_blocking=True), present
+
+
+def _take_turns(loaders: Mapping[str, Iterable], modalities: tuple[str, ...]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """One batch of each modality after another, until the longest loader has ended; shorter ones begin anew."""
+    unknown = [m for m in loaders if m not in modalities]
+    if unknown or not loaders:
+        raise ValueError(f"loader: expected modalities among {', '.join(modalities)}, got {', '.join(loaders) or 'none'}")
+    iterators = {m: iter(loaders[m]) for m in modalities if m in loaders}
+    running, begun = set(iterators), set()
+    while running:
+        for modality in iterators:
+            batch = next(iterators[modality], None)
+            if batch is None:
+                running.discard(modality)
+                if not running:
+                    return
+                if modality not in begun:
+                    raise ValueError(f"loader: expected at least one batch of {modality!r}, got none")
+                iterators[modality] = iter(loaders[modality])
+                batch = next(iterators[modality])
+            begun.add(modality)
+            x, y = batch
+            yield {modality: x}, y
 
 
 def _classes(head: torch.nn.Module) -> int | None:

@@ -28,6 +28,8 @@ def backend(request):
     tests of thousands of launches (marked `many_launches`) are for a GPU."""
     if request.param != "triton":
         yield request.param
+    elif request.node.get_closest_marker("host_path"):
+        pytest.skip("what the host decides on the CPU; test_device_path_… has what a GPU does")
     elif ops.INTERPRETED:
         if request.node.get_closest_marker("many_launches"):
             pytest.skip("thousands of launches: too slow to interpret")

@@ -138,3 +138,13 @@ def test_eval_on_other_data_takes_all_of_it(archive, tmp_path, capsys, monkeypat
     assert "90 samples" in capsys.readouterr().out
     assert main(["eval", "checkpoint.pt", "--test-where", "speaker=0"]) == 0
     assert "trained on" in capsys.readouterr().out
+
+
+def test_training_with_missing_modalities(archive, tmp_path, capsys):
+    assert train(archive, tmp_path, "--missing", "0.5") == 0
+    trained = json.loads((tmp_path / "metrics.json").read_text())
+    assert trained["config"]["missing"] == 0.5
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "checkpoint.pt")]) == 0
+    assert f"{100 * trained['test']['accuracy']['fused']:.1f}" in capsys.readouterr().out
+    assert train(archive, tmp_path / "bad", "--missing", "1.5") == 2

@@ -388,3 +388,39 @@ class TestCompetition:
     def test_refuses_directions_of_another_shape(self):
         with pytest.raises(ValueError, match=r"directions: expected \[M, d, K\], got \[100, 10\]"):
             data.competition(5, 0.3, 0, directions=torch.zeros(100, 10))
+
+
+class TestMissing:
+    @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.7, 0.99])
+    @pytest.mark.parametrize("M", [1, 2, 3])
+    def test_every_sample_keeps_one_and_the_rate_is_what_it_says(self, rate, M):
+        present = data.missing_mask(20_000, M, rate, seed=3)
+        assert present.any(1).all() and torch.equal(present, data.missing_mask(20_000, M, rate, seed=3))
+        missing = rate - rate**M / M  # of M, one is kept where all would go
+        assert abs((~present).float().mean().item() - missing) < 0.01
+        assert (present.float().mean(0) - present.float().mean()).abs().max() < 0.02
+
+    @pytest.mark.parametrize("arguments", [(5, 2, 1.0, 0), (5, 2, -0.1, 0), (5, 0, 0.5, 0)])
+    def test_bad_rates(self, arguments):
+        with pytest.raises(ValueError, match="^(rate|N, M): expected"):
+            data.missing_mask(*arguments)
+
+    def test_a_masked_data_set(self, tmp_path):
+        present = data.missing_mask(30, 2, 0.5, seed=0)
+        audio = torch.randn(30, 3).masked_fill(~present[:, :1], torch.nan)
+        arrays = {"audio": audio.numpy(), "image": torch.rand(30, 2, 2).numpy(), "label": np.arange(30) % 3}
+        np.savez(tmp_path / "masked.npz", **arrays, present=present.numpy())
+        dataset = data.load_npz(tmp_path / "masked.npz", ["audio", "image"])
+        assert "missing" in repr(dataset) and torch.equal(dataset.present, present) and "present" not in dataset.fields
+        (train,), statistics = data.standardize(dataset)
+        assert statistics["audio"][0] == pytest.approx(audio[present[:, 0]].double().mean().item())
+        inputs, target, here = dataset.subset([3, 5])[:]
+        assert torch.equal(here, present[[3, 5]]) and torch.equal(train[4][2], present[4])
+        with pytest.raises(ValueError, match="^dataset: expected one without missing"):
+            data.with_missing(dataset, 0.5, 0)
+        for bad in (present.numpy()[:, :1], present.float().numpy()):
+            np.savez(tmp_path / "bad.npz", **arrays, present=bad)
+            with pytest.raises(ValueError, match="expected present to be bool"):
+                data.load_npz(tmp_path / "bad.npz", ["audio", "image"])
+        with pytest.raises(ValueError, match="^present: expected bool"):
+            data.MultimodalDataset(dataset.inputs, dataset.target, present=present[:4])

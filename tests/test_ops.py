@@ -172,8 +172,8 @@ def test_registration(dtype):
     opcheck(torch.ops.mla_fast.window_project.default, (x_bar[None], grad, alpha))
     opcheck(torch.ops.mla_fast.window_step_.default, (torch.rand(3, 7, dtype=dtype), 1, x_bar, grad, alpha, torch.zeros(1)))
     logits = torch.randn(2, 4, 5, dtype=dtype, requires_grad=True)
-    opcheck(torch.ops.mla_fast.entropy_fusion.default, ([logits], None))
-    opcheck(torch.ops.mla_fast.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5))
+    opcheck(torch.ops.mla_fast.entropy_fusion.default, ([logits], None, None))
+    opcheck(torch.ops.mla_fast.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
 
 
 def test_bad_arguments_are_named(backend):
@@ -189,7 +189,7 @@ def test_bad_arguments_are_named(backend):
         ("pending", lambda: mla.rls_project_(P, x, G, 1.0, pending=torch.zeros(3))),
         ("order", lambda: mla.rls_project_(P, x, G, 1.0, order="first")),
         ("alpha", lambda: mla.rls_project_(P, x, G, 0.0)),
-        ("alpha", lambda: mla.rls_project_(P, x, G, torch.tensor(-1.0))),
+        ("alpha", lambda: mla.rls_project_(P, x, G, torch.tensor(-1.0, device="cpu"))),
         ("alpha", lambda: mla.rls_project_(P, x, G, torch.ones(2))),
         ("alpha", lambda: mla.window_project(x[None], G, float("nan"))),
         ("means", lambda: mla.window_project(x, G, 1.0)),
@@ -275,8 +275,8 @@ def test_direct_callers_are_kept_within_bounds():
         lambda: op.window_step_(torch.zeros(2, 4), 2, x, G, alpha),
         lambda: op.window_step_(torch.zeros(2, 4), 0, x.double(), G, alpha),
         lambda: op.window_project(x[None], G, torch.ones(2, dtype=torch.float64)),
-        lambda: op.entropy_fusion_backward([z], None, w[:2], w, None, None, None),
-        lambda: op.entropy_fusion_backward([z], None, w, w, torch.rand(2, 5), None, None),
+        lambda: op.entropy_fusion_backward([z], None, w[:2], w, None, None, None, None),
+        lambda: op.entropy_fusion_backward([z], None, w, w, torch.rand(2, 5), None, None, None),
     ):
         with pytest.raises(RuntimeError):
             call()

@@ -20,6 +20,7 @@ from helpers import (
     make_model,
     make_steps,
     momentum_sgd,
+    normal,
     relative,
     train,
 )
@@ -270,7 +271,7 @@ def test_features_count_when_the_gradient_comes_back(projection, backend):
     for model in models:
         model.encoders.requires_grad_(False)
         optimizers.append(wrap(model, projection=projection, backend=backend))
-    weights = torch.randn(7, CLASSES, dtype=f64, generator=torch.Generator().manual_seed(6))
+    weights = normal(torch.Generator().manual_seed(6), 7, CLASSES, dtype=f64)
     for turn in range(5):
         inputs = {modality: x for modality, x, _ in make_steps(3, f64, seed=turn)}
         losses = {m: (weights * z).sum() for m, z in models[0](inputs).items()}
@@ -390,6 +391,7 @@ def test_grad_scaler_does_not_change_the_trajectory(make, projection, target, ba
     torch.testing.assert_close(everything(models[1], optimizers[1]), everything(models[0], optimizers[0]), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.host_path
 @pytest.mark.parametrize("overflow", ["head", "encoder"])
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("make", INNER)
@@ -614,6 +616,7 @@ def spoil(head, optimizer, where, value, step):
         getattr(head, where).grad.view(-1)[1] = value
 
 
+@pytest.mark.host_path
 @pytest.mark.parametrize("where", ["features", "weight", "bias"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -636,6 +639,7 @@ def test_a_step_that_is_not_finite_changes_nothing(projection, where, value, war
     assert_bitwise(everything(heads[0], optimizers[0]), everything(heads[1], optimizers[1]))
 
 
+@pytest.mark.host_path
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_a_mean_that_overflows_changes_nothing(projection, backend):
     """Finite features and a finite gradient, but no finite x̄."""

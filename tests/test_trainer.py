@@ -354,3 +354,25 @@ def test_config_must_be_what_json_can_hold(tmp_path):
     again = make_trainer()
     again.resume(tmp_path / "checkpoint.pt")
     assert again.config == {"widths": [3, 4]}
+
+
+def test_unpaired_loaders_take_turns_for_as_long_as_the_longest(monkeypatch):
+    model = make_model()
+    trainer = mla.Trainer(model, mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head), progress=False)
+    taken = []
+    monkeypatch.setattr(trainer, "_train_step", lambda modality, x, y: (taken.append((modality, len(x))), torch.zeros(()))[1])
+
+    def batches(modality, sizes):
+        return [(make_inputs(N, (modality,))[modality], torch.zeros(N, dtype=torch.int64)) for N in sizes]
+
+    trainer.fit({"text": batches("text", [2]), "audio": batches("audio", [5, 4, 3]), "image": batches("image", [6, 7])}, epochs=1)
+    assert [m for m, _ in taken] == ["audio", "image", "text"] * 3
+    assert [n for m, n in taken if m == "audio"] == [5, 4, 3]
+    assert [n for m, n in taken if m == "image"] == [6, 7, 6] and [n for m, n in taken if m == "text"] == [2, 2, 2]
+    for loaders, message in (
+        ({}, "got none"),
+        ({"smell": []}, "smell"),
+        ({"audio": batches("audio", [2]), "text": []}, "'text'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.fit(loaders, epochs=5)
