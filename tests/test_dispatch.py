@@ -87,7 +87,7 @@ def test_a_large_batch(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("s,padded", itertools.product([1, 63, 513], [False, True]))
+@pytest.mark.parametrize("s,padded", list(itertools.product([1, 63, 513], [False, True])))
 def test_segment_means(s, dtype, padded, backend):
     present = torch.rand(70, 4) > 0.5
     present[:, 2] = False
