@@ -33,8 +33,7 @@ def distribute(model: MultimodalModel, **settings: Any) -> MultimodalModel:
 
 def is_distributed(model: MultimodalModel) -> bool:
     """Some part's gradients are averaged over ranks, by DistributedDataParallel or ``fully_shard``."""
-    parts = (*model.encoders.values(), model.head)
-    return any(isinstance(m, DistributedDataParallel) for m in parts) or any(is_sharded(p) for p in model.parameters())
+    return any(isinstance(m, DistributedDataParallel) for m in model.modules()) or any(is_sharded(p) for p in model.parameters())
 
 
 def portable_state_dict(model: MultimodalModel) -> dict[str, Tensor]:

@@ -74,26 +74,58 @@ def test_accelerate():
     assert names["prepared"].optimizer is names["optimizer"]
 
 
-def process(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    run("Several processes")
-    torch.distributed.destroy_process_group()
-
-
-def test_several_processes(tmp_path):
+def torchrun(function, folder):
+    """function() in two processes in `folder`, with torchrun's environment."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=process, args=(rank, port, tmp_path)) for rank in range(2)]
+    processes = [CONTEXT.Process(target=process, args=(function, rank, port, folder)) for rank in range(2)]
     for p in processes:
         p.start()
     for p in processes:
         p.join(60)
         p.kill()
     assert [p.exitcode for p in processes] == [0, 0]
+
+
+def process(function, rank, port, folder):
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} | place
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    function()
+    torch.distributed.destroy_process_group()
+
+
+def several_processes():
+    run("Several processes")
+
+
+def test_several_processes(tmp_path):
+    torchrun(several_processes, tmp_path)
     assert mla.checkpoint.read_checkpoint(tmp_path / "checkpoint.pt")["epoch"] == 2
+
+
+def fabric_on_two():
+    import lightning_fabric
+
+    def on_two(**settings):
+        return lightning_fabric.Fabric(**settings | {"devices": 2, "strategy": "ddp"})
+
+    names = run("Lightning Fabric", Fabric=on_two)
+    assert names["fabric"].world_size == 2
+    assert names["optimizer"].diagnostics()["layers"]["head"]["steps"] == 12  # 48 samples: 2 batches of 3 modalities and 2 epochs
+    weights = [torch.empty_like(names["head"].weight) for _ in range(2)]
+    torch.distributed.all_gather(weights, names["head"].weight.detach())
+    assert torch.equal(*weights)
+    names["trainer"].save("checkpoint.pt")
+
+
+def test_fabric_on_two_devices(tmp_path):
+    pytest.importorskip("lightning_fabric")
+    torchrun(fabric_on_two, tmp_path)
+    saved = mla.checkpoint.read_checkpoint(tmp_path / "checkpoint.pt")["model"]
+    mla.MultimodalModel(surroundings()["encoders"], nn.Linear(8, CLASSES)).load_state_dict(saved)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
