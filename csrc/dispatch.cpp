@@ -211,7 +211,7 @@ MLA_INLINE void mean_of_rows(const In* rows, int64_t count, int64_t divisor, int
 template <typename In, typename T>
 Tensor means(const Tensor& features, const int64_t* offsets, const int64_t* counts, int64_t M) {
   const int64_t s = features.size(1), tiles = (s + COLUMNS - 1) / COLUMNS;
-  Tensor result = empty_matrix(M, s, wide_type("segment_mean", features.scalar_type()));
+  Tensor result = empty(wide_type("segment_mean", features.scalar_type()), M, s);
   const In* in = features.const_data_ptr<In>();
   T* out = result.mutable_data_ptr<T>();
   const int64_t rows = M ? features.size(0) / M + 1 : 1;
@@ -325,7 +325,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> pack_features(
     const Tensor& x = features[m];
     const std::vector<int64_t> shape(x.sizes().begin() + 1, x.sizes().end());
     const ScalarType wide = wide_type("pack_features", x.scalar_type());
-    sums.push_back(empty_matrix(first[m + 1], copies.of[m].bytes / static_cast<int64_t>(x.element_size()), wide));
+    sums.push_back(empty(wide, first[m + 1], copies.of[m].bytes / static_cast<int64_t>(x.element_size())));
     means.push_back(torch::stable::new_empty(x, shape, wide));
     first[m + 1] += first[m];
   }

@@ -19,33 +19,6 @@
 namespace mla_fast {
 namespace {
 
-// exp(t) for t ≤ 0 in every lane; 0 below −87, where float32 has no normal result. NaN stays NaN.
-template <int B>
-MLA_INLINE vec_t<float, B> exp_nonpositive(vec_t<float, B> t) {
-  using vec = vec_t<float, B>;
-  using bits = vec_t<int32_t, B>;
-  constexpr float ROUND = 12582912.f;  // 1.5 · 2²³: adding it rounds to an integer
-  const vec n = (t * 1.44269504f + ROUND) - ROUND;
-  const vec r = (t - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
-  vec y = vec{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.f;
-  const bits exponent = (__builtin_convertvector(n, bits) + 127) << 23;
-  vec power;
-  std::memcpy(&power, &exponent, B);
-  return t < -87.f ? vec{} : y * power;
-}
-
-template <int B>
-MLA_INLINE vec_t<double, B> exp_nonpositive(vec_t<double, B> t) {
-  for (int64_t i = 0; i < Simd<double, B>::width; ++i) t[i] = std::exp(t[i]);
-  return t;
-}
-
 // Calls `each` with the vectors of a row in turn; the last one has −inf in lanes that earlier ones held or that are past the
 // end, which adds nothing to any sum below. It is read from where the row ends: copying just the few elements that are left
 // would cost as much as all the rest.
@@ -294,9 +267,9 @@ struct Layout : Sizes {
 template <typename In, typename T>
 std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const Sizes& sizes, const bool* present, ScalarType acc) {
   const Layout<In> lay(logits, sizes);
-  Tensor fused = empty_matrix(lay.N, lay.C, logits[0].scalar_type());
-  Tensor weights = empty_matrix(lay.N, lay.M, acc);
-  Tensor entropy = empty_matrix(lay.N, lay.M, acc);
+  Tensor fused = empty(logits[0].scalar_type(), lay.N, lay.C);
+  Tensor weights = empty(acc, lay.N, lay.M);
+  Tensor entropy = empty(acc, lay.N, lay.M);
   In* f = fused.mutable_data_ptr<In>();
   T* w = weights.mutable_data_ptr<T>();
   T* e = entropy.mutable_data_ptr<T>();

@@ -20,7 +20,7 @@ namespace mla_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     Tensor features,
     Tensor target,
     Tensor weight,
@@ -86,14 +86,19 @@ inline void check_matrix_pair(const char* op, const Tensor& x, const Tensor& gra
   STD_TORCH_CHECK(x.scalar_type() == grad.scalar_type(), op, ": feature means and grad must have one dtype");
 }
 
-// An uninitialised contiguous matrix on the CPU. The shim's own call: the dispatcher's costs a microsecond, as much as the
+// An uninitialised contiguous tensor on the CPU. The shim's own call: the dispatcher's costs a microsecond, as much as the
 // arithmetic at s = 64.
-inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
-  const std::array<int64_t, 2> size{rows, columns}, stride{columns, 1};
+template <class... Sizes>
+inline Tensor empty(ScalarType dtype, Sizes... sizes) {
+  constexpr size_t dims = sizeof...(sizes);
+  const std::array<int64_t, dims + 1> size{static_cast<int64_t>(sizes)..., 1};
+  std::array<int64_t, dims + 1> stride{};
+  stride[dims] = 1;
+  for (size_t i = dims; i > 0; --i) stride[i - 1] = stride[i] * size[i];
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, size.data(), stride.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(dims, size.data(), stride.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -133,7 +133,7 @@ Tensor run(const Tensor& P, const Tensor& x_bar, const Tensor& grad, double alph
 
   std::vector<T> scratch(C + s);
   T *gk = scratch.data(), *k = gk + C;
-  Tensor result = empty_matrix(C, s, P.scalar_type());
+  Tensor result = empty(P.scalar_type(), C, s);
   T* projected = result.mutable_data_ptr<T>();
   // With many classes G P is the cost, and a blocked product the way to it; k alone comes from the pass over P then.
   const bool by_gemm = C > GEMM_CLASSES;

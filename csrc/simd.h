@@ -124,4 +124,31 @@ MLA_INLINE void axpy(T c, const T* x, T* y, int64_t n) {
   for (; i < n; ++i) y[i] += c * x[i];
 }
 
+// exp(t) for t ≤ 0 in every lane; 0 below −87, where float32 has no normal result. NaN stays NaN.
+template <int B>
+MLA_INLINE vec_t<float, B> exp_nonpositive(vec_t<float, B> t) {
+  using vec = vec_t<float, B>;
+  using bits = vec_t<int32_t, B>;
+  constexpr float ROUND = 12582912.f;  // 1.5 · 2²³: adding it rounds to an integer
+  const vec n = (t * 1.44269504f + ROUND) - ROUND;
+  const vec r = (t - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
+  vec y = vec{} + 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.f;
+  const bits exponent = (__builtin_convertvector(n, bits) + 127) << 23;
+  vec power;
+  std::memcpy(&power, &exponent, B);
+  return t < -87.f ? vec{} : y * power;
+}
+
+template <int B>
+MLA_INLINE vec_t<double, B> exp_nonpositive(vec_t<double, B> t) {
+  for (int64_t i = 0; i < Simd<double, B>::width; ++i) t[i] = std::exp(t[i]);
+  return t;
+}
+
 }  // namespace mla_fast

@@ -38,7 +38,7 @@ MLA_INLINE void project_row(const T* g, const T* U, T* out, T* gu, int64_t J, in
 template <typename T>
 Tensor run(const Tensor& means, const Tensor& grad, double alpha, int64_t own) {
   const int64_t C = grad.size(0), s = grad.size(1);
-  Tensor out = empty_matrix(C, s, grad.scalar_type());
+  Tensor out = empty(grad.scalar_type(), C, s);
   const T* x = means.const_data_ptr<T>();
   const T* G = grad.const_data_ptr<T>();
   T* projected = out.mutable_data_ptr<T>();

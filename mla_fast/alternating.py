@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mla_fast import ops
 from mla_fast.dispatch import dispatch
 from mla_fast.distributed import added_up, rank_and_size
 from mla_fast.head import HeadLayer
@@ -32,12 +31,12 @@ def alternating_step(
     """Trains on one batch: every modality takes one step, as if one after another, but all encoders in one backward pass.
 
         features of all modalities;  for each modality in turn: logits, loss, the head's step;  one backward pass through all
-        encoders from ∂L_m/∂features_m;  one step of all encoders
+        encoders from ∂L_m/∂features_m;  one step of all encoders (and of the head, the last modality's)
 
     This is step by step in another order, not an approximation: the step of one modality moves its own encoder and the head, so
     no features change under the others. It needs encoders that share no parameter (ValueError), a wrapped optimizer that steps
-    every parameter by itself (torch's own do; one that counts its steps as a whole counts M + 1), and room for what all encoders
-    want for their backward pass at once, as joint training does. Hooks of ``optimizer.step`` run once, at the end.
+    every parameter by itself (torch's own do; one that counts its steps as a whole counts M, on CUDA M + 1), and room for what
+    all encoders want for their backward pass at once, as joint training does. Hooks of ``optimizer.step`` run once, at the end.
 
     model, optimizer: a ``MultimodalModel`` and the ``MLAOptimizer`` with its head. batch: ``(inputs, target)`` or ``(inputs,
     target, present)`` as for ``Trainer``, on the model's device. amp: dtype for autocast, bfloat16; float16 overflows without a
@@ -73,19 +72,22 @@ def steps_together(
     plain = None if automatic else _plain_layer(model.head, optimizer)
     losses, outputs, gradients, bad_steps = {}, [], [], []
     for modality, total in totals.items():
-        h, target = features[modality], rows[modality].target
-        if plain is not None and h.dtype == plain.module.weight.dtype:
-            losses[modality], gradient = _linear_backward(plain, h.detach(), target, total)
+        h, target, step = features[modality], rows[modality].target, None
+        if plain is not None and h.dtype == plain.dtype:
+            losses[modality], gradient, step = plain.backward(h.detach(), target, total)
         else:
             leaf = h.detach().requires_grad_()
             with autocast(optimizer, amp):
                 loss = mean_loss(model.head(leaf.clone()), target, total)  # a head may change its inputs in place
             loss.backward()
             losses[modality], gradient = loss.detach(), leaf.grad
-        bad_steps.append(_head_step(model.head, optimizer, modality))
-        if bad_steps[-1] is not True and h.requires_grad:
+        bad = optimizer.measure(modality, step).bad
+        if bad is not True and h.requires_grad:
             outputs.append(h)
             gradients.append(gradient)
+        bad_steps.append(bad)
+        if len(losses) < len(totals) or bad is not False:  # the last one's head moves in the encoders' step
+            _head_step(model.head, optimizer, modality)
     if outputs:
         torch.autograd.backward(outputs, gradients)
     if losses:
@@ -96,22 +98,12 @@ def steps_together(
 def _plain_layer(head: nn.Module, optimizer: MLAOptimizer) -> HeadLayer | None:
     """The head's layer where it is an ``nn.Linear`` that nobody watches but the optimizer, so that autograd can be spared."""
     layer = optimizer.layers[0]
-    if type(head) is not nn.Linear or "forward" in head.__dict__ or layer.module is not head or layer.sharded:
+    own = type(head) is nn.Linear and "forward" not in head.__dict__ and layer.module is head
+    if not own or layer.dtype != head.weight.dtype or layer.sharded or optimizer.process_group is not None:
         return None
     hooks = len(head._forward_hooks) + len(head._forward_pre_hooks) > 2 or head._backward_hooks or head._backward_pre_hooks
     watched = any(not p.requires_grad or p._backward_hooks or p._post_accumulate_grad_hooks for p in head.parameters())
     return None if hooks or watched else layer
-
-
-@torch.no_grad()
-def _linear_backward(layer: HeadLayer, features: Tensor, target: Tensor, total: float) -> tuple[Tensor, Tensor]:
-    """(loss, ∂L/∂features) of the head, its gradients left in ``.grad`` and its features counted."""
-    weight, bias = layer.module.weight, layer.module.bias
-    loss, gradient, weight.grad, grad_bias, mean = ops.linear_cross_entropy(features, target, weight.detach(), bias, total)
-    if bias is not None:
-        bias.grad = grad_bias
-    layer.features.add(features, mean)
-    return loss, gradient
 
 
 def steps_in_turn(
@@ -164,12 +156,11 @@ def _unsynchronized(model: MultimodalModel, modality: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _head_step(head: nn.Module, optimizer: MLAOptimizer, modality: str) -> bool | Tensor:
-    """Steps what has a gradient, the head, which has none afterwards; whether it was not finite, as ``take_step``."""
-    bad = optimizer.take_step(modality)
+def _head_step(head: nn.Module, optimizer: MLAOptimizer, modality: str) -> None:
+    """Steps what has a gradient, the head, which has none afterwards."""
+    optimizer.take_step(modality)
     for p in head.parameters():
         p.grad = None
-    return bad
 
 
 def _encoder_step(optimizer: MLAOptimizer, bad: list[Tensor]) -> None:

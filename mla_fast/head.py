@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.utils.parametrize  # noqa: F401  (as nn.utils.parametrize)
 from torch import Tensor, nn
 
+from mla_fast import ops
 from mla_fast.projection import Projection, ProjectionSettings, make_projection
 
 FROZEN = 1e-3  # the share ‖GP‖ / ‖G‖ below which a layer has stopped learning
@@ -54,18 +56,15 @@ class FeatureMean:
         else:
             output.register_hook(lambda _: self.add(features))
 
-    def add(self, features: Tensor, mean: Tensor | None = None) -> None:
-        """Counts features [N, s] whose gradient is there; mean: theirs, if it is known."""
-        self._count(features, mean)
+    def add(self, features: Tensor) -> None:
+        """Counts features [..., s] whose gradient is there."""
+        self._count(features)
         if self.group is not None:
             self._send()
 
-    def _count(self, features: Tensor, mean: Tensor | None = None) -> None:
+    def _count(self, features: Tensor) -> None:
         rows = features.reshape(-1, self.in_features)
-        if not len(rows):
-            mean = rows.sum(0, dtype=self.dtype)
-        elif mean is None or mean.dtype != self.dtype:
-            mean = rows.mean(0, dtype=self.dtype)
+        mean = rows.mean(0, dtype=self.dtype) if len(rows) else rows.sum(0, dtype=self.dtype)
         self.rows += len(rows)
         self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, len(rows) / max(self.rows, 1))
 
@@ -181,6 +180,18 @@ class HeadLayer:
         free = [local(bias.grad)] if self.has_bias and not self.with_bias and bias.grad is not None else []
         return HeadStep(self, x_bar, grad, torch._foreach_norm([grad, x_bar, *free]))
 
+    @torch.no_grad()
+    def backward(self, features: Tensor, target: Tensor, total: float) -> tuple[Tensor, Tensor, HeadStep]:
+        """(loss, ∂L/∂features, the step to be taken) of the layer by itself as the head, as autograd would have it; the gradients
+        are in ``.grad``. features [n, s] of the weight's dtype, target [n], the loss a share of the mean over `total` rows."""
+        weight, bias = self.module.weight, self.module.bias
+        loss, gradient, weight.grad, grad_bias, x_bar, norms = ops.linear_cross_entropy(
+            features, target, weight.detach(), bias, total
+        )
+        if bias is not None:
+            bias.grad = grad_bias
+        return loss, gradient, self.measured(x_bar) if self.with_bias else HeadStep(self, x_bar, weight.grad, norms.unbind())
+
     def project(self, step: HeadStep, change: Tensor, modality: str | None, found_inf: Tensor | None) -> Tensor:
         """`change`, the step's G or the update that came of it, projected; P moves."""
         projected = self.projection(change, step.x_bar, modality, found_inf)
@@ -204,7 +215,7 @@ class HeadLayer:
         """`joined` into the parameters, or into their gradients."""
         weight, bias = self.module.weight, self.module.bias
         s = self.module.in_features
-        local(weight.grad if gradient else weight).copy_(joined[:, :s])
+        local(weight.grad if gradient else weight).copy_(joined[:, :s] if self.with_bias else joined)
         if self.with_bias and bias.grad is not None:  # it may have been frozen since
             local(bias.grad if gradient else bias).copy_(joined[:, s])
 
@@ -215,7 +226,7 @@ class HeadStep(NamedTuple):
     layer: HeadLayer
     x_bar: Tensor
     grad: Tensor
-    norms: list[Tensor]
+    norms: Sequence[Tensor]
 
 
 def local(t: Tensor) -> Tensor:

@@ -107,9 +107,9 @@ SMALL_HEAD = 1 << 18  # multiplications of one product; above, matrix libraries 
 
 def linear_cross_entropy(
     features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, total: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, ∂L/∂features, ∂L/∂weight, ∂L/∂bias, x̄) of a linear head on features [N, s], ``reference.linear_cross_entropy``; in
-    one call where the head is small and on the CPU. Without checks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, ∂L/∂features, ∂L/∂weight, ∂L/∂bias, x̄, three norms) of a linear head on features [N, s] as
+    ``reference.linear_cross_entropy`` has them; in one call where the head is small and on the CPU. Without checks."""
     small = features.device.type == "cpu" and len(features) <= 512 and features.numel() * len(weight) <= SMALL_HEAD
     if small and CPP_MISSING is None and features.dtype in (torch.float32, torch.float64):
         return torch.ops.mla_fast.linear_cross_entropy.default(features, target, weight, bias, total)

@@ -16,7 +16,7 @@ from mla_fast import reference
 
 SCHEMAS = (
     "linear_cross_entropy(Tensor features, Tensor target, Tensor weight, Tensor? bias, float total) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "rls_project_(Tensor(a!) P, Tensor x_bar, Tensor grad, Tensor alpha, Tensor(b!)? pending=None, Tensor(c!)? slot=None, "
     "Tensor? found_inf=None, bool project_first=False) -> Tensor",
     "rls_fold_(Tensor(a!) P, Tensor(b!) pending, Tensor(c!)? slot=None) -> ()",
@@ -108,7 +108,7 @@ def _register(library: str) -> None:
     @torch.library.register_fake(f"{library}::linear_cross_entropy")
     def _(features, target, weight, bias, total):
         gradients = torch.empty_like(features), torch.empty_like(weight), weight.new_empty(len(weight))
-        return features.new_empty(()), *gradients, features.new_empty(features.shape[1])
+        return features.new_empty(()), *gradients, features.new_empty(features.shape[1]), features.new_empty(3)
 
     def like_grad(grad_at):
         return lambda *arguments: torch.empty_like(arguments[grad_at], memory_format=torch.contiguous_format)
