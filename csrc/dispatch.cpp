@@ -233,17 +233,15 @@ MLA_INLINE void copy_and_add(const Copies& copies, const Piece& piece, int64_t s
   constexpr int64_t PAGE_COLUMNS = 1024;  // of float32
   for (int64_t c = 0; c < s; c += PAGE_COLUMNS) {
     const int64_t width = std::min(PAGE_COLUMNS, s - c), size = sizeof(In);
-    T total[PAGE_COLUMNS] = {};
-    for (int64_t r = piece.begin; r < piece.end; r += ROWS) {
-      T part[PAGE_COLUMNS] = {};
-      const Piece some{piece.m, r, std::min(r + ROWS, piece.end)};
-      copy_piece(copies, some, c * size, width * size, source, [&](const char* from) MLA_LAMBDA {
-        const In* x = reinterpret_cast<const In*>(from);
-        for (int64_t k = 0; k < width; ++k) part[k] += static_cast<T>(x[k]);
-      });
-      for (int64_t k = 0; k < width; ++k) total[k] += part[k];
-    }
-    std::copy(total, total + width, sum + c);
+    T total[PAGE_COLUMNS] = {}, part[PAGE_COLUMNS] = {};
+    int64_t rows = 0;
+    copy_piece(copies, piece, c * size, width * size, source, [&](const char* from) MLA_LAMBDA {
+      const In* x = reinterpret_cast<const In*>(from);
+      for (int64_t k = 0; k < width; ++k) part[k] += static_cast<T>(x[k]);
+      if (++rows % ROWS) return;
+      for (int64_t k = 0; k < width; ++k) total[k] += part[k], part[k] = 0;
+    });
+    for (int64_t k = 0; k < width; ++k) sum[c + k] = total[k] + part[k];
   }
 }
 
