@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench import plot
 from bench.cases import CPU_OR_GPU, OPS, Case, Spec, build, prepared, specs
 from bench.timing import Timing, copy_bandwidth, interleave, write_jsonl
 
@@ -130,18 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         todo = specs(device, arguments.sizes, arguments.classes, arguments.only)
         records, failed = measure_all(todo, device, arguments, copy)
     if arguments.plot:
-        _plot(records, arguments.plot)
+        plot.draw(records, arguments.plot)
     if failed:
         raise SystemExit("failed:\n" + "\n".join(failed))
-
-
-def _plot(records: list[dict], path: Path) -> None:
-    from bench import plot
-
-    try:
-        plot.draw(records, path)
-    except ImportError as error:
-        print(f"no plot: {error}; pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from bench.records import timings
+from bench.tables import new_figure, save
 
 PANELS = ("rls", "window", "fusion")
 COLOURS = {"ours": "tab:red", "eager": "tab:blue", "graph": "tab:cyan", "compile": "tab:green", "released": "tab:grey"}
@@ -32,11 +33,11 @@ def curves(records: list[dict], op: str) -> tuple[str, dict[str, list[tuple[int,
     return what, {name: sorted(points) for name, points in found.items()}
 
 
-def draw(records: list[dict], path: Path) -> None:
-    """Writes the picture. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 5), layout="constrained")
+def draw(records: list[dict], path: Path) -> bool:
+    """Writes the picture. Without matplotlib a line says so: False."""
+    figure = new_figure(15, 5)
+    if figure is None:
+        return False
     for axes, op in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         what, found = curves(records, op)
         for i, (name, points) in enumerate(found.items()):
@@ -47,8 +48,7 @@ def draw(records: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         if found:
             axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return save(figure, path)
 
 
 def main() -> None:
@@ -57,10 +57,8 @@ def main() -> None:
     records = list(timings(Path(sys.argv[1])).values())
     if not records:
         raise SystemExit(f"{sys.argv[1]}: expected times of operators, measured with bench.ops, got none")
-    try:
-        draw(records, Path(sys.argv[2]))
-    except ImportError as error:
-        raise SystemExit(f"no plot: {error}; pip install matplotlib") from error
+    if not draw(records, Path(sys.argv[2])):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
