@@ -168,7 +168,7 @@ class Training:
     def gate(self, model: nn.Module, make: Callable[[nn.Module], Train], exact: Callable[[nn.Module], Train]) -> None:
         got, right = copy.deepcopy(model), copy.deepcopy(model).double()
         train, train_exactly = make(got), exact(right)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=False):  # TF32 and its other algorithms flip more ReLUs than the bounds allow for
             for inputs, target in self.gate_batches:
                 train(inputs, target)
                 train_exactly({modality: x.double() for modality, x in inputs.items()}, target)

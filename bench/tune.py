@@ -79,7 +79,7 @@ def start_backward(fusion: Fusion, device: torch.device) -> Start:
         (expected,) = torch.autograd.grad(reference.entropy_fusion(z64)[0], z64, g.double())
 
     def start():
-        step = capture(lambda: torch.ops.mla_fast.entropy_fusion_backward([z], None, weights, entropy, g, None, None)[0])
+        step = capture(lambda: torch.ops.mla_fast.entropy_fusion_backward([z], None, weights, entropy, g, None, None, None)[0])
         return step, lambda: check("gradient", step(), expected, 1e-5)
 
     return start

@@ -63,7 +63,7 @@ class JointModel(nn.Module):
         rows = {} if present is None else dict(zip(self.modalities, present.T, strict=True))
         features = {modality: self._encode(modality, x, rows.get(modality)) for modality, x in inputs.items()}
         zeros = torch.zeros_like(next(iter(features.values())))
-        given = torch.tensor([modality in inputs for modality in self.modalities], device=zeros.device)
+        given = torch.tensor([modality in inputs for modality in self.modalities]).to(zeros.device, non_blocking=True)
         here = given[:, None].repeat(1, len(zeros)) if present is None else given[:, None] & present.T
         return torch.stack([features.get(modality, zeros) for modality in self.modalities]), here
 

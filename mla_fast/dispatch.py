@@ -33,10 +33,10 @@ class DispatchPlan:
         self.rows, self.offsets, self._counts, self.slot = ops.dispatch_plan(backend, present, padded)
         self._host: Tensor | None = None
         if present.is_cuda and not padded:  # the sizes of what is packed, on their way while the host goes on
-            self._host = torch.empty(self.M, dtype=torch.int64, pin_memory=True)
+            self._host = torch.empty(self.M, dtype=torch.int64, device="cpu", pin_memory=True)
             self._host.copy_(self._counts, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(present.device))
 
     @functools.cached_property
     def counts(self) -> tuple[int, ...]:

@@ -190,11 +190,10 @@ class OfficialProjection(_MatrixProjection):
     def _step(self, grad, x_bar, found_inf, project_first):
         updated = reference.official_update(self.P, x_bar, self.alpha().to(self.dtype))
         projected = reference.official_project(grad, self.P if project_first else updated)
-        if found_inf is None:
-            self.P = updated
-            return projected
-        self.P = torch.where(found_inf == 0, updated, self.P)
-        return torch.where(found_inf == 0, projected, grad)
+        if found_inf is not None:
+            updated, projected = torch.where(found_inf == 0, updated, self.P), torch.where(found_inf == 0, projected, grad)
+        self.P.copy_(updated)  # a captured step finds it where it was
+        return projected
 
 
 class WindowProjection(Projection):

@@ -258,6 +258,26 @@ def test_an_installed_row_is_the_one_that_is_launched(monkeypatch):
         tune.install(launch, "window", 0, json.loads(candidates.PATH.read_text())["window"][0])
 
 
+@needs_cpp
+@pytest.mark.parametrize(
+    "op,size",
+    [
+        ("rls_read", {"s": 9, "C": 3}),
+        ("rls_finish", {"s": 9, "R": 1}),
+        ("window", {"s": 9, "J": 3}),
+        ("entropy_fusion", {"C": 5}),
+        ("entropy_fusion_backward", {"C": 5}),
+    ],
+)
+@torch.no_grad()
+def test_what_is_tuned_passes_its_gate(op, size, monkeypatch):
+    """On the CPU, where a step stands for its graph; it has nothing that folds several rows."""
+    monkeypatch.setattr(tune, "capture", lambda step: step)
+    monkeypatch.setattr(tune, "captured", lambda make: make)
+    _, gate = tune.problem(op, size, CPU)()
+    gate()
+
+
 def test_what_was_measured_is_drawn(tmp_path, monkeypatch):
     record = {"case": "rls s=8 C=6", "op": "rls", "s": 8, "C": 6, "M": None, "N": 64, "masked": False, "device": "cpu"}
     record |= {"machine": {"threads": 1}}

@@ -39,9 +39,10 @@ def test_train_then_eval(archive, tmp_path, capsys):
     assert set(metrics["test"]["accuracy"]) == {"sound", "image", "average", "fused"}
     assert metrics["test"]["accuracy"]["fused"] > 0.6
     assert f"{100 * metrics['test']['accuracy']['fused']:5.1f} %" in printed
-    assert main(["eval", str(tmp_path / "run" / "checkpoint.pt")]) == 0
+    evaluation = ["eval", str(tmp_path / "run" / "checkpoint.pt"), "--device", "cpu"]  # where it was trained
+    assert main(evaluation) == 0
     assert capsys.readouterr().out.splitlines() == printed.splitlines()[:-1]
-    assert main(["eval", str(tmp_path / "run" / "checkpoint.pt"), "--all"]) == 0
+    assert main([*evaluation, "--all"]) == 0
     assert "90 samples" in capsys.readouterr().out
 
 
@@ -145,7 +146,7 @@ def test_training_with_missing_modalities(archive, tmp_path, capsys):
     trained = json.loads((tmp_path / "metrics.json").read_text())
     assert trained["config"]["missing"] == 0.5
     capsys.readouterr()
-    assert main(["eval", str(tmp_path / "checkpoint.pt")]) == 0
+    assert main(["eval", str(tmp_path / "checkpoint.pt"), "--device", "cpu"]) == 0
     assert f"{100 * trained['test']['accuracy']['fused']:.1f}" in capsys.readouterr().out
     assert train(archive, tmp_path / "bad", "--missing", "1.5") == 2
 

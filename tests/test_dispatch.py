@@ -268,6 +268,33 @@ def test_direct_callers_are_kept_within_bounds():
             call()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or ops.CUDA_MISSING is not None, reason=str(ops.CUDA_MISSING or "no GPU"))
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("N,M", [(0, 2), (1, 1), (7, 3), (1025, 3), (300, 64), (5000, 17), (140_000, 3)])
+def test_on_a_gpu(N, M, padded):
+    """As on the CPU, with several groups to a block, several launches, and masks and rows of all widths that begin anywhere."""
+    generator, widths = torch.Generator().manual_seed(N), (3, 1025 if N < 2000 else 65, 8, 1)
+    present = torch.rand(N + 1, M, generator=generator)[1:] > 0.4
+    whole = [torch.randn(N, widths[m % 4], generator=generator).to(DTYPES[m % 4]) for m in range(M)]
+    features, on_gpu = ([x.to(device)[:, m % 2 :] for m, x in enumerate(whole)] for device in ("cpu", "cuda"))
+    expected = mla.dispatch(present, padded=padded, backend="reference")
+    with torch.device("cuda"):  # the sizes go to the host all the same
+        plan = mla.dispatch(torch.cat([present[:1], present]).cuda()[1:], padded=padded, backend="cpp")
+    assert plan.counts == expected.counts
+    for name in ("rows", "offsets", "slot"):
+        assert torch.equal(getattr(plan, name).cpu(), getattr(expected, name)), name
+    packed, means = plan.pack_features(on_gpu)
+    wanted = expected.pack_features(features)
+    for got, want in zip(packed, wanted[0], strict=True):
+        assert torch.equal(got.cpu(), want)
+    for got, want in zip(means, wanted[1], strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-5)
+    for got, want in zip(plan.unpack(packed), expected.unpack(wanted[0]), strict=True):
+        assert torch.equal(got.cpu(), want)
+    x = torch.randn(sum(plan.sizes), 5, generator=generator)
+    torch.testing.assert_close(plan.segment_mean(x.cuda()).cpu(), expected.segment_mean(x), rtol=0, atol=1e-5)
+
+
 def test_a_readable_plan():
     present = torch.tensor([[True, False], [True, True]])
     assert repr(mla.dispatch(present, ("audio", "image"))) == "DispatchPlan(2 samples; audio: 2, image: 1; cpu)"

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import head_steps, here, make_model, make_steps, momentum_sgd, relative, train
+from helpers import PROJECTIONS, head_steps, here, make_model, make_steps, momentum_sgd, relative, train
 from torch.library import opcheck
 
 import mla_fast as mla
@@ -241,7 +241,7 @@ def test_a_thousand_updates_stay_within_the_promise(s, R):
 
 
 @needs_cuda
-@pytest.mark.parametrize("projection", ["rls", "window", "none"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("deferred", [False, True])
 def test_steps_replay_in_a_cuda_graph(projection, deferred, monkeypatch):
     """A captured round of the modalities, replayed with α, learning rate and features that change between replays, equals the

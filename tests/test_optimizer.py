@@ -17,6 +17,7 @@ from helpers import (
     backward,
     everything,
     head_steps,
+    here,
     make_model,
     make_steps,
     momentum_sgd,
@@ -43,7 +44,8 @@ def wrap(model, make=momentum_sgd, **settings):
 
 
 def adam(parameters):
-    return torch.optim.Adam(parameters, lr=0.01)
+    """With its count of steps on the parameters' device, which can take it back."""
+    return torch.optim.Adam(parameters, lr=0.01, capturable=here().type == "cuda")
 
 
 def adamw(parameters):

@@ -174,6 +174,17 @@ def test_a_saved_state_is_a_copy(name, backend):
         assert all(torch.equal(t, before[key]) for key, t in saved["tensors"].items())
 
 
+@pytest.mark.parametrize("name", ["rls", "window", "official"])
+def test_the_state_stays_where_a_captured_step_finds_it(name, backend):
+    projection, draw = make(name, backend=backend), draws()
+    follow(projection, 3, draw)
+    before = {key: t.data_ptr() for key, t in vars(projection).items() if isinstance(t, torch.Tensor)}
+    for found_inf in (None, torch.zeros(1), torch.ones(1)):
+        grad, x_bar = draw(7)
+        projection(grad, x_bar, "audio", found_inf)
+    assert {key: t.data_ptr() for key, t in vars(projection).items() if isinstance(t, torch.Tensor)} == before
+
+
 def test_float32_rls_is_as_good_as_eager_float32(backend):
     generator = torch.Generator().manual_seed(4)
     projection = make(size=63, dtype=torch.float32, backend=backend)
