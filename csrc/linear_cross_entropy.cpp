@@ -73,10 +73,10 @@ MLA_INLINE void gradients(const T* H, const T* delta, const Layer<T>& layer, T* 
   constexpr int64_t W = Simd<T, B>::width;
   const int64_t s = layer.s;
   for (; i + W <= s; i += W) {
-    vec_t<T, B> h[R], acc[R] = {}, mean = load<B>(layer.x_bar + i);
+    vec_t<T, B> h[R], acc[R] = {}, all = {};
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) mean += (h[r] = load<B>(H + r * s + i)) / static_cast<T>(layer.N);
-    store<B>(layer.x_bar + i, mean);
+    for (int r = 0; r < R; ++r) all += h[r] = load<B>(H + r * s + i);
+    store<B>(layer.x_bar + i, load<B>(layer.x_bar + i) + all / static_cast<T>(layer.N));
     for (int64_t c = 0; c < layer.C; ++c) {
       const vec_t<T, B> w = load<B>(layer.weight + c * s + i);
       vec_t<T, B> g = load<B>(layer.grad + c * s + i);
@@ -98,21 +98,20 @@ MLA_INLINE void gradients(const T* H, const T* delta, const Layer<T>& layer, T* 
 template <typename T, int B, int R>
 MLA_INLINE double pass(const T* H, const int64_t* y, const Layer<T>& layer, T total, T* z, T* dH) {
   double loss = 0;  // of losses that may be far apart
+  std::fill(z, z + R * layer.stride, -std::numeric_limits<T>::infinity());
   logits<T, B, R>(H, layer, z);
   for (int r = 0; r < R; ++r) {
     loss += to_delta<T, B>(z + r * layer.stride, y[r], layer.stride, total);
     for (int64_t c = 0; c < layer.C; ++c) layer.grad_bias[c] += z[r * layer.stride + c];
   }
   gradients<T, B, R>(H, z, layer, dH, 0);
-  for (int r = 0; r < R; ++r) std::fill(z + r * layer.stride + layer.C, z + (r + 1) * layer.stride, -std::numeric_limits<T>::infinity());
   return loss;
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T>
-Results run(
-    const Tensor& features, const int64_t* y, const Tensor& weight, const std::optional<Tensor>& bias, T total) {
+Results run(const Tensor& features, const int64_t* y, const Tensor& weight, const std::optional<Tensor>& bias, T total) {
   const int64_t N = features.size(0), s = features.size(1), C = weight.size(0);
   const ScalarType dtype = features.scalar_type();
   Tensor loss = empty(dtype), grad_features = empty(dtype, N, s), grad = empty(dtype, C, s), grad_bias = empty(dtype, C);
@@ -124,7 +123,7 @@ Results run(
   std::fill(db, db + C, T(0));
   std::fill(x_bar, x_bar + s, T(0));
   const Layer<T> layer{W, b, G, db, x_bar, C, s, (C + LANES - 1) / LANES * LANES, N};
-  std::vector<T> z(ROWS * layer.stride, -std::numeric_limits<T>::infinity());
+  std::vector<T> z(ROWS * layer.stride);
   double sum = 0;
   vectorized([&](auto bytes) MLA_LAMBDA {
     constexpr int R = bytes == 64 ? ROWS : ROWS / 2;  // as many accumulators as the machine has registers for
@@ -142,7 +141,7 @@ Results run(
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+Results linear_cross_entropy(
     Tensor features, Tensor target, Tensor weight, std::optional<Tensor> bias, double total) {
   STD_TORCH_CHECK(features.dim() == 2 && weight.dim() == 2, "linear_cross_entropy: features must be [N, s] and weight [C, s]");
   const int64_t N = features.size(0), C = weight.size(0);
