@@ -46,7 +46,7 @@ def infinite(found: Sequence[Record]) -> str:
         ours, official = tables.fused(group), tables.fused(group, "MLA official")
         lost += [f"{tables.title(group[0])}, seed {seed}" for seed in official if official[seed] < 0.5 * ours[seed]]
     said = "; ".join(lost) or "none of the runs"
-    return f"It reaches less than half of what {tables.OURS} does in: {said}."
+    return f"It ends below half of what {tables.OURS} reaches in {said}."
 
 
 def missing(found: Sequence[Record]) -> str:
