@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mla_fast.alternating import (
     can_step_together,
     check_belong,
+    check_inputs,
     outline,
     row_totals,
     rows_by_modality,
@@ -305,7 +306,12 @@ class Trainer:
     def predict(self, batch: Mapping[str, Tensor] | tuple) -> Fused:
         """``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
         inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
-        present = next((t for t in rest if t is not None and t.dtype == torch.bool), None)
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {outline(batch)}")
+        check_inputs(inputs)
+        present = rest[-1] if rest else None
+        if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
+            present = None  # it is the target
         inputs = {modality: x.to(self.device, non_blocking=True) for modality, x in inputs.items()}
         return self.model.predict(inputs, None if present is None else present.to(self.device))
 
