@@ -254,6 +254,7 @@ def unpack_batch(
         raise ValueError(f"inputs: expected modalities among {', '.join(model.modalities)}, got {', '.join(inputs)}")
     if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
         raise TypeError(f"target: expected int64 [N], got {outline(target)}")
+    check_inputs(inputs)
     for modality, x in inputs.items():
         if len(x) != len(target):
             raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {len(x)}")
@@ -268,6 +269,12 @@ def unpack_batch(
     on_device = {modality: x.to(device, non_blocking=True) for modality, x in inputs.items()}
     moved = None if present is None else present.to(device, non_blocking=True)
     return on_device, target.to(device, non_blocking=True), moved
+
+
+def check_inputs(inputs: Mapping[str, Any]) -> None:
+    for modality, x in inputs.items():
+        if not hasattr(x, "to"):
+            raise TypeError(f"inputs[{modality!r}]: expected a tensor [N, …], got {outline(x)}")
 
 
 def outline(value: Any) -> str:

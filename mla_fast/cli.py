@@ -24,13 +24,16 @@ from mla_fast.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, or 2 with a line on stderr for bad input."""
+    """Runs a command; returns its exit status: 0, or with a line on stderr 2 for bad input and 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.command(arguments)
     except (ValueError, TypeError, OSError, ImportError, ops.BackendError) as error:
         print(f"mla-fast {arguments.name}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"mla-fast {arguments.name}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -54,6 +57,8 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     config["encoders"] = {name: list(x.shape[1:]) for name, x in dataset.inputs.items()}
     config["classes"] = dataset.classes
+    if len(dataset.target.unique()) < 2:
+        raise ValueError(f"{config['data']}: {config['label']!r}: expected at least two classes, got {dataset.target[0]} alone")
     parts = _split(dataset, config)
     config["statistics"] = {name: list(values) for name, values in data.statistics(parts[0]).items()}
     train_set, test_set = (data.apply_statistics(part, config["statistics"]) for part in parts)
@@ -95,6 +100,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     config = saved["config"]
     if not isinstance(config, dict) or "encoders" not in config:
         raise ValueError(f"{arguments.checkpoint}: expected a checkpoint written by mla-fast train, which describes its encoders")
+    if arguments.data is not None and arguments.data.resolve() == Path(config["data"]):
+        arguments.data = None  # as if it were not given: some of it was trained on
     whole = arguments.all or (arguments.data is not None and arguments.test_where is None)
     if arguments.data is None and (whole or arguments.test_where not in (None, config["test_where"])):
         print("note: some of these rows were trained on")
@@ -103,6 +110,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.test_where is not None:
         config = {**config, "test_where": arguments.test_where}
     dataset = _load(config)
+    for name, x in dataset.inputs.items():
+        if list(x.shape[1:]) != config["encoders"][name]:
+            raise ValueError(f"{config['data']}: {name!r}: expected samples {config['encoders'][name]}, got {list(x.shape[1:])}")
     test_set = data.apply_statistics(dataset if whole else _split(dataset, config)[1], config["statistics"])
     trainer = _build(config, _device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
@@ -147,7 +157,12 @@ def _split(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[dat
 
 
 def _build(config: dict[str, Any], device: torch.device) -> Trainer:
-    encoders = {name: encoder_for(shape, config["features"]) for name, shape in config["encoders"].items()}
+    encoders = {}
+    for name, shape in config["encoders"].items():
+        try:
+            encoders[name] = encoder_for(shape, config["features"])
+        except ValueError as error:
+            raise ValueError(f"{config['data']}: {name!r}: {error}") from None
     model = MultimodalModel(encoders, nn.Linear(config["features"], config["classes"])).to(device)
     sgd = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"])
     optimizer = MLAOptimizer(sgd, model.head, **config["head"])
@@ -195,6 +210,7 @@ def _positive(kind: type) -> Any:
             raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse names it where kind refuses the text
     return parse
 
 
@@ -245,8 +261,9 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("eval", help="evaluate a checkpoint that train wrote")
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--data", type=Path, help="another .npz with the same arrays (default: the one it was trained on)")
-    p.add_argument("--test-where", help="another part to evaluate on, as speaker=2,4")
-    p.add_argument("--all", action="store_true", help="evaluate on every row")
+    part = p.add_mutually_exclusive_group()
+    part.add_argument("--test-where", help="another part to evaluate on, as speaker=2,4")
+    part.add_argument("--all", action="store_true", help="evaluate on every row")
     p.add_argument("--device", default="auto")
     p.set_defaults(command=evaluate)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,20 +100,20 @@ class DispatchPlan:
     def fuse(self, logits: Tensor, *, backend: str = "auto") -> Fused:
         """Entropy-weighted fusion (eqs. 6–8) of packed logits [K, C] into one prediction for every sample; see
         ``mla_fast.entropy_fusion``. Differentiable once in the logits."""
+        self._check_tensor("logits", logits)
         K = sum(self.sizes)
         if logits.dim() != 2 or logits.shape[0] != K or logits.shape[1] == 0:
             raise ValueError(f"logits: expected [{K}, C], the packed rows, got {list(logits.shape)}")
-        self._check_device("logits", logits)
         return Fused(*ops.entropy_fusion([logits], None, ops.resolve(backend, logits.device), self.slot))
 
     def segment_mean(self, features: Tensor) -> Tensor:
         """x̄ of every modality in one launch: features [K, s] → [M, s], in float32 or wider; zeros for one without rows."""
+        self._check_tensor("features", features)
         K = sum(self.sizes)
         if features.dim() != 2 or features.shape[0] != K or not features.is_floating_point():
             raise ValueError(
                 f"features: expected floating [{K}, s], the packed rows, got {features.dtype} {list(features.shape)}"
             )
-        self._check_device("features", features)
         return ops.segment_mean(self.backend, features, self.offsets, self._counts if self.padded else None)
 
     def _of_all_samples(self, label: str, values: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
@@ -128,7 +129,9 @@ class DispatchPlan:
             if x.dim() == 0 or x.shape[0] != size:
                 raise ValueError(f"packed[{name!r}]: expected [{size}, …], the rows that are present, got {list(x.shape)}")
 
-    def _check_device(self, label: str, x: Tensor) -> None:
+    def _check_tensor(self, label: str, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{label}: expected a tensor, got {type(x).__name__}")
         if x.device != self.present.device:
             raise ValueError(f"{label}: expected on {self.present.device} like present, got {x.device}")
 
@@ -143,7 +146,7 @@ class DispatchPlan:
         if len(values) != self.M:
             raise ValueError(f"{label}: expected {self.M} modalities, a tensor for each column of present, got {len(values)}")
         for x in values:
-            self._check_device(label, x)
+            self._check_tensor(label, x)
         return list(values)
 
 
@@ -159,7 +162,8 @@ def dispatch(
     Raises ValueError or TypeError that names the argument, what it was and what it should be.
     """
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
-        raise TypeError(f"present: expected a bool tensor, got {getattr(present, 'dtype', type(present).__name__)}")
+        got = present.dtype if isinstance(present, Tensor) else type(present).__name__
+        raise TypeError(f"present: expected a bool tensor, got {got}")
     if present.dim() != 2 or present.shape[1] == 0:
         raise ValueError(f"present: expected [N, M] (samples, modalities), got {list(present.shape)}")
     if modalities is not None and len(modalities) != present.shape[1]:

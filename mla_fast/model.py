@@ -20,7 +20,8 @@ class MultimodalModel(nn.Module):
         model({"audio": x})["audio"]                    # logits [N, 6] of one modality, as MLA trains it
         model.predict({"audio": xa, "image": xv})       # fused logits, weights and entropies
 
-    Raises ValueError for a modality it does not have, and where an encoder's features do not fit the head.
+    Raises ValueError for a modality it does not have, and where an encoder's features do not fit the head; TypeError where
+    they are no floating tensor.
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module):
@@ -62,6 +63,9 @@ class MultimodalModel(nn.Module):
             raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
         encoder = self.encoders[modality]
         features = (encoder if torch.is_grad_enabled() else bare(encoder))(inputs)
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"features: expected a floating tensor from the encoder of {modality!r}, got {got}")
         if features.dim() != 2 or features.shape[0] != inputs.shape[0]:
             raise ValueError(
                 f"features: expected [{inputs.shape[0]}, s] from the encoder of {modality!r}, got {list(features.shape)}"

@@ -49,7 +49,7 @@ try:
 except ImportError as error:
     CPP_MISSING = (
         f"the compiled extension did not load ({error}); "
-        'build it with: pip install torch "setuptools>=77" && pip install --no-build-isolation mla_fast'
+        'build it, in a checkout, with: pip install torch "setuptools>=77" && pip install --no-build-isolation .'
     )
 
 CUDA_MISSING = None

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mla_fast.alternating import (
     can_step_together,
     check_belong,
+    check_inputs,
     outline,
     row_totals,
     rows_by_modality,
@@ -97,6 +98,8 @@ class Trainer:
             raise ValueError(f"accumulate: expected at least 1 batch, got {accumulate}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm: expected a positive number or None, got {clip_norm}")
+        if amp not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"amp: expected torch.bfloat16, torch.float16 or None, got {amp!r}")
         if amp is torch.float16 and scaler is None:
             raise ValueError(
                 "scaler: expected a torch.amp.GradScaler with amp=torch.float16, whose small gradients vanish, got None"
@@ -140,6 +143,10 @@ class Trainer:
         """
         if checkpoint_every is not None and (checkpoint is None or checkpoint_every < 1):
             raise ValueError(f"checkpoint_every: expected at least 1 batch, and a checkpoint to write to, got {checkpoint_every}")
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience: expected at least 1 epoch or None, got {patience}")
+        if patience is not None and validation is None and monitor.startswith("validation/"):
+            raise ValueError(f"validation: expected a loader, for patience to monitor {monitor!r}, got None")
         if self.epoch == 0 and self._batches == 0 and self.seed is not None:
             torch.manual_seed(self.seed)
         save = None if checkpoint is None else lambda: self.save(checkpoint)
@@ -305,7 +312,12 @@ class Trainer:
     def predict(self, batch: Mapping[str, Tensor] | tuple) -> Fused:
         """``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
         inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
-        present = next((t for t in rest if t is not None and t.dtype == torch.bool), None)
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {outline(batch)}")
+        check_inputs(inputs)
+        present = rest[-1] if rest else None
+        if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
+            present = None  # it is the target
         inputs = {modality: x.to(self.device, non_blocking=True) for modality, x in inputs.items()}
         return self.model.predict(inputs, None if present is None else present.to(self.device))
 

@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -91,7 +92,37 @@ def test_eval_of_foreign_files(archive, tmp_path, capsys):
         assert str(path) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--epochs=0", "--lr=-1", "--alpha=0", "--projection=both"])
+@pytest.mark.parametrize(
+    "array,values,message",
+    [
+        ("sound", np.zeros(90), "'sound': shape: expected a sample"),
+        ("label", np.full(90, 2), "'label': expected at least two classes, got 2 alone"),
+    ],
+)
+def test_arrays_that_nothing_can_be_learned_from_are_named(archive, tmp_path, capsys, array, values, message):
+    np.savez(archive, **{**np.load(archive), array: values})
+    assert train(archive, tmp_path / "run", "--epochs", "1") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_eval_names_an_array_of_another_shape(archive, tmp_path, capsys):
+    assert train(archive, tmp_path / "run", "--epochs", "1") == 0
+    other = tmp_path / "other.npz"
+    np.savez(other, **{**np.load(archive), "sound": np.zeros((90, 8))})
+    assert main(["eval", str(tmp_path / "run" / "checkpoint.pt"), "--data", str(other)]) == 2
+    assert "other.npz: 'sound': expected samples [7], got [8]" in capsys.readouterr().err
+
+
+def test_interrupting_is_one_line_on_stderr(archive, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mla_fast.cli.Trainer.fit", interrupted)
+    assert train(archive, tmp_path) == 130
+    assert capsys.readouterr().err == "mla-fast train: interrupted\n"
+
+
+@pytest.mark.parametrize("option", ["--epochs=0", "--lr=-1", "--alpha=0", "--alpha=x", "--projection=both"])
 def test_bad_options_are_refused(archive, tmp_path, option):
     with pytest.raises(SystemExit):
         train(archive, tmp_path, option)
@@ -135,8 +166,14 @@ def test_eval_on_other_data_takes_all_of_it(archive, tmp_path, capsys, monkeypat
     train(archive, tmp_path / "run")
     capsys.readouterr()
     monkeypatch.chdir(tmp_path / "run")  # the checkpoint knows its data wherever it is read
-    assert main(["eval", "checkpoint.pt", "--data", str(archive)]) == 0
+    other = archive.with_name("other.npz")
+    shutil.copy(archive, other)
+    assert main(["eval", "checkpoint.pt", "--data", str(other)]) == 0
     assert "90 samples" in capsys.readouterr().out
+    assert main(["eval", "checkpoint.pt", "--data", str(archive)]) == 0  # the data it was trained on: what was held out of it
+    assert "36 samples" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["eval", "checkpoint.pt", "--all", "--test-where", "speaker=0"])
     assert main(["eval", "checkpoint.pt", "--test-where", "speaker=0"]) == 0
     assert "trained on" in capsys.readouterr().out
 

@@ -227,6 +227,7 @@ def test_bad_input_is_named():
     K, x = sum(plan.counts), torch.randn(5, 3)
     for argument, error, call in (
         ("present", TypeError, lambda: mla.dispatch(present.float())),
+        ("present: expected a bool tensor, got ndarray", TypeError, lambda: mla.dispatch(present.numpy())),
         ("present", ValueError, lambda: mla.dispatch(present[0])),
         ("present", ValueError, lambda: mla.dispatch(torch.zeros(4, 0, dtype=torch.bool))),
         ("modalities", ValueError, lambda: mla.dispatch(present, ("a",))),
@@ -235,9 +236,11 @@ def test_bad_input_is_named():
         ("inputs", ValueError, lambda: plan.pack([x])),
         ("inputs", ValueError, lambda: plan.pack([x, x[:4]])),
         ("inputs", ValueError, lambda: plan.pack([x, x.to("meta")])),
+        ("inputs", TypeError, lambda: plan.pack([x, x.numpy()])),
         ("features", ValueError, lambda: plan.pack_features([x, x[:4]])),
         ("features", TypeError, lambda: plan.pack_features([x, x.long()])),
         ("packed", ValueError, lambda: plan.unpack([torch.randn(99, 3)] * 2)),
+        ("logits", TypeError, lambda: plan.fuse(plan.pack([x, x]))),
         ("logits", ValueError, lambda: plan.fuse(torch.randn(K + 1, 3))),
         ("logits", ValueError, lambda: plan.fuse(torch.randn(K, 3, device="meta"))),
         ("features", ValueError, lambda: plan.segment_mean(torch.randn(K))),

@@ -108,3 +108,15 @@ def test_a_model_without_modalities_is_refused():
 def test_features_that_are_no_rows_are_refused(encoder):
     model = mla.MultimodalModel({"audio": encoder}, nn.Linear(4, 2))
     refused("features", lambda: model({"audio": torch.ones(3, 4)}))
+
+
+@pytest.mark.parametrize("what", [lambda x: (x, x), lambda x: x.long()], ids=["tuple", "integers"])
+def test_features_that_are_no_floating_tensor_are_refused(what):
+    class Encoder(nn.Module):
+        def forward(self, x):
+            return what(x)
+
+    with pytest.raises(
+        TypeError, match="^features: expected a floating tensor from the encoder of 'audio', got (tuple|torch.int64)"
+    ):
+        mla.MultimodalModel({"audio": Encoder()}, nn.Linear(4, 2)).predict({"audio": torch.ones(3, 4)})

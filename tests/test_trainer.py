@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -225,6 +226,24 @@ def test_predict_takes_every_form_of_a_batch(masked):
         assert_bitwise(tuple(trainer.predict(batch)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_predict_refuses_a_mask_of_numbers(dtype):
+    """Taken for a target, it would be left out, and what is absent predicted from."""
+    trainer, (inputs, target) = make_trainer(), make_batch()
+    present = some_present(8).to(dtype)
+    for batch in ((inputs, present), (inputs, target, present)):
+        with pytest.raises(ValueError, match="^present: expected bool"):
+            trainer.predict(batch)
+
+
+def test_predict_names_what_is_no_batch():
+    trainer, (inputs, _) = make_trainer(), make_batch()
+    with pytest.raises(TypeError, match="^batch: expected inputs: dict"):
+        trainer.predict(inputs["audio"])
+    with pytest.raises(TypeError, match=r"^inputs\['audio'\]: expected a tensor .* got ndarray"):
+        trainer.predict({"audio": inputs["audio"].numpy()})
+
+
 def test_fit_puts_the_model_in_training_mode():
     trainer = make_trainer()
     trainer.model.eval()
@@ -254,6 +273,7 @@ BAD_BATCHES = {
     "no inputs": (edited(inputs={}), "^inputs: expected modalities among audio, image, text"),
     "unknown modality": (edited(inputs={"video": torch.ones(8, 4)}), "^inputs: expected modalities among .*, got video"),
     "unlike N": (edited(inputs=make_inputs(8) | {"text": torch.ones(5, 3)}), r"^inputs\['text'\]: expected 8 samples .* got 5"),
+    "an array": (edited(inputs={"text": np.ones((8, 3))}), r"^inputs\['text'\]: expected a tensor .* got ndarray"),
     "label too high": (edited(target=labelled(CLASSES)), "^target: expected labels in 0 … 2, got 3"),
     "negative label": (edited(target=labelled(-1)), "^target: expected labels in 0 … 2, got -1"),
     "present as numbers": (edited(present=torch.ones(8, 3)), r"^present: expected bool \[8, 3\]"),

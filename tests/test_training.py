@@ -209,8 +209,21 @@ def test_early_stopping(monkeypatch, monitor, values, epochs):
 
 
 def test_an_unknown_monitor_is_refused():
-    with pytest.raises(ValueError, match="^monitor: expected one of epoch, loss/audio, .*, got 'validation/accuracy/fused'"):
-        make_trainer().fit([whole()], epochs=3, patience=1)
+    with pytest.raises(ValueError, match="^monitor: expected one of epoch, loss/audio, .*, got 'loss/video'"):
+        make_trainer().fit([whole()], epochs=3, patience=1, monitor="loss/video")
+
+
+@pytest.mark.parametrize("patience,error", [(1, "^validation: expected a loader"), (0, "^patience: expected at least 1 epoch")])
+def test_patience_that_cannot_work_is_refused_before_the_first_epoch(patience, error):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=error):
+        trainer.fit([whole()], epochs=3, patience=patience)
+    assert trainer.epoch == 0
+
+
+def test_amp_is_a_dtype():
+    with pytest.raises(ValueError, match="^amp: expected torch.bfloat16, torch.float16 or None, got 'bf16'"):
+        make_trainer(amp="bf16")
 
 
 def test_a_frozen_head_is_announced_once():
