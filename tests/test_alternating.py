@@ -195,13 +195,19 @@ def test_heads_that_do_as_they_like(make):
     torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
 
 
-def test_the_callers_autocast_is_kept():
-    (model, optimizer), _ = pair(dtype=torch.float32)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_callers_autocast_is_amps(backend):
+    """Its cache of weights in bfloat16 does not outlive a step, and P is not computed in bfloat16."""
+    (model, optimizer), (other, asked) = pair(dtype=torch.float32, backend=backend)
     seen = []
     model.encoders["audio"].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mla.alternating_step(model, optimizer, batches(1, dtype=torch.float32)[0])
-    assert seen == [torch.bfloat16]
+        for batch in batches(3, dtype=torch.float32):
+            mla.alternating_step(model, optimizer, batch)
+    assert seen == 3 * [torch.bfloat16]
+    for batch in batches(3, dtype=torch.float32):
+        mla.alternating_step(other, asked, batch, amp=torch.bfloat16)
+    torch.testing.assert_close(everything(model, optimizer), everything(other, asked), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [True, False])
