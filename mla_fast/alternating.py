@@ -88,10 +88,14 @@ def steps_together(
         bad_steps.append(bad)
         if len(losses) < len(totals) or bad is not False:  # the last one's head moves in the encoders' step
             _head_step(model.head, optimizer, modality)
-    if outputs:
-        torch.autograd.backward(outputs, gradients)
-    if losses:
-        _encoder_step(optimizer, [bad for bad in bad_steps if isinstance(bad, Tensor)])
+    try:
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+        if losses:
+            _encoder_step(optimizer, [bad for bad in bad_steps if isinstance(bad, Tensor)])
+    except BaseException:
+        optimizer.zero_grad()  # what was measured of this batch is not for another step to take
+        raise
     return losses
 
 

@@ -135,6 +135,21 @@ def test_a_modality_that_is_not_finite_takes_no_step(spoiled):
     torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
 
 
+def test_a_batch_that_fails_leaves_nothing_to_step_on():
+    def fail(grad):
+        raise RuntimeError("out of memory")
+
+    model, optimizer = pair()[0]
+    broken = model.encoders["audio"].register_forward_hook(lambda module, args, output: output.register_hook(fail) and None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mla.alternating_step(model, optimizer, batches(1)[0])
+    broken.remove()
+    before = everything(model, optimizer)
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    assert_bitwise(everything(model, optimizer), before)
+
+
 def test_frozen_encoders_and_empty_batches():
     (model, optimizer), (other, loop) = pair()
     for m in (model, other):
