@@ -105,6 +105,8 @@ def _plain_layer(head: nn.Module, optimizer: MLAOptimizer) -> HeadLayer | None:
     own = type(head) is nn.Linear and "forward" not in head.__dict__ and layer.module is head
     if not own or layer.dtype != head.weight.dtype or layer.sharded or optimizer.process_group is not None:
         return None
+    if not head.weight.is_contiguous():  # its gradient must lie in memory as it does, or a fused step goes wrong
+        return None
     hooks = len(head._forward_hooks) + len(head._forward_pre_hooks) > 2 or head._backward_hooks or head._backward_pre_hooks
     watched = any(not p.requires_grad or p._backward_hooks or p._post_accumulate_grad_hooks for p in head.parameters())
     return None if hooks or watched else layer

@@ -119,6 +119,17 @@ def test_heads_of_other_kinds(make):
     torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
 
 
+def test_a_transposed_weight_under_a_fused_optimizer():
+    models = [make_model(dtype=f64) for _ in range(2)]
+    for model in models:
+        model.head.weight = nn.Parameter(model.head.weight.detach().T.contiguous().T)
+    optimizer, loop = (mla.MLAOptimizer(momentum_sgd(m.parameters(), fused=True), m.head) for m in models)
+    for batch in batches(3):
+        mla.alternating_step(models[0], optimizer, batch)
+        one_after_another(models[1], loop, batch)
+    torch.testing.assert_close(everything(models[0], optimizer), everything(models[1], loop), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("spoiled", ALTERNATION)
 def test_a_modality_that_is_not_finite_takes_no_step(spoiled):
     (model, optimizer), (other, loop) = pair()
