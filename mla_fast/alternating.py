@@ -81,7 +81,8 @@ def steps_together(
                 loss = mean_loss(model.head(leaf.clone()), target, total)  # a head may change its inputs in place
             loss.backward()
             losses[modality], gradient = loss.detach(), leaf.grad
-        bad = optimizer.measure(modality, step).bad
+        measured = optimizer.measure(modality, step)
+        bad = measured.empty or measured.bad
         if bad is not True and h.requires_grad:
             outputs.append(h)
             gradients.append(gradient)

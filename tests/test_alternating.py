@@ -146,6 +146,34 @@ def test_a_modality_that_is_not_finite_takes_no_step(spoiled):
     torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
 
 
+class Routed(nn.Module):
+    """A head whose nn.Linear sees some of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(5, CLASSES), nn.Parameter(torch.ones(CLASSES))
+
+    def forward(self, features):
+        here = features[:, 0] > -1
+        return (features[:, :CLASSES] * self.scale).index_put((here,), self.linear(features[here]))
+
+
+@pytest.mark.parametrize("modality", ALTERNATION)
+def test_a_modality_with_no_row_for_the_head_takes_no_step(modality):
+    def make():
+        model = make_model(head=Routed())
+        model.encoders[modality][0].bias.data[0] = -100  # and after the tanh −1
+        return model
+
+    (model, optimizer), (other, loop) = pair(make=make)
+    other.load_state_dict(model.state_dict())
+    for batch in batches(2):
+        mla.alternating_step(model, optimizer, batch)
+        one_after_another(other, loop, batch)
+    assert optimizer.diagnostics()["skipped_empty"] == loop.diagnostics()["skipped_empty"] == 2
+    torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
+
+
 def test_a_batch_that_fails_leaves_nothing_to_step_on():
     def fail(grad):
         raise RuntimeError("out of memory")
