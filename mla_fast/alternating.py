@@ -81,17 +81,22 @@ def steps_together(
                 loss = mean_loss(model.head(leaf.clone()), target, total)  # a head may change its inputs in place
             loss.backward()
             losses[modality], gradient = loss.detach(), leaf.grad
-        bad = optimizer.measure(modality, step).bad
+        measured = optimizer.measure(modality, step)
+        bad = measured.empty or measured.bad
         if bad is not True and h.requires_grad:
             outputs.append(h)
             gradients.append(gradient)
         bad_steps.append(bad)
         if len(losses) < len(totals) or bad is not False:  # the last one's head moves in the encoders' step
             _head_step(model.head, optimizer, modality)
-    if outputs:
-        torch.autograd.backward(outputs, gradients)
-    if losses:
-        _encoder_step(optimizer, [bad for bad in bad_steps if isinstance(bad, Tensor)])
+    try:
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+        if losses:
+            _encoder_step(optimizer, [bad for bad in bad_steps if isinstance(bad, Tensor)])
+    except BaseException:
+        optimizer.zero_grad()  # what was measured of this batch is not for another step to take
+        raise
     return losses
 
 
@@ -100,6 +105,8 @@ def _plain_layer(head: nn.Module, optimizer: MLAOptimizer) -> HeadLayer | None:
     layer = optimizer.layers[0]
     own = type(head) is nn.Linear and "forward" not in head.__dict__ and layer.module is head
     if not own or layer.dtype != head.weight.dtype or layer.sharded or optimizer.process_group is not None:
+        return None
+    if not head.weight.is_contiguous():  # its gradient must lie in memory as it does, or a fused step goes wrong
         return None
     hooks = len(head._forward_hooks) + len(head._forward_pre_hooks) > 2 or head._backward_hooks or head._backward_pre_hooks
     watched = any(not p.requires_grad or p._backward_hooks or p._post_accumulate_grad_hooks for p in head.parameters())

@@ -119,6 +119,17 @@ def test_heads_of_other_kinds(make):
     torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
 
 
+def test_a_transposed_weight_under_a_fused_optimizer():
+    models = [make_model(dtype=f64) for _ in range(2)]
+    for model in models:
+        model.head.weight = nn.Parameter(model.head.weight.detach().T.contiguous().T)
+    optimizer, loop = (mla.MLAOptimizer(momentum_sgd(m.parameters(), fused=True), m.head) for m in models)
+    for batch in batches(3):
+        mla.alternating_step(models[0], optimizer, batch)
+        one_after_another(models[1], loop, batch)
+    torch.testing.assert_close(everything(models[0], optimizer), everything(models[1], loop), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("spoiled", ALTERNATION)
 def test_a_modality_that_is_not_finite_takes_no_step(spoiled):
     (model, optimizer), (other, loop) = pair()
@@ -133,6 +144,49 @@ def test_a_modality_that_is_not_finite_takes_no_step(spoiled):
         one_after_another(other, loop, (inputs, target))
     assert optimizer.diagnostics()["skipped_nonfinite"] == 1
     torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
+
+
+class Routed(nn.Module):
+    """A head whose nn.Linear sees some of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(5, CLASSES), nn.Parameter(torch.ones(CLASSES))
+
+    def forward(self, features):
+        here = features[:, 0] > -1
+        return (features[:, :CLASSES] * self.scale).index_put((here,), self.linear(features[here]))
+
+
+@pytest.mark.parametrize("modality", ALTERNATION)
+def test_a_modality_with_no_row_for_the_head_takes_no_step(modality):
+    def make():
+        model = make_model(head=Routed())
+        model.encoders[modality][0].bias.data[0] = -100  # and after the tanh −1
+        return model
+
+    (model, optimizer), (other, loop) = pair(make=make)
+    other.load_state_dict(model.state_dict())
+    for batch in batches(2):
+        mla.alternating_step(model, optimizer, batch)
+        one_after_another(other, loop, batch)
+    assert optimizer.diagnostics()["skipped_empty"] == loop.diagnostics()["skipped_empty"] == 2
+    torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_that_fails_leaves_nothing_to_step_on():
+    def fail(grad):
+        raise RuntimeError("out of memory")
+
+    model, optimizer = pair()[0]
+    broken = model.encoders["audio"].register_forward_hook(lambda module, args, output: output.register_hook(fail) and None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        mla.alternating_step(model, optimizer, batches(1)[0])
+    broken.remove()
+    before = everything(model, optimizer)
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    assert_bitwise(everything(model, optimizer), before)
 
 
 def test_frozen_encoders_and_empty_batches():
@@ -195,13 +249,19 @@ def test_heads_that_do_as_they_like(make):
     torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
 
 
-def test_the_callers_autocast_is_kept():
-    (model, optimizer), _ = pair(dtype=torch.float32)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_callers_autocast_is_amps(backend):
+    """Its cache of weights in bfloat16 does not outlive a step, and P is not computed in bfloat16."""
+    (model, optimizer), (other, asked) = pair(dtype=torch.float32, backend=backend)
     seen = []
     model.encoders["audio"].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mla.alternating_step(model, optimizer, batches(1, dtype=torch.float32)[0])
-    assert seen == [torch.bfloat16]
+        for batch in batches(3, dtype=torch.float32):
+            mla.alternating_step(model, optimizer, batch)
+    assert seen == 3 * [torch.bfloat16]
+    for batch in batches(3, dtype=torch.float32):
+        mla.alternating_step(other, asked, batch, amp=torch.bfloat16)
+    torch.testing.assert_close(everything(model, optimizer), everything(other, asked), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [True, False])

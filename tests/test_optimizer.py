@@ -313,6 +313,18 @@ def test_zero_grad_drops_the_features(backend):
     assert_bitwise(everything(heads[1], optimizers[1]), everything(heads[0], optimizers[0]))
 
 
+def test_a_wrapped_optimizer_drops_gradients_its_own_way():
+    class Counting(torch.optim.SGD):
+        def zero_grad(self, set_to_none):
+            self.dropped = getattr(self, "dropped", 0) + set_to_none
+            super().zero_grad(set_to_none)
+
+    head = make_head()
+    inner = Counting(head.parameters(), lr=0.1)
+    train(head, mla.MLAOptimizer(inner, head), head_steps(2))
+    assert inner.dropped == 2
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputed_features_count_once(use_reentrant):
     heads = [make_head() for _ in range(2)]
