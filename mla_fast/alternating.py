@@ -76,11 +76,7 @@ def steps_together(
         if plain is not None and h.dtype == plain.dtype:
             losses[modality], gradient, step = plain.backward(h.detach(), target, total)
         else:
-            leaf = h.detach().requires_grad_()
-            with autocast(optimizer, amp):
-                loss = mean_loss(model.head(leaf.clone()), target, total)  # a head may change its inputs in place
-            loss.backward()
-            losses[modality], gradient = loss.detach(), leaf.grad
+            losses[modality], gradient = _head_backward(model.head, h.detach(), target, total, autocast(optimizer, amp))
         measured = optimizer.measure(modality, step)
         bad = measured.empty or measured.bad
         if bad is not True and h.requires_grad:
@@ -160,6 +156,17 @@ def _unsynchronized(model: MultimodalModel, modality: str) -> Iterator[None]:
             if isinstance(part, DistributedDataParallel):
                 stack.enter_context(part.no_sync())
         yield
+
+
+def _head_backward(
+    head: nn.Module, features: Tensor, target: Tensor, total: float, casting: contextlib.AbstractContextManager
+) -> tuple[Tensor, Tensor]:
+    """(loss, ∂L/∂features), the head's gradients left in ``.grad``; the forward pass within `casting`."""
+    features.requires_grad_()
+    with casting:
+        loss = mean_loss(head(features.clone()), target, total)  # a head may change its inputs in place
+    loss.backward()
+    return loss.detach(), features.grad
 
 
 @torch.no_grad()
