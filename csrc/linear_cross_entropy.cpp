@@ -5,8 +5,8 @@
 //
 // and the norms of G, x̄ and ∂L/∂b, by which a step is told to be finite.
 //
-// For heads so small that calling a dozen operators takes longer than what they do; a few rows of H at a time are in the
-// first-level cache for all of it, W and G in the second. One thread.
+// For heads so small that a dozen operators on matrices this thin take longer than one loop over all; a few rows of H at a time
+// are in the first-level cache for all of it, W and G in the second. One thread.
 #include "ops.h"
 #include "simd.h"
 

@@ -102,7 +102,7 @@ def _check_projection_inputs(means: Tensor, name: str, grad: Tensor) -> None:
         raise ValueError(f"grad: expected on {means.device} like {name}, got {grad.device}")
 
 
-SMALL_HEAD = 1 << 18  # multiplications of one product; above, matrix libraries are faster than one loop over all
+SMALL_HEAD = 1 << 21  # multiplications of one product; above, matrix libraries on many threads are faster than one loop on one
 
 
 def linear_cross_entropy(

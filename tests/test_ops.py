@@ -295,13 +295,15 @@ def autograd_of_the_head(features, target, weight, bias, total):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("N,s,C", [(1, 1, 1), (1, 63, 6), (7, 130, 31), (64, 128, 10), (3, 513, 101), (64, 513, 101)])
+@pytest.mark.parametrize(
+    "N,s,C", [(1, 1, 1), (1, 63, 6), (7, 130, 31), (64, 128, 10), (3, 513, 101), (65, 513, 31), (64, 513, 101)]
+)
 def test_linear_cross_entropy_is_what_autograd_finds(N, s, C, with_bias, dtype):
     """The last size is left to matrix products; logits far from zero, where exp alone would overflow."""
     features, weight = torch.randn(N, s).to(dtype), 3 * torch.randn(C, s).to(dtype)
     bias, target = torch.randn(C).to(dtype) + 100 if with_bias else None, torch.randint(C, (N,))
     arguments = features, target, weight, bias, 2.5 * N
-    assert (N * s * C > ops.SMALL_HEAD) == (N == 64 and s == 513)
+    assert (N * s * C > ops.SMALL_HEAD) == ((N, s) == (64, 513))
     results = zip(ops.linear_cross_entropy(*arguments), mla.reference.linear_cross_entropy(*arguments), strict=True)
     exact = autograd_of_the_head(*arguments)
     logits = F.linear(features.double(), weight.double(), None if bias is None else bias.double())
