@@ -1,6 +1,7 @@
 """Small problems to train on, and what to ask of a model and its optimizer afterwards."""
 
 import copy
+import io
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from mla_fast import reference
 WIDTHS = {"audio": 4, "image": 6, "text": 3}
 CLASSES = 3
 PROJECTIONS = ("rls", "window", "none", "official")
+ORDERS, TARGETS, BIASES = ("update_first", "project_first"), ("gradient", "update"), ("free", "project")
 ALTERNATION = tuple(WIDTHS)
 
 
@@ -42,6 +44,11 @@ def noisy_model(s=5, seed=0):
     return mla.MultimodalModel(encoders, nn.Linear(s, CLASSES))
 
 
+def make_head(s=5, dtype=torch.float32, bias=True, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(s, CLASSES, bias=bias, dtype=dtype)
+
+
 def make_inputs(N=6, modalities=ALTERNATION, seed=1):
     """Samples {modality: [N, …]}."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,6 +72,27 @@ def momentum_sgd(parameters, **settings):
     return torch.optim.SGD(parameters, **({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01} | settings))
 
 
+def wrap(model, make=momentum_sgd, **settings):
+    """An MLAOptimizer over a MultimodalModel, or over a head alone."""
+    return mla.MLAOptimizer(make(model.parameters()), head=getattr(model, "head", model), **settings)
+
+
+def adam(parameters):
+    """With its count of steps on the parameters' device, which can take it back."""
+    return torch.optim.Adam(parameters, lr=0.01, capturable=here().type == "cuda")
+
+
+def fused_sgd(parameters):
+    return momentum_sgd(parameters, fused=True)
+
+
+def fused_adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.01, fused=True)
+
+
+INNER = [momentum_sgd, adam, fused_sgd, fused_adam]
+
+
 def backward(model, optimizer, modality, x, y):
     """zero_grad, forward, backward; `model` is a MultimodalModel or a head on features."""
     optimizer.zero_grad()
@@ -80,11 +108,29 @@ def train(model, optimizer, steps):
         optimizer.step(modality=modality)
 
 
+def spoil(head, optimizer, where, value, step):
+    """forward and backward of a step with one number in it that is not finite."""
+    modality, x, y = step
+    x = x.clone()
+    if where == "features":
+        x[1, 2] = value
+    backward(head, optimizer, modality, x, y)
+    if where != "features":
+        getattr(head, where).grad.view(-1)[1] = value
+
+
 def everything(model, optimizer):
     """A copy of all that training moves: parameters, the wrapped optimizer's state, every P and mean, the step counts."""
     saved = optimizer.state_dict()
     layers = {layer["name"]: {"step": layer["step"], **layer["tensors"]} for layer in saved["mla"]["layers"]}
     return copy.deepcopy({"model": dict(model.state_dict()), "state": saved["state"], "layers": layers})
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def assert_bitwise(got, expected):
@@ -98,3 +144,8 @@ def assert_rounding(got, expected):
 
 def relative(got, expected):
     return ((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300)).item()
+
+
+def on_device(monkeypatch):
+    """The path of CUDA tensors: what is not finite is read on the device, never by the host."""
+    monkeypatch.setattr(mla.MLAOptimizer, "_on_host", staticmethod(lambda bad: False))
