@@ -70,21 +70,25 @@ def steps_together(
         features = {modality: model.features(modality, rows[modality].inputs) for modality in totals}
     automatic = amp is not None or torch.is_autocast_enabled(optimizer.device.type)
     plain = None if automatic else _plain_layer(model.head, optimizer)
+    held = list(model.head.parameters())
     losses, outputs, gradients, bad_steps = {}, [], [], []
-    for modality, total in totals.items():
-        h, target, step = features[modality], rows[modality].target, None
-        if plain is not None and h.dtype == plain.dtype:
-            losses[modality], gradient, step = plain.backward(h.detach(), target, total)
-        else:
-            losses[modality], gradient = _head_backward(model.head, h.detach(), target, total, autocast(optimizer, amp))
-        measured = optimizer.measure(modality, step)
-        bad = measured.empty or measured.bad
-        if bad is not True and h.requires_grad:
-            outputs.append(h)
-            gradients.append(gradient)
-        bad_steps.append(bad)
-        if len(losses) < len(totals) or bad is not False:  # the last one's head moves in the encoders' step
-            _head_step(model.head, optimizer, modality)
+    with torch.no_grad():
+        for modality, total in totals.items():
+            h, target, step = features[modality], rows[modality].target, None
+            if plain is not None and h.dtype == plain.dtype:
+                losses[modality], gradient, step = plain.backward(h.detach(), target, total)
+            else:
+                losses[modality], gradient = _head_backward(model.head, h.detach(), target, total, autocast(optimizer, amp))
+            measured = optimizer.measure(modality, step)
+            bad = measured.empty or measured.bad
+            if bad is not True and h.requires_grad:
+                outputs.append(h)
+                gradients.append(gradient)
+            bad_steps.append(bad)
+            if len(losses) < len(totals) or bad is not False:  # the last one's head moves in the encoders' step
+                optimizer.take_step(modality)
+                for p in held:
+                    p.grad = None
     try:
         if outputs:
             torch.autograd.backward(outputs, gradients)
@@ -105,8 +109,12 @@ def _plain_layer(head: nn.Module, optimizer: MLAOptimizer) -> HeadLayer | None:
     if not head.weight.is_contiguous():  # its gradient must lie in memory as it does, or a fused step goes wrong
         return None
     hooks = len(head._forward_hooks) + len(head._forward_pre_hooks) > 2 or head._backward_hooks or head._backward_pre_hooks
-    watched = any(not p.requires_grad or p._backward_hooks or p._post_accumulate_grad_hooks for p in head.parameters())
-    return None if hooks or watched else layer
+    return None if hooks or _watched(head.weight) or (head.bias is not None and _watched(head.bias)) else layer
+
+
+def _watched(p: Tensor) -> bool:
+    """Frozen, or with hooks of its gradient."""
+    return bool(not p.requires_grad or p._backward_hooks or p._post_accumulate_grad_hooks)
 
 
 def steps_in_turn(
@@ -158,6 +166,7 @@ def _unsynchronized(model: MultimodalModel, modality: str) -> Iterator[None]:
         yield
 
 
+@torch.enable_grad()
 def _head_backward(
     head: nn.Module, features: Tensor, target: Tensor, total: float, casting: contextlib.AbstractContextManager
 ) -> tuple[Tensor, Tensor]:
@@ -167,14 +176,6 @@ def _head_backward(
         loss = mean_loss(head(features.clone()), target, total)  # a head may change its inputs in place
     loss.backward()
     return loss.detach(), features.grad
-
-
-@torch.no_grad()
-def _head_step(head: nn.Module, optimizer: MLAOptimizer, modality: str) -> None:
-    """Steps what has a gradient, the head, which has none afterwards."""
-    optimizer.take_step(modality)
-    for p in head.parameters():
-        p.grad = None
 
 
 def _encoder_step(optimizer: MLAOptimizer, bad: list[Tensor]) -> None:
@@ -217,12 +218,15 @@ def row_totals(model: MultimodalModel, optimizer: MLAOptimizer, batches: list[di
     has none takes part all the same. So the ranks must have the same modalities in their batches, and as many batches: a rank
     that has ended gives none. The host waits for the counts, once a batch: what the ranks do next depends on them.
     """
-    counts = [sum(len(rows[m].target) for rows in batches if m in rows) for m in model.modalities]
+    counts = dict.fromkeys(model.modalities, 0)
+    for rows in batches:
+        for modality, (_, target) in rows.items():
+            counts[modality] += len(target)
     group = optimizer.process_group
     if group is None:
-        return {modality: count for modality, count in zip(model.modalities, counts, strict=True) if count}
-    named = [any(m in rows for rows in batches) for m in model.modalities]
-    numbers = torch.tensor([*counts, *named, not batches], dtype=torch.float64)
+        return {modality: count for modality, count in counts.items() if count}
+    named = [any(m in rows for rows in batches) for m in counts]
+    numbers = torch.tensor([*counts.values(), *named, not batches], dtype=torch.float64)
     *numbers, ended = added_up(numbers, group, optimizer.device).tolist()
     counts, named = numbers[: len(counts)], numbers[len(counts) :]
     _, size = rank_and_size(group)
@@ -263,8 +267,7 @@ def unpack_batch(
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
         raise TypeError(f"batch: expected (inputs: dict, target) or (inputs, target, present), got {outline(batch)}")
     inputs, target, present = batch if len(batch) == 3 else (*batch, None)
-    unknown = [m for m in inputs if m not in model.encoders]
-    if unknown or not inputs:
+    if not inputs or not set(inputs).issubset(model.modalities):
         raise ValueError(f"inputs: expected modalities among {', '.join(model.modalities)}, got {', '.join(inputs)}")
     if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
         raise TypeError(f"target: expected int64 [N], got {outline(target)}")

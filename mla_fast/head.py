@@ -180,14 +180,12 @@ class HeadLayer:
         free = [local(bias.grad)] if self.has_bias and not self.with_bias and bias.grad is not None else []
         return HeadStep(self, x_bar, grad, torch._foreach_norm([grad, x_bar, *free]))
 
-    @torch.no_grad()
     def backward(self, features: Tensor, target: Tensor, total: float) -> tuple[Tensor, Tensor, HeadStep]:
         """(loss, ∂L/∂features, the step to be taken) of the layer by itself as the head, as autograd would have it; the gradients
-        are in ``.grad``. features [n, s] of the weight's dtype, target [n], the loss a share of the mean over `total` rows."""
+        are in ``.grad``. features [n, s] of the weight's dtype, target [n], the loss a share of the mean over `total` rows; under
+        ``no_grad``."""
         weight, bias = self.module.weight, self.module.bias
-        loss, gradient, weight.grad, grad_bias, x_bar, norms = ops.linear_cross_entropy(
-            features, target, weight.detach(), bias, total
-        )
+        loss, gradient, weight.grad, grad_bias, x_bar, norms = ops.linear_cross_entropy(features, target, weight, bias, total)
         if bias is not None:
             bias.grad = grad_bias
         return loss, gradient, self.measured(x_bar) if self.with_bias else HeadStep(self, x_bar, weight.grad, norms.unbind())

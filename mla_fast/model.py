@@ -59,22 +59,22 @@ class MultimodalModel(nn.Module):
 
     def features(self, modality: str, inputs: Tensor) -> Tensor:
         """What `modality`'s encoder makes of its inputs [N, …]: features [N, s]."""
-        if modality not in self.encoders:
+        encoders = self.encoders
+        if modality not in encoders:
             raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
-        encoder = self.encoders[modality]
+        encoder = encoders[modality]
         features = (encoder if torch.is_grad_enabled() else bare(encoder))(inputs)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a floating tensor from the encoder of {modality!r}, got {got}")
-        if features.dim() != 2 or features.shape[0] != inputs.shape[0]:
-            raise ValueError(
-                f"features: expected [{inputs.shape[0]}, s] from the encoder of {modality!r}, got {list(features.shape)}"
-            )
+        shape, N = features.shape, inputs.shape[0]
+        if len(shape) != 2 or shape[0] != N:
+            raise ValueError(f"features: expected [{N}, s] from the encoder of {modality!r}, got {list(shape)}")
         head = bare(self.head)
-        if isinstance(head, nn.Linear) and features.shape[1] != head.in_features:
+        if isinstance(head, nn.Linear) and shape[1] != head.in_features:
             raise ValueError(
                 f"features: expected [N, {head.in_features}] to match head.in_features, "
-                f"got {list(features.shape)} from the encoder of {modality!r}"
+                f"got {list(shape)} from the encoder of {modality!r}"
             )
         return features
 
