@@ -90,7 +90,7 @@ def specs(device: torch.device, sizes: Sequence[int] = (), classes: Sequence[int
     found += [Spec("infer", C, 512, M, N, masked) for M, N, C in heads for masked in (False, True)]
     # Of N samples half are packed: with three modalities 5 N KB.
     found += [Spec("dispatch", N=N, means=means) for N in ((64, 20480) if on_gpu else (64, 4096)) for means in (False, True)]
-    found += [Spec("predict", 101, N=128)]
+    found += [Spec("predict", 101, N=N) for N in (128, 512)]
     return sorted((spec for spec in found if spec.op in only), key=lambda spec: not _says_most(spec))
 
 
