@@ -228,17 +228,17 @@ def row_totals(model: MultimodalModel, optimizer: MLAOptimizer, batches: list[di
     named = [any(m in rows for rows in batches) for m in counts]
     numbers = torch.tensor([*counts.values(), *named, not batches], dtype=torch.float64)
     *numbers, ended = added_up(numbers, group, optimizer.device).tolist()
-    counts, named = numbers[: len(counts)], numbers[len(counts) :]
+    totals, having = numbers[: len(counts)], numbers[len(counts) :]
     _, size = rank_and_size(group)
     if ended not in (0, size):
         raise ValueError(f"loader: expected as many batches on every rank, but {ended:.0f} of {size} have come to their end")
-    for modality, ranks in zip(model.modalities, named, strict=True):
+    for modality, ranks in zip(counts, having, strict=True):
         if ranks not in (0, size):
             raise ValueError(
                 f"inputs: expected the same modalities on every rank (with no row present where a rank lacks one), but "
                 f"{modality!r} is on {ranks:.0f} of {size}"
             )
-    return {modality: count / size for modality, count in zip(model.modalities, counts, strict=True) if count}
+    return {modality: total / size for modality, total in zip(counts, totals, strict=True) if total}
 
 
 def mean_loss(logits: Tensor, target: Tensor, total: float) -> Tensor:

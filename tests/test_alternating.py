@@ -14,6 +14,7 @@ from helpers import (
     make_model,
     momentum_sgd,
     noisy_model,
+    on_device,
 )
 from torch import nn
 
@@ -54,6 +55,14 @@ def pair(make=make_model, inner="sgd", dtype=f64, **settings):
     """Two models with their optimizers, equal."""
     models = [make().to(dtype) for _ in range(2)]
     return [(m, mla.MLAOptimizer(OPTIMIZERS[inner](m.parameters()), m.head, **settings)) for m in models]
+
+
+def assert_the_same(ours, in_turn, steps):
+    """`ours` by ``alternating_step`` and `in_turn` by the loop end alike, to rounding in float64."""
+    for batch in steps:
+        mla.alternating_step(*ours, batch)
+        one_after_another(*in_turn, batch)
+    torch.testing.assert_close(everything(*ours), everything(*in_turn), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("missing", [False, True])
@@ -112,11 +121,7 @@ def without_a_bias():
 
 @pytest.mark.parametrize("make", [in_a_sequence, with_a_watched_head, without_a_bias])
 def test_heads_of_other_kinds(make):
-    (model, optimizer), (other, loop) = pair(make=make)
-    for batch in batches(missing=True):
-        mla.alternating_step(model, optimizer, batch)
-        one_after_another(other, loop, batch)
-    torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
+    assert_the_same(*pair(make=make), batches(missing=True))
 
 
 def test_a_transposed_weight_under_a_fused_optimizer():
@@ -124,10 +129,7 @@ def test_a_transposed_weight_under_a_fused_optimizer():
     for model in models:
         model.head.weight = nn.Parameter(model.head.weight.detach().T.contiguous().T)
     optimizer, loop = (mla.MLAOptimizer(momentum_sgd(m.parameters(), fused=True), m.head) for m in models)
-    for batch in batches(3):
-        mla.alternating_step(models[0], optimizer, batch)
-        one_after_another(models[1], loop, batch)
-    torch.testing.assert_close(everything(models[0], optimizer), everything(models[1], loop), rtol=1e-12, atol=1e-12)
+    assert_the_same((models[0], optimizer), (models[1], loop), batches(3))
 
 
 @pytest.mark.parametrize("spoiled", ALTERNATION)
@@ -167,11 +169,8 @@ def test_a_modality_with_no_row_for_the_head_takes_no_step(modality):
 
     (model, optimizer), (other, loop) = pair(make=make)
     other.load_state_dict(model.state_dict())
-    for batch in batches(2):
-        mla.alternating_step(model, optimizer, batch)
-        one_after_another(other, loop, batch)
+    assert_the_same((model, optimizer), (other, loop), batches(2))
     assert optimizer.diagnostics()["skipped_empty"] == loop.diagnostics()["skipped_empty"] == 2
-    torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
 
 
 def test_a_batch_that_fails_leaves_nothing_to_step_on():
@@ -193,10 +192,7 @@ def test_frozen_encoders_and_empty_batches():
     (model, optimizer), (other, loop) = pair()
     for m in (model, other):
         m.encoders["audio"].requires_grad_(False)
-    for batch in batches(2):
-        mla.alternating_step(model, optimizer, batch)
-        one_after_another(other, loop, batch)
-    torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
+    assert_the_same((model, optimizer), (other, loop), batches(2))
     before = everything(model, optimizer)
     inputs, target = batches(1)[0]
     assert mla.alternating_step(model, optimizer, (inputs, target, torch.zeros(7, 3, dtype=torch.bool))) == {}
@@ -242,11 +238,7 @@ def changing_its_inputs():
 
 @pytest.mark.parametrize("make", [with_a_forward_of_its_own, changing_its_inputs])
 def test_heads_that_do_as_they_like(make):
-    (model, optimizer), (other, loop) = pair(make=make)
-    for batch in batches(3):
-        mla.alternating_step(model, optimizer, batch)
-        one_after_another(other, loop, batch)
-    torch.testing.assert_close(everything(model, optimizer), everything(other, loop), rtol=1e-12, atol=1e-12)
+    assert_the_same(*pair(make=make), batches(3))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -267,7 +259,7 @@ def test_the_callers_autocast_is_amps(backend):
 @pytest.mark.parametrize("fused", [True, False])
 def test_device_path_keeps_what_is_not_finite_from_the_encoders(monkeypatch, fused):
     """Where nobody waits to see it a fused optimizer moves no encoder of the batch; another one's are the caller's to guard."""
-    monkeypatch.setattr(mla.MLAOptimizer, "_on_host", staticmethod(lambda t: False))
+    on_device(monkeypatch)
     model = make_model()
     optimizer = mla.MLAOptimizer(torch.optim.Adam(model.parameters(), fused=fused), model.head)
     good, bad = batches(2, dtype=torch.float32)

@@ -21,6 +21,7 @@ from helpers import (
     make_model,
     make_steps,
     momentum_sgd,
+    on_device,
     relative,
     through_a_file,
     train,
@@ -334,7 +335,7 @@ def test_zeros_in_place_of_no_gradient_are_refused():
 def test_a_compiled_step_breaks_where_torch_optim_does(projection, target, monkeypatch):
     """As on CUDA, where nothing is read back. torch.optim breaks the graph on purpose around every ``step``, the wrapped one's
     included."""
-    monkeypatch.setattr(mla.MLAOptimizer, "_on_host", staticmethod(lambda bad: False))
+    on_device(monkeypatch)
     head = make_head(8)
     optimizer, (*warm_up, last) = wrap(head, projection=projection, target=target), head_steps(4, 8)
     train(head, optimizer, warm_up)
