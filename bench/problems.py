@@ -22,7 +22,7 @@ class State:
         self.backend = backend
         self.P = torch.empty(s, s, device=device)
         self.pending = torch.empty(rows, s, device=device) if rows else None
-        self.slot = torch.empty(2, dtype=torch.int32, device=device) if rows > 1 else None
+        self.slot = torch.empty(2, dtype=torch.int32, device=device) if rows else None
         self.reset()
 
     def reset(self) -> None:
@@ -35,7 +35,7 @@ class State:
         if self.pending is None:
             return self.P
         P, pending = self.P.clone(), self.pending.clone()
-        ops.rls_fold(self.backend, P, pending, None if self.slot is None else self.slot.clone())
+        ops.rls_fold(self.backend, P, pending, self.slot.clone())
         return P
 
 

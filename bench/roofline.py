@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 FLOAT = 4
 # Above these many classes an RLS step of ours goes over P twice: csrc's GEMM_CLASSES, and MAX_BLOCK_C of kernels/launch.py.
-CPP_ONE_PASS, TRITON_ONE_PASS = 13, 128
+CPP_ONE_PASS, TRITON_ONE_PASS = 20, 128
 
 
 class Traffic(NamedTuple):
@@ -50,14 +50,19 @@ def eager_stacked(s: int, C: int) -> Traffic:
     return _floats("eager stacked", 3 * s * s + 7 * C * s, 10)
 
 
-def at_once(s: int, C: int, passes: int = 1) -> Traffic:
-    """P read, then read and written; G read, G P written and read, the result written."""
+def at_once(s: int, C: int, passes: float = 1) -> Traffic:
+    """P read (`passes` times), then read and written; G read, G P written and read, the result written."""
     return _floats("at once", (passes + 2) * s * s + 4 * C * s, 4)
 
 
 def lazy(s: int, C: int, passes: int = 1) -> Traffic:
     """P read and written; `passes` 2: read once more. G read, G P written and read, the result written."""
     return _floats("lazy", (passes + 1) * s * s + 4 * C * s, 1 + passes)
+
+
+def half(s: int, C: int) -> Traffic:
+    """The upper triangle of P read and written; G as above."""
+    return _floats("half", s * s + 4 * C * s, 1)
 
 
 def deferred(s: int, C: int, R: int) -> Traffic:
@@ -68,9 +73,10 @@ def deferred(s: int, C: int, R: int) -> Traffic:
 def ours_rls(backend: str, s: int, C: int, R: int) -> Traffic:
     """The form that R places for waiting rows stand for."""
     if backend == "cpp":
-        passes = 2 if C > CPP_ONE_PASS else 1
-    else:
-        passes = 2 if C > TRITON_ONE_PASS else 1
+        if R == 0:
+            return at_once(s, C, 0.5 if C <= CPP_ONE_PASS else 1.5)
+        return half(s, C) if C <= CPP_ONE_PASS else lazy(s, C, 2)
+    passes = 2 if C > TRITON_ONE_PASS else 1
     if R == 0:
         return at_once(s, C, passes)
     return lazy(s, C, passes) if R == 1 else deferred(s, C, R)

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 // A kernel is compiled for the machine it was chosen for only if it is inlined into `vectorized`, lambdas included.
 #define MLA_INLINE inline __attribute__((always_inline))
@@ -98,6 +99,30 @@ MLA_INLINE T sum(vec_t<T, B> v) {
 template <typename T, int B>
 MLA_INLINE T maximum(vec_t<T, B> v) {
   return reduce<T, B>(v, [](auto a, auto b) MLA_LAMBDA { return a > b ? a : b; });
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+template <typename T, int B, int... lanes>
+MLA_INLINE vec_t<T, B> add_neighbours(vec_t<T, B> a, vec_t<T, B> b, std::integer_sequence<int, lanes...>) {
+  return __builtin_shufflevector(a, b, 2 * lanes...) + __builtin_shufflevector(a, b, 2 * lanes + 1 ...);
+}
+#endif
+
+// The sums of as many vectors as one has lanes, which are overwritten: each addition halves their number.
+template <typename T, int B>
+MLA_INLINE vec_t<T, B> sums(vec_t<T, B>* v) {
+  constexpr int W = Simd<T, B>::width;
+#if defined(__clang__) || __GNUC__ >= 12
+#pragma GCC unroll 4
+  for (int n = W / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) v[i] = add_neighbours<T, B>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, W>());
+  return v[0];
+#else
+  vec_t<T, B> result;
+  for (int i = 0; i < W; ++i) result[i] = sum<T, B>(v[i]);
+  return result;
+#endif
 }
 
 // Σ a_i b_i over n elements, in the lanes of four independent vectors: the error grows with n / lanes, and no addition

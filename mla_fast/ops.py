@@ -203,8 +203,9 @@ def rls_step(
 ) -> Tensor:
     """``rls_project_`` without its checks, for callers that made them once: one dtype, alpha as ``alpha_tensor`` gives it.
 
-    pending [R, s] holds up to R corrections u_r; the true P is P − Σ_r u_r u_rᵀ. For R > 1 slot, int32 [2] on P's device, zeros
-    to begin with, counts in slot[1] how many wait (slot[0] is the kernels' own).
+    pending [R, s] holds up to R corrections u_r; the true P is P − Σ_r u_r u_rᵀ. slot, int32 [2] on P's device, zeros to begin
+    with, is the backend's account of what else waits; R > 1 needs it. The kernels count the u_r in it, and the CPU operator,
+    given one, may leave P's lower triangle behind: only ``rls_fold`` makes P whole then.
     """
     if backend != "reference":
         op = _operator("rls_project_", backend, P.device)
@@ -220,7 +221,7 @@ def rls_step(
 
 
 def rls_fold(backend: str, P: Tensor, pending: Tensor, slot: Tensor | None = None) -> None:
-    """P ← P − Σ_r u_r u_rᵀ over what waits in pending, which is empty afterwards: the P that ``rls_step`` stands for."""
+    """P ← the P that ``rls_step`` stands for, P − Σ_r u_r u_rᵀ; nothing waits afterwards."""
     if backend != "reference":
         _operator("rls_fold_", backend, P.device)(P, pending, slot)
         return

@@ -161,13 +161,14 @@ class _MatrixProjection(Projection):
 
 
 class RLSProjection(_MatrixProjection):
-    """Eq. 5. The last corrections wait in `pending` before they enter P, which is read once a step and written at most once."""
+    """Eq. 5. The last corrections wait in `pending` before they enter P, which is read once a step and written at most once.
+    What of P is up to date is the backend's affair; ``matrix`` makes it whole."""
 
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
         rows = ops.pending_rows(self.backend, size)
         self.pending = torch.zeros(rows, size, dtype=dtype, device=device) if rows else None
-        self.slot = torch.zeros(2, dtype=torch.int32, device=device) if rows > 1 else None
+        self.slot = torch.zeros(2, dtype=torch.int32, device=device) if rows else None
 
     def _step(self, grad, x_bar, found_inf, project_first):
         return ops.rls_step(self.backend, self.P, x_bar, grad, self.alpha(), self.pending, self.slot, found_inf, project_first)

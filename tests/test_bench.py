@@ -192,6 +192,7 @@ def test_bytes_counted_by_hand():
     assert roofline.eager_stacked(s, C).bytes == 4 * (300 + 210)
     assert roofline.lazy(s, C) == ("lazy", 4 * (200 + 120), 2)
     assert roofline.at_once(s, C).bytes == 4 * (300 + 120)
+    assert roofline.half(s, C) == ("half", 4 * (100 + 120), 1)
     assert roofline.deferred(s, C, 4) == ("deferred R=4", 4 * (150 + 150 + 20), 3)
     assert roofline.window(s, C, 2) == ("window", 4 * (60 + 40), 1)
     assert roofline.fusion_one_read(6, 2, 3, 5).bytes == 4 * (30 + 15 + 12)
@@ -205,7 +206,9 @@ def test_bytes_counted_by_hand():
 
 def test_the_form_of_our_step_follows_from_its_backend_and_size():
     forms = {(b, C, R): roofline.ours_rls(b, 10, C, R) for b in ("cpp", "triton") for C in (6, 101, 1000) for R in (0, 1, 16)}
-    assert forms["triton", 101, 1] == forms["cpp", 6, 1]._replace(bytes=4 * (200 + 4 * 1010))
+    assert forms["triton", 101, 1] == ("lazy", 4 * (200 + 4 * 1010), 2)
+    assert [forms["cpp", C, 1].form for C in (6, 101)] == ["half", "lazy"]
+    assert forms["cpp", 6, 0].bytes == 4 * (250 + 240) and forms["cpp", 101, 1].bytes == 4 * (300 + 4040)
     assert forms["triton", 1000, 1].bytes == 4 * (300 + 40000) and forms["triton", 1000, 1].launches == 3
     assert forms["triton", 1000, 16].form == "deferred R=16"
     launch = pytest.importorskip("mla_fast.kernels.launch")

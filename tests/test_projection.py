@@ -58,7 +58,7 @@ def test_ten_thousand_updates(dtype, C, unseen, backend):
     """
     s, eps = 16, torch.finfo(dtype).eps
     lazy, plain = (make(size=s, dtype=dtype, order="project_first", backend=backend) for _ in range(2))
-    plain.pending = None
+    plain.pending = plain.slot = None
     generator = torch.Generator().manual_seed(3)
     basis = normal(generator, s, s - unseen, dtype=dtype) / 10
     grads, coordinates = normal(generator, 10_000, C, s, dtype=dtype), normal(generator, 10_000, s - unseen, dtype=dtype)
