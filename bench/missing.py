@@ -118,9 +118,12 @@ class Predict:
         for m, x in enumerate(self.inputs.values()):
             x[~self.present[:, m]] = 0
 
-    def start(self, present: Tensor | None) -> tuple[Step, Callable[[], None]]:
+    def start(self, present: Tensor | None, streams: bool = False) -> tuple[Step, Callable[[], None]]:
+        model = copy.copy(self.model)
+        model.streams = streams
+
         def step():
-            return self.model.predict(self.inputs, present)
+            return model.predict(self.inputs, present)
 
         def gate():
             exact = copy.deepcopy(self.model).double()
@@ -135,4 +138,6 @@ class Predict:
 
     def providers(self, compiled: bool) -> Iterator[Provider]:
         yield Provider("ours", functools.partial(self.start, self.present))
+        if self.present.is_cuda:
+            yield Provider("ours streams", functools.partial(self.start, self.present, streams=True))
         yield Provider("eager zeros", functools.partial(self.start, None))

@@ -26,6 +26,7 @@ COMPARED = (
     ("ours in turn window", PLAIN),
     ("ours in turn rls", "ours rls"),
     ("ours in turn window", "ours window"),
+    ("ours rls", "ours streams rls"),
     ("ours rls", "joint concat"),
     ("ours window", "joint concat"),
     ("released", "ours rls"),

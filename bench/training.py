@@ -92,8 +92,8 @@ def in_turn(projection: str | None, model: mla.MultimodalModel, **settings: Any)
     return train
 
 
-def together(projection: str, model: mla.MultimodalModel) -> Train:
-    optimizer = wrapped(model, projection)
+def together(projection: str, model: mla.MultimodalModel, streams: bool = False) -> Train:
+    optimizer, model.streams = wrapped(model, projection), streams
     return lambda inputs, target: mla.alternating_step(model, optimizer, (inputs, target))
 
 
@@ -180,6 +180,8 @@ class Training:
         for projection in ("rls", "window"):
             yield self.provider(f"ours in turn {projection}", partial(in_turn, projection), partial(paper, projection))
             yield self.provider(f"ours {projection}", partial(together, projection), partial(paper, projection))
+        if self.device.type == "cuda":
+            yield self.provider("ours streams rls", partial(together, "rls", streams=True), partial(paper, "rls"))
         yield self.provider("released", released, official)
         model = Concat(self.model.encoders, self.workload.s, self.workload.C).to(self.device)
         yield Provider("joint concat", partial(self.start, model, joint, joint))

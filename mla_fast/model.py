@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.fusion import Fused, entropy_fusion
+from mla_fast.streams import side_by_side
 
 
 class MultimodalModel(nn.Module):
@@ -20,11 +21,15 @@ class MultimodalModel(nn.Module):
         model({"audio": x})["audio"]                    # logits [N, 6] of one modality, as MLA trains it
         model.predict({"audio": xa, "image": xv})       # fused logits, weights and entropies
 
+    streams: on a GPU the encoders of ``predict`` and ``alternating_step`` run side by side, each on a CUDA stream of its own,
+    forward and backward. It can pay where one encoder leaves the GPU partly idle and the host is ahead of it, as in a CUDA graph.
+    Encoders must not write to what they share; under DistributedDataParallel they take turns all the same.
+
     Raises ValueError for a modality it does not have, and where an encoder's features do not fit the head; TypeError where
     they are no floating tensor.
     """
 
-    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module):
+    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module, *, streams: bool = False):
         super().__init__()
         if not encoders:
             raise ValueError("encoders: expected at least one modality, got none")
@@ -37,6 +42,7 @@ class MultimodalModel(nn.Module):
             raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
         self.encoders = nn.ModuleDict(encoders)
         self.head = head
+        self.streams = streams
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -78,6 +84,13 @@ class MultimodalModel(nn.Module):
             )
         return features
 
+    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``features`` of each modality in `inputs`, side by side with `streams`."""
+        jobs = {modality: functools.partial(self.features, modality, x) for modality, x in inputs.items()}
+        if not self.streams or not jobs or any(isinstance(self.encoders[m], DistributedDataParallel) for m in jobs):
+            return {modality: job() for modality, job in jobs.items()}
+        return side_by_side(jobs, next(iter(inputs.values())).device)
+
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits [N, C] of each modality in `inputs`; N may differ between them."""
         return {modality: self.head(self.features(modality, x)) for modality, x in inputs.items()}
@@ -98,8 +111,7 @@ class MultimodalModel(nn.Module):
         for module in training:
             module.training = False
         try:
-            features = [self.features(modality, x) for modality, x in rows.items()]
-            return bare(self.head)(torch.cat(features))
+            return bare(self.head)(torch.cat(list(self.encode(rows).values())))
         finally:
             for module in training:  # and no others: an encoder may be in evaluation mode on purpose
                 module.training = True

@@ -296,10 +296,13 @@ def test_compiled_models(compiled):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("missing", [False, True])
-@pytest.mark.parametrize("projection", ["rls", "window"])
-def test_on_a_gpu(projection, missing):
+@pytest.mark.parametrize("projection,streams", [("rls", False), ("window", False), ("rls", True)])
+def test_on_a_gpu(projection, streams, missing):
     (model, _), (other, loop) = pair(projection=projection)
     model = model.float().cuda()
+    model.streams = streams
+    for encoder in model.encoders.values():  # the slower the work, the surer a missing wait shows
+        encoder.register_forward_pre_hook(lambda *_: torch.cuda._sleep(10**6))
     fused = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, fused=True)
     optimizer = mla.MLAOptimizer(fused, model.head, projection=projection)
     for inputs, *rest in batches(missing=missing):

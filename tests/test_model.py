@@ -6,6 +6,7 @@ from helpers import ALTERNATION, assert_bitwise, make_inputs, make_model, noisy_
 from torch import nn
 
 import mla_fast as mla
+from mla_fast import streams
 
 
 def with_statistics():
@@ -120,3 +121,65 @@ def test_features_that_are_no_floating_tensor_are_refused(what):
         TypeError, match="^features: expected a floating tensor from the encoder of 'audio', got (tuple|torch.int64)"
     ):
         mla.MultimodalModel({"audio": Encoder()}, nn.Linear(4, 2)).predict({"audio": torch.ones(3, 4)})
+
+
+def test_side_by_side_every_stream_waits_for_what_was_before_and_is_waited_for(monkeypatch):
+    """On streams that only take notes: (stream, what it does)."""
+    notes, current = [], []
+
+    class Stream:
+        def __init__(self, device):
+            self.number = len(current)
+            current.append(self)
+
+        def record_event(self):
+            notes.append((self.number, "record"))
+            return "event"
+
+        def wait_event(self, event):
+            notes.append((self.number, event))
+
+        def wait_stream(self, other):
+            notes.append((self.number, f"wait for {other.number}"))
+
+        def __enter__(self):
+            running.append(self)
+
+        def __exit__(self, *_):
+            running.pop()
+
+    class Result:
+        def record_stream(self, stream):
+            notes.append((stream.number, "uses a result"))
+
+    def work(fails=False):
+        notes.append((running[-1].number, "work"))
+        if fails:
+            raise RuntimeError
+        return Result()
+
+    running = [Stream(None)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: running[-1])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(streams, "_stream", lambda device, number: Stream(device))
+    done = streams.side_by_side({"a": work, "b": work, "c": work}, torch.device("cuda"))
+    assert list(done) == ["a", "b", "c"] and running == current[:1]
+    other = [(1, "event"), (1, "work"), (0, "wait for 1"), (0, "uses a result")]
+    third = [(2, "event"), (2, "work"), (0, "wait for 2"), (0, "uses a result")]
+    assert notes == [(0, "record"), (0, "work"), *other, *third]
+    with pytest.raises(RuntimeError):
+        streams.side_by_side({"a": work, "b": lambda: work(fails=True)}, torch.device("cuda"))
+    assert notes[-1] == (0, "wait for 3") and running == current[:1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("masked", [False, True])
+def test_predict_on_streams_is_predict(masked):
+    model, inputs = with_statistics(), make_inputs()
+    present = torch.rand(6, 3) > 0.4 if masked else None
+    expected = model.predict(inputs, present)
+    for encoder in model.encoders.values():
+        encoder.register_forward_pre_hook(lambda *_: torch.cuda._sleep(10**6))
+    model.streams = True
+    for _ in range(3):
+        torch.testing.assert_close(tuple(model.predict(inputs, present)), tuple(expected), rtol=1e-6, atol=1e-6)

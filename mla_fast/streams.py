@@ -1,0 +1,39 @@
+"""Work that is independent, side by side on one GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def side_by_side(jobs: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """What each job returns: the first one's work on the current CUDA stream, every other's on a stream of its own.
+
+    All of it comes after what the current stream had to do before and before what it is given next. Autograd runs the backward
+    pass of each where its forward pass ran. On other devices, one after another.
+    """
+    if device.type != "cuda" or len(jobs) < 2:
+        return {name: job() for name, job in jobs.items()}
+    here = torch.cuda.current_stream(device)
+    ready, results = here.record_event(), {}
+    for number, (name, job) in enumerate(jobs.items()):
+        if number == 0:
+            results[name] = job()
+            continue
+        stream = _stream(device, number)
+        stream.wait_event(ready)
+        try:
+            with torch.cuda.stream(stream):
+                results[name] = job()
+        finally:
+            here.wait_stream(stream)
+        results[name].record_stream(here)  # its memory is the other stream's, to be used again only when this one is done with it
+    return results
+
+
+@functools.cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
