@@ -59,6 +59,9 @@ def train(arguments: argparse.Namespace) -> None:
     config["classes"] = dataset.classes
     if len(dataset.target.unique()) < 2:
         raise ValueError(f"{config['data']}: {config['label']!r}: expected at least two classes, got {dataset.target[0]} alone")
+    if dataset.classes > 10**5 > len(dataset):
+        got = f"{len(dataset.target.unique())} of them up to {dataset.classes - 1}"
+        raise ValueError(f"{config['data']}: {config['label']!r}: expected classes numbered from 0, got {got}")
     parts = _split(dataset, config)
     config["statistics"] = {name: list(values) for name, values in data.statistics(parts[0]).items()}
     train_set, test_set = (data.apply_statistics(part, config["statistics"]) for part in parts)
@@ -107,16 +110,29 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print("note: some of these rows were trained on")
     if arguments.data is not None:
         config = {**config, "data": str(arguments.data)}
-    if arguments.test_where is not None:
-        config = {**config, "test_where": arguments.test_where}
     dataset = _load(config)
     for name, x in dataset.inputs.items():
         if list(x.shape[1:]) != config["encoders"][name]:
             raise ValueError(f"{config['data']}: {name!r}: expected samples {config['encoders'][name]}, got {list(x.shape[1:])}")
-    test_set = data.apply_statistics(dataset if whole else _split(dataset, config)[1], config["statistics"])
+    if arguments.test_where is not None:
+        dataset = dataset.subset(data.rows_where(dataset, arguments.test_where))
+    elif not whole:
+        _, dataset = _split(dataset, config)
+    _note_other_units(data.statistics(dataset), config["statistics"])
+    test_set = data.apply_statistics(dataset, config["statistics"])
     trainer = _build(config, _device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
     _print_result(trainer.evaluate(data.loader(test_set, 1024)))
+
+
+def _note_other_units(found: data.Statistics, trained: data.Statistics) -> None:
+    """Says which modalities lie so far from those of the training that they must be something else, as pixels of 0 … 255 do."""
+    for name, (mean, _) in found.items():
+        expected, std = trained[name]
+        if abs(mean - expected) > 3 * std:
+            print(
+                f"note: {name!r} has a mean of {mean:.3g}, in training it was {expected:.3g} ± {std:.3g}: are the units the same?"
+            )
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -214,6 +230,13 @@ def _positive(kind: type) -> Any:
     return parse
 
 
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a probability in [0, 1), got {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mla-fast", description="Multimodal learning by alternating unimodal adaptation.")
     commands = parser.add_subparsers(dest="name", required=True)
@@ -231,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--label", default="label", help="name of the integer labels (default: label)")
     p.add_argument(
-        "--missing", type=float, default=0.0, help="take away this part of the modalities' entries, in training and test"
+        "--missing", type=_rate, default=0.0, help="take away this part of the modalities' entries, in training and test"
     )
     p.add_argument("--test-where", help="hold out the rows where an array has these values, as speaker=2,4")
     p.add_argument("--test-fraction", type=float, default=0.2, help="without --test-where, hold out this part (default: 0.2)")

@@ -211,6 +211,14 @@ def split_where(dataset: MultimodalDataset, where: str) -> tuple[MultimodalDatas
     The field is [N], of integers or strings. Raises ValueError for a malformed expression, an unknown field, a value that no
     sample has, and when nothing is left to train on.
     """
+    held_out = rows_where(dataset, where)
+    if held_out.all():
+        raise ValueError(f"where: {where!r} selects all {len(dataset)} samples for testing, none is left to train on")
+    return dataset.subset(~held_out), dataset.subset(held_out)
+
+
+def rows_where(dataset: MultimodalDataset, where: str) -> Tensor:
+    """Which samples ``split_where`` takes for testing, bool [N]; all of them will do."""
     name, equals, listed = where.partition("=")
     name, values = name.strip(), [value.strip() for value in listed.split(",")]
     if not (name and equals and all(values)):
@@ -226,10 +234,7 @@ def split_where(dataset: MultimodalDataset, where: str) -> tuple[MultimodalDatas
         if value not in found:
             some = ", ".join(found[:20]) + (", …" if len(found) > 20 else "")
             raise ValueError(f"where: no sample has {name}={value}; {name} is one of: {some}")
-    held_out = torch.from_numpy(np.isin(found, values)[rows])
-    if held_out.all():
-        raise ValueError(f"where: {where!r} selects all {len(dataset)} samples for testing, none is left to train on")
-    return dataset.subset(~held_out), dataset.subset(held_out)
+    return torch.from_numpy(np.isin(found, values)[rows])
 
 
 def random_split(dataset: MultimodalDataset, test_fraction: float, seed: int) -> tuple[MultimodalDataset, MultimodalDataset]:

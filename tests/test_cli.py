@@ -97,6 +97,7 @@ def test_eval_of_foreign_files(archive, tmp_path, capsys):
     [
         ("sound", np.zeros(90), "'sound': shape: expected a sample"),
         ("label", np.full(90, 2), "'label': expected at least two classes, got 2 alone"),
+        ("label", np.arange(90) + 2**40, f"'label': expected classes numbered from 0, got 90 of them up to {2**40 + 89}"),
     ],
 )
 def test_arrays_that_nothing_can_be_learned_from_are_named(archive, tmp_path, capsys, array, values, message):
@@ -176,6 +177,13 @@ def test_eval_on_other_data_takes_all_of_it(archive, tmp_path, capsys, monkeypat
         main(["eval", "checkpoint.pt", "--all", "--test-where", "speaker=0"])
     assert main(["eval", "checkpoint.pt", "--test-where", "speaker=0"]) == 0
     assert "trained on" in capsys.readouterr().out
+    speakers = ",".join(map(str, np.unique(np.load(archive)["speaker"])))
+    assert main(["eval", "checkpoint.pt", "--data", str(other), "--test-where", f"speaker={speakers}"]) == 0
+    assert "90 samples" in (said := capsys.readouterr().out) and "units" not in said
+    arrays = dict(np.load(archive))
+    np.savez(other, **{**arrays, "sound": 255 * (arrays["sound"] - arrays["sound"].min())})
+    assert main(["eval", "checkpoint.pt", "--data", str(other)]) == 0
+    assert "note: 'sound' has a mean of" in capsys.readouterr().out
 
 
 def test_training_with_missing_modalities(archive, tmp_path, capsys):
@@ -185,7 +193,9 @@ def test_training_with_missing_modalities(archive, tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "checkpoint.pt"), "--device", "cpu"]) == 0
     assert f"{100 * trained['test']['accuracy']['fused']:.1f}" in capsys.readouterr().out
-    assert train(archive, tmp_path / "bad", "--missing", "1.5") == 2
+    with pytest.raises(SystemExit):
+        train(archive, tmp_path / "bad", "--missing", "1.0")
+    assert "argument --missing: expected a probability in [0, 1), got 1.0" in capsys.readouterr().err
 
 
 def test_settings_of_the_training_loop(archive, tmp_path, capsys):
