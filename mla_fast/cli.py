@@ -118,17 +118,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
         dataset = dataset.subset(data.rows_where(dataset, arguments.test_where))
     elif not whole:
         _, dataset = _split(dataset, config)
-    _note_other_units(data.statistics(dataset), config["statistics"])
+    _note_other_units(dataset, config["statistics"])
     test_set = data.apply_statistics(dataset, config["statistics"])
     trainer = _build(config, _device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
     _print_result(trainer.evaluate(data.loader(test_set, 1024)))
 
 
-def _note_other_units(found: data.Statistics, trained: data.Statistics) -> None:
+def _note_other_units(dataset: data.MultimodalDataset, trained: data.Statistics) -> None:
     """Says which modalities lie so far from those of the training that they must be something else, as pixels of 0 … 255 do."""
-    for name, (mean, _) in found.items():
-        expected, std = trained[name]
+    for name, (expected, std) in trained.items():
+        mean = dataset.rows(name).double().mean().item()  # NaN where there are no rows
         if abs(mean - expected) > 3 * std:
             print(
                 f"note: {name!r} has a mean of {mean:.3g}, in training it was {expected:.3g} ± {std:.3g}: are the units the same?"

@@ -284,10 +284,14 @@ def with_missing(dataset: MultimodalDataset, rate: float, seed: int) -> Multimod
 
 
 def statistics(dataset: MultimodalDataset) -> Statistics:
-    """Modality → (mean, standard deviation) over all entries of the samples that have it; a constant's deviation counts as 1."""
+    """Modality → (mean, standard deviation) over all entries of the samples that have it; a constant's deviation counts as 1, and
+    a modality that none has as (0, 1)."""
     result = {}
     for modality in dataset.modalities:
         x = dataset.rows(modality).double()
+        if not x.numel():
+            result[modality] = (0.0, 1.0)
+            continue
         mean, std = x.mean().item(), x.std(correction=0).item()
         # Rounding leaves a constant with a deviation of some 1e-17 of itself: no scale to divide by.
         result[modality] = (mean, std if std > 1e-12 * abs(mean) else 1.0)

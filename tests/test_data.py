@@ -1,6 +1,7 @@
 """Data sets: indexing, files that are right and files that are not, splits, standardisation, and the demo's two data sets."""
 
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -304,6 +305,13 @@ class TestStandardize:
         inputs = {"a": torch.arange(6, dtype=torch.float64)[:, None], "b": torch.arange(6)[:, None]}
         (train,), _ = data.standardize(MultimodalDataset(inputs, torch.zeros(6, dtype=torch.long)))
         assert [x.dtype for x in train.inputs.values()] == [torch.float64, torch.float32]
+
+    def test_a_modality_that_nobody_has(self):
+        present = torch.tensor([[True, False]] * 5)
+        dataset = MultimodalDataset({"a": torch.rand(5, 2), "b": torch.full((5, 3), torch.nan)}, torch.arange(5), {}, present)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert data.statistics(dataset)["b"] == (0, 1)
 
     def test_statistics_survive_json(self):
         dataset = make()
