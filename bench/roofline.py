@@ -74,7 +74,7 @@ def ours_rls(backend: str, s: int, C: int, R: int) -> Traffic:
     """The form that R places for waiting rows stand for."""
     if backend == "cpp":
         if R == 0:
-            return at_once(s, C, 0.5 if C <= CPP_ONE_PASS else 1.5)
+            return at_once(s, C, 0.5 if C <= CPP_ONE_PASS else 1.5)  # first a triangle
         return half(s, C) if C <= CPP_ONE_PASS else lazy(s, C, 2)
     passes = 2 if C > TRITON_ONE_PASS else 1
     if R == 0:

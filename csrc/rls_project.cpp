@@ -6,10 +6,10 @@
 // P is symmetric, and u uᵀ bitwise so, hence P stays so. With x̄ as one more row of A = [G; x̄], one reading of P's upper
 // triangle yields both k and G P: what is right of the diagonal counts once as it stands and once mirrored.
 //
-// With `pending`, the last u waits there (the true P is P − pending pendingᵀ) until the next step reads P anyway: what is read
-// is corrected, stored and used while it is in registers. With `slot` too, the lower triangle waits as well: slot[0] says
-// that it is out of date, and a step reads and writes half of P once. Letting more than one u wait, as the CUDA kernels do for
-// large P, does not pay here: at s = 512 … 4096 the folding costs what the unwritten P saves.
+// With `pending`, the last u waits there (the true P is P − pending pendingᵀ) until the next step, which reads P anyway and
+// corrects, stores and uses it while it is in registers. With `slot` too, the lower triangle waits as well: slot[0] says that
+// it is out of date, and a step reads and writes half of P once. Letting more than one u wait, as the CUDA kernels do for large
+// P, does not pay here: at s = 512 … 4096 the folding costs what the unwritten P saves.
 #include "ops.h"
 #include "simd.h"
 
@@ -99,7 +99,8 @@ MLA_INLINE void multiply_rows(T* P, int64_t s, int64_t j, int64_t i, const T* a_
   for (int64_t n = 0; n < SIDE; n += columns)
     multiply_tile<T, B, FOLD, MIRRORED>(
         (whole ? p : edge) + n, whole ? s : SIDE, whole ? R * s : 0, a_j, a_i + n, AP + n, dots, rows);
-  for (int64_t r = 0; r < height && FOLD && !whole; ++r) std::memcpy(p + r * s, edge + r * SIDE, width * sizeof(T));
+  if (FOLD && !whole)
+    for (int64_t r = 0; r < height; ++r) std::memcpy(p + r * s, edge + r * SIDE, width * sizeof(T));
 }
 
 // The blocks of the upper triangle in block row J.
@@ -108,22 +109,23 @@ MLA_INLINE void multiply_panel(T* P, int64_t s, int64_t J, const Packed<T>& pack
   constexpr int64_t W = Tile<T, B>::W;
   vec_t<T, B> dots[(GEMM_CLASSES + 1) * W];
   const int64_t first = J * SIDE, end = std::min(s, first + SIDE), rows = packed.rows;
+  const bool mirrored = end < s;
   for (int64_t q = first; q < end; q += W) {  // as many rows as one vector has lanes
-    if (end < s) std::fill(dots, dots + rows * W, vec_t<T, B>{});
+    if (mirrored) std::fill(dots, dots + rows * W, vec_t<T, B>{});
     for (int64_t j = q; j < std::min(q + W, end); j += Tile<T, B>::R) {
       const T* a_j = packed.operand(J) + (j - first);
       multiply_rows<T, B, FOLD, false>(P, s, j, first, a_j, packed.operand(J), packed.result(J), dots, rows);
       for (int64_t I = J + 1; I * SIDE < s; ++I)
         multiply_rows<T, B, FOLD, true>(P, s, j, I * SIDE, a_j, packed.operand(I), packed.result(I), dots + (j - q), rows);
     }
-    for (int64_t v = 0; v < rows && end < s; ++v) {
+    for (int64_t v = 0; v < rows && mirrored; ++v) {
       T* to = packed.result(J) + v * SIDE + (q - first);
       store<B>(to, load<B>(to) + sums<T, B>(dots + v * W));
     }
   }
 }
 
-// Memory of zeros that begins with a cache line.
+// Zeros, aligned to a cache line.
 template <typename T>
 struct Zeros {
   struct alignas(64) Line {
@@ -139,7 +141,7 @@ struct Zeros {
 // the number of threads does not change a bit.
 template <typename T>
 void multiply_triangle(T* P, int64_t s, const T* u, bool fold_left, const T* G, const T* x_bar, int64_t C, T* GP, T* k) {
-  const int64_t blocks = (s + SIDE - 1) / SIDE, rows = C + 1, parts = s < 512 ? 1 : std::clamp<int64_t>(s / 512, 2, 16);
+  const int64_t blocks = (s + SIDE - 1) / SIDE, rows = C + 1, parts = std::clamp<int64_t>(s / 256, 1, 16);
   const int64_t size = blocks * rows * SIDE;  // of A P
   Zeros<T> A(size + blocks * SIDE), AP(parts * size);
   for (int64_t b = 0, i = 0; b < blocks; ++b, i += SIDE)
@@ -153,8 +155,12 @@ void multiply_triangle(T* P, int64_t s, const T* u, bool fold_left, const T* G, 
           for (const int64_t J : {round + part, round + 2 * parts - 1 - part}) {
             if (J >= blocks) break;
             const Packed<T> packed{A.data(), AP.data() + part * size, rows};
-            u ? multiply_panel<T, bytes, true>(P, s, J, packed) : multiply_panel<T, bytes, false>(P, s, J, packed);
-            for (int64_t j = J * SIDE; j < std::min(s, (J + 1) * SIDE) && fold_left; ++j) axpy<bytes>(-u[j], u, P + j * s, J * SIDE);
+            if (u)
+              multiply_panel<T, bytes, true>(P, s, J, packed);
+            else
+              multiply_panel<T, bytes, false>(P, s, J, packed);
+            if (fold_left)
+              for (int64_t j = J * SIDE; j < std::min(s, (J + 1) * SIDE); ++j) axpy<bytes>(-u[j], u, P + j * s, J * SIDE);
           }
     });
   });
@@ -208,17 +214,17 @@ Tensor run(
   const T* G = grad.const_data_ptr<T>();
   T* p = P.mutable_data_ptr<T>();
   T* waiting = pending ? pending->mutable_data_ptr<T>() : nullptr;
-  int32_t* half = slot ? slot->mutable_data_ptr<int32_t>() : nullptr;  // whether P's left half is out of date
+  int32_t* stale = slot ? slot->mutable_data_ptr<int32_t>() : nullptr;  // whether P's lower triangle is out of date
 
   std::vector<T> scratch(C + s);
   T *gk = scratch.data(), *k = gk + C;
   Tensor result = empty(P.scalar_type(), C, s);
   T* projected = result.mutable_data_ptr<T>();
   const bool by_gemm = C > GEMM_CLASSES;  // with many classes G P is the cost, and a blocked product the way to it
-  const bool halves = half && !by_gemm;
-  if (half && *half && !halves) mirror(p, s);
-  multiply_triangle(p, s, waiting, waiting && !halves, G, x, by_gemm ? 0 : C, projected, k);
-  if (half) *half = halves;
+  const bool upper_only = stale && !by_gemm;
+  if (stale && *stale && !upper_only) mirror(p, s);
+  multiply_triangle(p, s, waiting, waiting && !upper_only, G, x, by_gemm ? 0 : C, projected, k);
+  if (stale) *stale = upper_only;
   if (waiting) std::fill(waiting, waiting + s, T(0));  // P has taken it up: should anything below throw, the two still agree
   if (by_gemm) multiply(grad, P, result);
 
@@ -267,9 +273,9 @@ void run_fold(const Tensor& P, const Tensor& pending, const std::optional<Tensor
   const int64_t s = P.size(0);
   T *p = P.mutable_data_ptr<T>(), *u = pending.mutable_data_ptr<T>();
   if (slot) {
-    int32_t* half = slot->mutable_data_ptr<int32_t>();
-    if (*half) mirror(p, s);
-    *half = 0;
+    int32_t* stale = slot->mutable_data_ptr<int32_t>();
+    if (*stale) mirror(p, s);
+    *stale = 0;
   }
   fold(p, s, u);
   std::fill(u, u + s, T(0));

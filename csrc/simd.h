@@ -108,7 +108,7 @@ MLA_INLINE vec_t<T, B> add_neighbours(vec_t<T, B> a, vec_t<T, B> b, std::integer
 }
 #endif
 
-// The sums of as many vectors as one has lanes, which are overwritten: each addition halves their number.
+// In lane i the sum of v[i]'s lanes, of as many vectors as one has lanes. They are overwritten: each addition halves their number.
 template <typename T, int B>
 MLA_INLINE vec_t<T, B> sums(vec_t<T, B>* v) {
   constexpr int W = Simd<T, B>::width;

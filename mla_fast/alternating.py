@@ -67,7 +67,7 @@ def steps_together(
     """``alternating_step`` on rows and totals that are there already."""
     optimizer.zero_grad()
     with autocast(optimizer, amp):
-        features = model.encode({modality: rows[modality].inputs for modality in totals})
+        features = model.all_features({modality: rows[modality].inputs for modality in totals})
     automatic = amp is not None or torch.is_autocast_enabled(optimizer.device.type)
     plain = None if automatic else _plain_layer(model.head, optimizer)
     held = list(model.head.parameters())

@@ -28,7 +28,8 @@ def distribute(model: MultimodalModel, **settings: Any) -> MultimodalModel:
             return part
         return DistributedDataParallel(part, **settings)
 
-    return MultimodalModel({modality: wrapped(encoder) for modality, encoder in model.encoders.items()}, wrapped(model.head))
+    encoders = {modality: wrapped(encoder) for modality, encoder in model.encoders.items()}
+    return MultimodalModel(encoders, wrapped(model.head), streams=model.streams)
 
 
 def is_distributed(model: MultimodalModel) -> bool:

@@ -23,11 +23,14 @@ class MultimodalModel(nn.Module):
 
     streams: on a GPU the encoders of ``predict`` and ``alternating_step`` run side by side, each on a CUDA stream of its own,
     forward and backward. It can pay where one encoder leaves the GPU partly idle and the host is ahead of it, as in a CUDA graph.
-    Encoders must not write to what they share; under DistributedDataParallel they take turns all the same.
+    They take turns all the same if they share parameters or are in DistributedDataParallel, and must not share anything else that
+    they write to, such as the memory of CUDA graphs (``torch.compile(mode="reduce-overhead")``).
 
     Raises ValueError for a modality it does not have, and where an encoder's features do not fit the head; TypeError where
     they are no floating tensor.
     """
+
+    streams = False  # of a model that was pickled without it, too
 
     def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module, *, streams: bool = False):
         super().__init__()
@@ -84,12 +87,16 @@ class MultimodalModel(nn.Module):
             )
         return features
 
-    def encode(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``features`` of each modality in `inputs`, side by side with `streams`."""
+        if not self.streams or not inputs or self._must_take_turns():
+            return {modality: self.features(modality, x) for modality, x in inputs.items()}
         jobs = {modality: functools.partial(self.features, modality, x) for modality, x in inputs.items()}
-        if not self.streams or not jobs or any(isinstance(self.encoders[m], DistributedDataParallel) for m in jobs):
-            return {modality: job() for modality, job in jobs.items()}
         return side_by_side(jobs, next(iter(inputs.values())).device)
+
+    def _must_take_turns(self) -> bool:
+        # What autocast has cast for one encoder would be read by another too early.
+        return self.shared_parameters or any(isinstance(part, DistributedDataParallel) for part in self.encoders.values())
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Logits [N, C] of each modality in `inputs`; N may differ between them."""
@@ -111,7 +118,7 @@ class MultimodalModel(nn.Module):
         for module in training:
             module.training = False
         try:
-            return bare(self.head)(torch.cat(list(self.encode(rows).values())))
+            return bare(self.head)(torch.cat(list(self.all_features(rows).values())))
         finally:
             for module in training:  # and no others: an encoder may be in evaluation mode on purpose
                 module.training = True

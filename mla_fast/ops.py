@@ -221,7 +221,7 @@ def rls_step(
 
 
 def rls_fold(backend: str, P: Tensor, pending: Tensor, slot: Tensor | None = None) -> None:
-    """P ← the P that ``rls_step`` stands for, P − Σ_r u_r u_rᵀ; nothing waits afterwards."""
+    """P ← the P that ``rls_step`` of the same backend has left, P − Σ_r u_r u_rᵀ; nothing waits afterwards."""
     if backend != "reference":
         _operator("rls_fold_", backend, P.device)(P, pending, slot)
         return

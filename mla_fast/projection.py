@@ -167,8 +167,10 @@ class RLSProjection(_MatrixProjection):
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
         rows = ops.pending_rows(self.backend, size)
-        self.pending = torch.zeros(rows, size, dtype=dtype, device=device) if rows else None
-        self.slot = torch.zeros(2, dtype=torch.int32, device=device) if rows else None
+        self.pending = self.slot = None
+        if rows:
+            self.pending = torch.zeros(rows, size, dtype=dtype, device=device)
+            self.slot = torch.zeros(2, dtype=torch.int32, device=device)
 
     def _step(self, grad, x_bar, found_inf, project_first):
         return ops.rls_step(self.backend, self.P, x_bar, grad, self.alpha(), self.pending, self.slot, found_inf, project_first)

@@ -18,22 +18,22 @@ def side_by_side(jobs: Mapping[str, Callable[[], Tensor]], device: torch.device)
     if device.type != "cuda" or len(jobs) < 2:
         return {name: job() for name, job in jobs.items()}
     here = torch.cuda.current_stream(device)
-    ready, results = here.record_event(), {}
-    for number, (name, job) in enumerate(jobs.items()):
-        if number == 0:
-            results[name] = job()
-            continue
-        stream = _stream(device, number)
+    ready = here.record_event()
+    (first, work), *others = jobs.items()
+    results = {first: work()}
+    for number, (name, job) in enumerate(others):
+        stream = _stream(here, number)
         stream.wait_event(ready)
         try:
             with torch.cuda.stream(stream):
                 results[name] = job()
         finally:
             here.wait_stream(stream)
-        results[name].record_stream(here)  # its memory is the other stream's, to be used again only when this one is done with it
+        results[name].record_stream(here)  # its memory is the other stream's, not to be reused before this one is done with it
     return results
 
 
 @functools.cache
-def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+def _stream(here: torch.cuda.Stream, number: int) -> torch.cuda.Stream:
+    """One that works for `here` alone, so that what either has freed is never reused before both are done with it."""
+    return torch.cuda.Stream(here.device)
