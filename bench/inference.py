@@ -45,10 +45,13 @@ class Infer:
         return step, gate
 
     def ours(self) -> Step:
-        """The README's loop: one product over the rows that are there."""
+        """One product over all rows; what is absent is left to the fusion's mask."""
+        head, M = self.model.head, len(self.features)
+        return lambda: mla.entropy_fusion(head(torch.cat(self.features)).unflatten(0, (M, -1)), self.present)
+
+    def dispatched(self) -> Step:
+        """One product over the rows that are there."""
         head = self.model.head
-        if self.present is None:
-            return lambda: mla.entropy_fusion(head(torch.cat(self.features)).unflatten(0, (len(self.features), -1)))
 
         def step():
             plan = mla.dispatch(self.present)
@@ -73,7 +76,9 @@ class Infer:
 
         yield provider("ours", self.ours)
         yield provider("ours predict", self.predict)
-        if self.on_gpu and self.present is None:  # which rows there are is asked of the device
+        if self.present is not None:
+            yield provider("ours dispatched", self.dispatched)
+        if self.on_gpu:
             yield provider("ours graph", captured(self.ours))
         for way in (head_calls, one_product):
             for name, form in forms.FUSION.items():
