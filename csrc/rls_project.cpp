@@ -27,11 +27,10 @@ constexpr int64_t SIDE = 64;
 // cache whatever s is. Zeros follow column s. A's blocks have u as one more row, for the correction.
 template <typename T>
 struct Packed {
-  const T* A;
-  T* AP;
+  T *A, *AP;
   int64_t rows;
 
-  MLA_INLINE const T* operand(int64_t block) const { return A + block * (rows + 1) * SIDE; }
+  MLA_INLINE T* operand(int64_t block) const { return A + block * (rows + 1) * SIDE; }
   MLA_INLINE T* result(int64_t block) const { return AP + block * rows * SIDE; }
 };
 
@@ -144,30 +143,32 @@ void multiply_triangle(T* P, int64_t s, const T* u, bool fold_left, const T* G, 
   const int64_t blocks = (s + SIDE - 1) / SIDE, rows = C + 1, parts = std::clamp<int64_t>(s / 256, 1, 16);
   const int64_t size = blocks * rows * SIDE;  // of A P
   Zeros<T> A(size + blocks * SIDE), AP(parts * size);
+  const Packed<T> packed{A.data(), AP.data(), rows};
   for (int64_t b = 0, i = 0; b < blocks; ++b, i += SIDE)
     for (int64_t v = 0; v <= rows; ++v)
       if (const T* from = v < C ? G + v * s : v == C ? x_bar : u)
-        std::copy_n(from + i, std::min(SIDE, s - i), A.data() + (b * (rows + 1) + v) * SIDE);
+        std::copy_n(from + i, std::min(SIDE, s - i), packed.operand(b) + v * SIDE);
   in_parallel(parts, rows * s * s / parts, [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
-      for (int64_t part = begin; part < end; ++part)
+      for (int64_t part = begin; part < end; ++part) {
+        const Packed<T> own{packed.A, packed.AP + part * size, rows};
         for (int64_t round = 0; round < blocks; round += 2 * parts)
           for (const int64_t J : {round + part, round + 2 * parts - 1 - part}) {
             if (J >= blocks) break;
-            const Packed<T> packed{A.data(), AP.data() + part * size, rows};
             if (u)
-              multiply_panel<T, bytes, true>(P, s, J, packed);
+              multiply_panel<T, bytes, true>(P, s, J, own);
             else
-              multiply_panel<T, bytes, false>(P, s, J, packed);
+              multiply_panel<T, bytes, false>(P, s, J, own);
             if (fold_left)
               for (int64_t j = J * SIDE; j < std::min(s, (J + 1) * SIDE); ++j) axpy<bytes>(-u[j], u, P + j * s, J * SIDE);
           }
+      }
     });
   });
   for (int64_t b = 0, i = 0; b < blocks; ++b, i += SIDE)
     for (int64_t v = 0; v < rows; ++v) {
       T* to = (v < C ? GP + v * s : k) + i;
-      const T* from = AP.data() + (b * rows + v) * SIDE;
+      const T* from = packed.result(b) + v * SIDE;
       const int64_t width = std::min(SIDE, s - i);
       std::copy_n(from, width, to);
       for (int64_t part = 1; part < parts; ++part)

@@ -57,10 +57,11 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     config["encoders"] = {name: list(x.shape[1:]) for name, x in dataset.inputs.items()}
     config["classes"] = dataset.classes
-    if len(dataset.target.unique()) < 2:
+    there = len(dataset.target.unique())
+    if there < 2:
         raise ValueError(f"{config['data']}: {config['label']!r}: expected at least two classes, got {dataset.target[0]} alone")
     if dataset.classes > 10**5 > len(dataset):
-        got = f"{len(dataset.target.unique())} of them up to {dataset.classes - 1}"
+        got = f"{there} of them up to {dataset.classes - 1}"
         raise ValueError(f"{config['data']}: {config['label']!r}: expected classes numbered from 0, got {got}")
     parts = _split(dataset, config)
     config["statistics"] = {name: list(values) for name, values in data.statistics(parts[0]).items()}
