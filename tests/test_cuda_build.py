@@ -1,5 +1,5 @@
 """The CUDA module where there is no GPU: it compiles for every architecture without spilling, registers its operators, and its
-kernels' index arithmetic, which runs here on the host, is right."""
+kernels' index arithmetic is right at every size. test_cuda_on_host.py runs the kernels."""
 
 import re
 import runpy
