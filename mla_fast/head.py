@@ -166,11 +166,11 @@ class HeadLayer:
             return self.joined(weight.grad, torch.zeros_like(bias))
         return self.joined(weight.grad, bias.grad if self.with_bias else None)
 
-    def values(self) -> Tensor:
-        """A copy of the parameters, for the update to be measured against."""
+    def values(self, *, copy: bool = False) -> Tensor:
+        """The parameters, [C, s] or [C, s + 1]; a copy at all events for the update to be measured against."""
         weight = local(self.module.weight)
         joined = self.joined(weight, self.module.bias)
-        return joined.clone() if joined is weight else joined.detach()
+        return joined.clone() if copy and joined is weight else joined.detach()
 
     def measured(self, x_bar: Tensor) -> HeadStep:
         """The step to be taken, with the norms by which to tell whether all of it is finite."""
@@ -194,7 +194,7 @@ class HeadLayer:
         """`change`, the step's G or the update that came of it, projected; P moves."""
         projected = self.projection(change, step.x_bar, modality, found_inf)
         before = step.norms[0] if change is step.grad else torch.linalg.vector_norm(change)
-        self.norms = (before, torch.linalg.vector_norm(projected), step.norms[1])
+        self.norms = (before, before if projected is change else torch.linalg.vector_norm(projected), step.norms[1])
         return projected
 
     def diagnostics(self) -> dict[str, Any]:

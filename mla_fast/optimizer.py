@@ -216,8 +216,11 @@ class MLAOptimizer(torch.optim.Optimizer):
         sharded = any(step.layer.sharded for step in steps)
         if self._on_host(norms[0]) and found_inf is None and not sharded:
             return not math.isfinite(sum(norm.item() for norm in norms))
-        bad = ~torch.stack(norms).sum().isfinite()
-        bad = (bad if found_inf is None else bad | (found_inf != 0).all()).to(torch.float32)
+        total = torch.stack(norms).sum()
+        bad = torch.nan_to_num(total - total, nan=1.0)  # in two launches, where ~isfinite takes six
+        if found_inf is not None:
+            bad = bad.logical_or(found_inf.reshape(()))
+        bad = bad.to(torch.float32)
         if sharded:  # each rank has seen its own rows of G
             dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.process_group)
         return bool(bad) if self._on_host(bad) else bad
@@ -235,18 +238,18 @@ class MLAOptimizer(torch.optim.Optimizer):
     def _step_projected(self, steps: list[HeadStep], modality: str | None, bad: Tensor | None) -> None:
         for step in steps:
             step.layer.projection.alpha()  # a callable's bad value is refused before anything moves
-        if self.settings.target == "gradient":
+        if self.settings.target == "gradient" or self.settings.projection == "none":
             for step in steps:
                 projected = step.layer.project(step, step.grad, modality, bad)
                 if projected is not step.grad:
                     step.layer.write(projected, gradient=True)
             self._step_wrapped(steps, bad)
         else:
-            before = [step.layer.values() for step in steps]
+            before = [step.layer.values(copy=True) for step in steps]
             self._step_wrapped(steps, bad)
             for step, old in zip(steps, before, strict=True):
                 layer = step.layer
-                layer.write(old + layer.project(step, layer.values() - old, modality, bad), gradient=False)
+                layer.write(old.add_(layer.project(step, layer.values() - old, modality, bad)), gradient=False)
 
     def _step_wrapped(self, steps: list[HeadStep], bad: Tensor | None) -> None:
         """The wrapped optimizer's step. `bad`, if given, is read on the device: nothing of the head moves where it is 1."""
@@ -395,7 +398,9 @@ class _Snapshot:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]):
         self.optimizer, self.parameters = optimizer, parameters
-        self.before = {key: t.clone() for key, t in self._tensors().items()}
+        tensors = self._tensors()
+        self.before = {key: torch.empty_like(t) for key, t in tensors.items()}
+        torch._foreach_copy_(list(self.before.values()), list(tensors.values()))  # one launch for all of a dtype
 
     def _tensors(self) -> dict[tuple[Tensor, str | None], Tensor]:
         """By parameter and name in its state, since an optimizer may put a new tensor there."""
@@ -408,9 +413,10 @@ class _Snapshot:
 
     def where(self, bad: Tensor) -> None:
         """Takes the step back where bad is 1; state that the step created becomes zero."""
+        good = bad == 0
         for key, t in self._tensors().items():
             before = self.before.get(key)
-            t.copy_(torch.where(bad == 0, t, torch.zeros_like(t) if before is None else before))
+            torch.where(good, t, torch.zeros_like(t) if before is None else before, out=t)
 
 
 _AMP = ("grad_scale", "found_inf")  # the attributes by which torch.amp reaches a fused optimizer

@@ -16,6 +16,7 @@ from helpers import (
     assert_bitwise,
     backward,
     everything,
+    fused_sgd,
     head_steps,
     make_head,
     make_model,
@@ -28,6 +29,7 @@ from helpers import (
     wrap,
 )
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mla_fast as mla
 from mla_fast import reference
@@ -346,6 +348,39 @@ def test_a_compiled_step_breaks_where_torch_optim_does(projection, target, monke
         frame = reason.user_stack[-1]
         assert "torch/optim" in frame.filename or frame.line == "inner.step()", reason
     torch._dynamo.reset()
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on a GPU: every operation but views and allocations."""
+
+    FREE = {"alias", "detach", "empty", "empty_like", "reshape", "select", "slice", "t", "unbind", "view"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        self.count += name not in self.FREE and not name.startswith("_record_function")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("target,extra", [("gradient", 0), ("update", 4)])
+@pytest.mark.parametrize("make,guard", [(fused_sgd, 0), (momentum_sgd, 6)])  # what undoes a step that is not finite
+@pytest.mark.parametrize("projection,launches", [("none", 7), ("window", 10), ("rls", 12)])
+def test_what_a_step_launches_on_a_gpu(projection, launches, make, guard, target, extra, monkeypatch):
+    """Beyond what the wrapped optimizer by itself does. `_foreach_norm` and `rls_project_` are two kernels each."""
+    on_device(monkeypatch)
+    counted = []
+    for wrapped in (False, True):
+        head = make_head(8)
+        optimizer = wrap(head, make, projection=projection, target=target) if wrapped else make(head.parameters())
+        for modality, x, y in head_steps(4, 8):
+            with Launches() as counter:
+                backward(head, optimizer, modality, x, y)
+                optimizer.step(**({"modality": modality} if wrapped else {}))
+        counted.append(counter.count)
+    assert counted[1] - counted[0] <= launches + guard + (projection != "none") * extra
 
 
 def test_alpha_may_be_a_tensor_that_changes_in_place():
