@@ -1,5 +1,6 @@
 """The Triton kernels: what the operators' tests, which run them too, do not reach. On a GPU if there is one, else interpreted."""
 
+import math
 import os
 import subprocess
 import sys
@@ -98,6 +99,53 @@ def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
         returned = ops.rls_step("triton", P, x_bar, grad, alpha, pending, slot, found_inf)
         torch.testing.assert_close(returned, grad, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(folded(P, pending, slot), before)
+
+
+def one_of_each(s=100, C=17, N=9):
+    """Every kernel on several programs; all that it leaves behind."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    alpha, left = torch.tensor(ALPHA, dtype=f64), []
+    for R, classes in ((1, C), (4, 3), (4, C)):
+        P, pending, slot = state(s, R)
+        for _ in range(R + 2):
+            left.append(ops.rls_step("triton", P, normal(s), normal(classes, s), alpha, pending, slot).clone())
+        ops.rls_fold("triton", P, pending, slot)
+        left += [P, pending]
+    means = normal(4, s)
+    left += [ops.window_step_("triton", means, 1, normal(s), normal(C, s), alpha), means]
+    left.append(ops.window_project(means, normal(C, s), ALPHA, backend="triton"))
+    for classes in (C, 4100):
+        logits, present = normal(3, N, classes).requires_grad_(), normal(N, 3) > 0
+        fused = mla.entropy_fusion(logits, present, backend="triton")
+        sum((part * normal(*part.shape)).sum() for part in fused).backward()
+        left += [*(part.detach() for part in fused), logits.grad]
+    return left
+
+
+@pytest.mark.skipif(not ops.INTERPRETED, reason="a GPU runs programs in an order of its own")
+def test_programs_in_any_order_do_the_same_to_the_last_bit(narrow_blocks, monkeypatch):
+    """The interpreter takes a grid's programs one by one from the first to the last; a GPU takes many at once."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    forwards, in_order, sizes = one_of_each(), interpreter_builder.set_grid_idx, []
+    for order_of in (lambda count: torch.arange(count).flip(0), torch.randperm):
+        orders = {}
+
+        def out_of_order(*index, order_of=order_of, orders=orders):
+            grid = interpreter_builder.grid_dim
+            if grid not in orders:
+                orders[grid] = order_of(math.prod(grid)).view(grid)
+                sizes.append(math.prod(grid))
+            in_order(*(int(i) for i in torch.unravel_index(orders[grid][index], grid)))
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", out_of_order)
+        for got, want in zip(one_of_each(), forwards, strict=True):
+            assert torch.equal(got, want)
+    assert max(sizes) > 8, "nothing to put in another order"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
