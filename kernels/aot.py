@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,13 +116,24 @@ def _fusions(empty, C, dtype):
         yield name, functools.partial(entropy_fusion_backward, logits, present, *grads, slot=slot)
 
 
-class _Driver:
-    """Names the target; whatever would touch a device is missing."""
+class Driver:
+    """Names the target; there is no device. What is launched is given to `launch`: grid, stream, function, … and arguments."""
 
-    def __init__(self, target: GPUTarget):
+    def __init__(self, target: GPUTarget, launch: Callable[..., None] | None = None):
         self.get_current_target = lambda: target
         self.get_current_device = lambda: list(TARGETS.values()).index(target)  # triton remembers the target by device
         self.get_current_stream = lambda device=None: 0
+        self.launcher_cls = lambda source, metadata: launch
+        self.utils = self
+
+    @staticmethod
+    def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple:
+        """(module, function, registers, spills, threads to a block)."""
+        return name, (name, hash(binary)), 0, 0, 1024
+
+    @staticmethod
+    def get_device_properties(device: int) -> dict:
+        return {"max_shared_mem": max(SHARED_LIMIT.values())}
 
 
 @contextlib.contextmanager
@@ -137,7 +149,7 @@ def _compiling_for(target: str, compiled: list, used: set):
         used.add((op, launch.TABLE[op].index(found)))
         return found
 
-    driver.set_active(_Driver(TARGETS[target]))
+    driver.set_active(Driver(TARGETS[target]))
     JITFunction.run, launch._row = compile_only, noted_row
     launch.HIP = TARGETS[target].backend == "hip"
     launch.forget()

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, fusion_config
+from .launch import Launch, dtypes, fusion_config, remembered
 
 
 @triton.jit
@@ -175,13 +175,11 @@ def entropy_fusion(logits, present=None, slot=None):
     wide = torch.promote_types(rows[0].dtype, torch.float32)
     fused = rows[0].new_empty(N, C)
     weights, entropy = rows[0].new_empty(N, M, dtype=wide), rows[0].new_empty(N, M, dtype=wide)
-    config = fusion_config("entropy_fusion", C, wide.itemsize)
     if N:
-        entropy_fusion_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            rows, tuple(z.stride(0) for z in rows), mask, fused, weights, entropy, N, C,
-            M=M, M_PAD=triton.next_power_of_2(M), MASK=kind, ALIGN=_alignment(C, *rows), ONE_READ=C <= config["BLOCK_C"],
-            **config, **OPTIONS,
-        )  # fmt: skip
+        strides = tuple(z.stride(0) for z in rows)
+        kinds = dtypes(*rows, mask)
+        fuse, BLOCK_N = _forward(M, C, kind, _alignment(C, *rows), wide.itemsize, kinds, strides, fused.get_device())
+        fuse((triton.cdiv(N, BLOCK_N), 1, 1), rows, strides, mask, fused, weights, entropy, N)
     return fused, weights, entropy
 
 
@@ -190,17 +188,32 @@ def entropy_fusion_backward(logits, present, weights, entropy, g_fused, g_weight
     rows, N, M, C, mask, kind = _layout(logits, present, slot)
     grads = [(torch.empty_like if slot is None else torch.zeros_like)(z, memory_format=torch.contiguous_format) for z in logits]
     to = _by_modality(grads, M)
-    config = fusion_config("entropy_fusion_backward", C, weights.element_size())
-    g_fused, g_weights, g_entropy = (None if g is None else g.contiguous() for g in (g_fused, g_weights, g_entropy))
+    given = [None if g is None else g.contiguous() for g in (g_fused, g_weights, g_entropy)]
     if N:
-        entropy_fusion_backward_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
-            rows, tuple(z.stride(0) for z in rows), mask,
-            weights.contiguous(), entropy.contiguous(), g_fused, g_weights, g_entropy, to, N, C,
-            M=M, M_PAD=triton.next_power_of_2(M), MASK=kind, ALIGN=_alignment(C, *rows, *([] if g_fused is None else [g_fused])),
-            HAS_FUSED=g_fused is not None, HAS_WEIGHTS=g_weights is not None, HAS_ENTROPY=g_entropy is not None,
-            **config, **OPTIONS,
-        )  # fmt: skip
+        strides = tuple(z.stride(0) for z in rows)
+        align = _alignment(C, *rows, *([] if g_fused is None else given[:1]))
+        kinds = dtypes(*rows, mask, *given)
+        back, BLOCK_N = _backward(M, C, kind, align, weights.element_size(), kinds, strides, weights.get_device())
+        grid = triton.cdiv(N, BLOCK_N), 1, 1
+        back(grid, rows, strides, mask, weights.contiguous(), entropy.contiguous(), *given, to, N)
     return grads
+
+
+@remembered
+def _forward(M, C, mask, align, itemsize, kinds, strides, device):
+    """(the launch, samples to a program) for tensors of these dtypes and strides."""
+    config = fusion_config("entropy_fusion", C, itemsize)
+    one_read = C <= config["BLOCK_C"]
+    common = dict(C=C, M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=align)
+    return Launch(entropy_fusion_kernel, **common, ONE_READ=one_read, **config), config["BLOCK_N"]
+
+
+@remembered
+def _backward(M, C, mask, align, itemsize, kinds, strides, device):
+    config = fusion_config("entropy_fusion_backward", C, itemsize)
+    has = dict(zip(("HAS_FUSED", "HAS_WEIGHTS", "HAS_ENTROPY"), (dtype is not None for dtype in kinds[-3:]), strict=True))
+    common = dict(C=C, M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=align)
+    return Launch(entropy_fusion_backward_kernel, **common, **has, **config), config["BLOCK_N"]
 
 
 def _layout(logits, present, slot):

@@ -1,4 +1,5 @@
-"""Launch configurations by size, read from launch.json: no autotuning, so the first step is as fast as the thousandth.
+"""Launch configurations by size, read from launch.json: no autotuning, so the first step is as fast as the thousandth; and
+launches that cost the host little.
 
 An op's rows are tried in order; the first one whose bounds (``up_to``, inclusive) all hold is taken. ``python -m bench.tune``
 measures the alternatives on the GPU at hand and rewrites the file.
@@ -19,10 +20,60 @@ MAX_BLOCK_C = 128
 MAX_SPLITS = 16
 
 
+_remembered = []
+
+
+def remembered(function):
+    """Calls `function` once for the same arguments."""
+    _remembered.append(functools.lru_cache(maxsize=1024)(function))
+    return functools.wraps(function)(_remembered[-1])
+
+
 def forget() -> None:
-    """Drops the configurations that were worked out; for whoever changes the table or the limits above."""
-    for cached in (rls_read_config, rls_finish_config, window_config, fusion_config):
+    """Drops what was worked out; for whoever changes the table or the limits above."""
+    for cached in _remembered:
         cached.cache_clear()
+
+
+class Launch:
+    """A kernel with its constants, on one device, for arguments whose dtypes and specialized integers are always the same.
+
+    Triton takes the host some ten µs to find the variant of a kernel that a call wants. Here it does so once; later calls go
+    straight to the variant that was found. Arguments at addresses that are no multiple of 16, or integers of more than 31 bits,
+    want another variant, and go through Triton each time.
+    """
+
+    def __init__(self, kernel, **constants):
+        self.kernel, self.constants, self.compiled = kernel, {**constants, **OPTIONS}, None
+
+    def __call__(self, grid: tuple[int, ...], *args):
+        usual = is_usual(args)
+        if usual and self.compiled is not None:
+            self.compiled[grid](*args, *self.constexprs)
+            return
+        compiled = self.kernel[grid](*args, **self.constants)
+        if usual and compiled is not None:  # which it is where kernels are interpreted
+            self.compiled = compiled
+            self.constexprs = [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
+
+
+def dtypes(*tensors: torch.Tensor | None) -> tuple:
+    """By which variants of a kernel differ; None for a tensor that is not given."""
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def is_usual(args) -> bool:
+    """Whether every address is a multiple of 16 and every integer fits 31 bits."""
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            if a.data_ptr() & 15:
+                return False
+        elif isinstance(a, int):
+            if a >> 31 > 0:
+                return False
+        elif isinstance(a, tuple) and not is_usual(a):
+            return False
+    return True
 
 
 def _row(op: str, **sizes: int) -> dict:
@@ -44,7 +95,7 @@ def block_c(C: int) -> int:
     return min(max(triton.next_power_of_2(C), 16), MAX_BLOCK_C)
 
 
-@functools.cache
+@remembered
 def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, int, int]:
     """(configuration, rows of P to a split, splits): enough programs to occupy the GPU, whole blocks of rows in each split."""
     row = _row("rls_read", s=s, C=C)
@@ -57,7 +108,7 @@ def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, int, int]:
     return config, split_rows, triton.cdiv(s, split_rows)
 
 
-@functools.cache
+@remembered
 def rls_finish_config(s: int, R: int) -> dict:
     config = _config(_row("rls_finish", s=s, R=R))
     return {**config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(s))}
@@ -67,13 +118,13 @@ def rls_fold_config(s: int) -> dict:
     return _config(_row("rls_fold", s=s))
 
 
-@functools.cache
+@remembered
 def window_config(s: int, J: int) -> dict:
     config = _config(_row("window", s=s, J=J))
     return {"J_PAD": triton.next_power_of_2(max(J, 1)), **config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(s))}
 
 
-@functools.cache
+@remembered
 def fusion_config(op: str, C: int, itemsize: int) -> dict:
     """Several short rows to a program (no more than it has threads), or one row in one or more blocks; `itemsize` bytes to a
     number as it is computed."""

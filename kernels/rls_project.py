@@ -16,11 +16,13 @@ u never enters P at once. It waits in `pending` [R, s], and the true P is P − 
 How many rows wait is known to the device alone (`slot`), so the same two launches replay in a CUDA graph.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, dot_precision, rls_finish_config, rls_fold_config, rls_read_config
+from .launch import Launch, dot_precision, dtypes, remembered, rls_finish_config, rls_fold_config, rls_read_config
 
 
 @triton.jit
@@ -182,6 +184,33 @@ def rls_finish_kernel(
             tl.store(slot_ptr + 1, slot + 1)
 
 
+class _Step(NamedTuple):
+    """The launches of a step and what they need to know of the sizes."""
+
+    read: Launch
+    read_grid: tuple[int, int, int]
+    split_rows: int
+    work: tuple[int, int]  # numbers in k and in G P
+    flags: int
+    finish: Launch
+    folds_on_the_way: bool
+
+
+@remembered
+def _step(s, C, R, waits, project_first, kinds, device):
+    """kinds: the dtypes of P, x̄, G, α and found_inf."""
+    config, split_rows, splits = rls_read_config(s, C, kinds[0].itemsize)
+    c_blocks = max(triton.cdiv(C, config["BLOCK_C"]), 1)
+    folds_on_the_way, flags = waits and R == 1 and c_blocks == 1, splits * c_blocks
+    read = Launch(rls_read_kernel, FOLD=folds_on_the_way, PRECISION=dot_precision(kinds[0]), **config)
+    finish = Launch(
+        rls_finish_kernel, R=R, SPLITS=splits, PROJECT_FIRST=project_first, HAS_FOUND_INF=kinds[-1] is not None,
+        FLAGS=triton.next_power_of_2(flags), **rls_finish_config(s, R),
+    )  # fmt: skip
+    grid = triton.cdiv(s, config["BLOCK_COLS"]), splits, c_blocks
+    return _Step(read, grid, split_rows, (splits * s, splits * C * s), flags, finish, folds_on_the_way)
+
+
 def rls_project_(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None, project_first=False):
     """One step on tensors of one device; the operator's contract is that of ``mla_fast.rls_project_``.
 
@@ -201,24 +230,14 @@ def rls_project_(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None,
     waits = pending is not None
     if not waits:
         pending, slot = torch.zeros(1, s, dtype=P.dtype, device=P.device), None
-    R = pending.shape[0]
-    config, split_rows, splits = rls_read_config(s, C, P.element_size())
-    c_blocks = max(triton.cdiv(C, config["BLOCK_C"]), 1)
-    folds_on_the_way = waits and R == 1 and c_blocks == 1
-    if waits and not folds_on_the_way:
+    kinds = dtypes(P, x_bar, grad, alpha, found_inf)
+    step = _step(s, C, pending.shape[0], waits, project_first, kinds, P.get_device())
+    if waits and not step.folds_on_the_way:
         _launch_fold(P, pending, slot, full_only=True)
-    work = torch.empty(splits * (C + 1) * s, dtype=P.dtype, device=P.device)
-    k, GP = work[: splits * s], work[splits * s :]
-    bad = torch.empty(splits * c_blocks, dtype=torch.int32, device=P.device)
-    rls_read_kernel[(triton.cdiv(s, config["BLOCK_COLS"]), splits, c_blocks)](
-        P, x_bar, grad, pending, k, GP, bad, s, C, split_rows,
-        FOLD=folds_on_the_way, PRECISION=dot_precision(P.dtype), **config, **OPTIONS,
-    )  # fmt: skip
-    rls_finish_kernel[(max(C, 1),)](
-        x_bar, grad, out, pending, slot, k, GP, bad, alpha, found_inf, s, C, bad.numel(),
-        R=R, SPLITS=splits, PROJECT_FIRST=project_first, HAS_FOUND_INF=found_inf is not None,
-        FLAGS=triton.next_power_of_2(bad.numel()), **rls_finish_config(s, R), **OPTIONS,
-    )  # fmt: skip
+    k, GP = torch.empty(sum(step.work), dtype=P.dtype, device=P.device).split(step.work)
+    bad = torch.empty(step.flags, dtype=torch.int32, device=P.device)
+    step.read(step.read_grid, P, x_bar, grad, pending, k, GP, bad, s, C, step.split_rows)
+    step.finish((max(C, 1), 1, 1), x_bar, grad, out, pending, slot, k, GP, bad, alpha, found_inf, s, C, step.flags)
     if not waits:
         _launch_fold(P, pending, slot, full_only=False)
     return out
@@ -247,6 +266,12 @@ def rls_fold_(P, pending, slot=None):
 
 def _launch_fold(P, pending, slot, *, full_only):
     s = P.shape[0]
+    fold, grid = _fold(s, pending.shape[0], full_only, P.dtype, P.get_device())
+    fold(grid, P, pending, slot, s)
+
+
+@remembered
+def _fold(s, R, full_only, dtype, device):
     config = rls_fold_config(s)
-    grid = (triton.cdiv(s, config["BLOCK_ROWS"]), triton.cdiv(s, config["BLOCK_COLS"]))
-    rls_fold_kernel[grid](P, pending, slot, s, R=pending.shape[0], FULL_ONLY=full_only, **config, **OPTIONS)
+    grid = triton.cdiv(s, config["BLOCK_ROWS"]), triton.cdiv(s, config["BLOCK_COLS"]), 1
+    return Launch(rls_fold_kernel, R=R, FULL_ONLY=full_only, **config), grid

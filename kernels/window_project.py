@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, window_config
+from .launch import Launch, dtypes, remembered, window_config
 
 
 @triton.jit
@@ -97,8 +97,14 @@ def _launch(means, x_bar, grad, alpha, own, found_inf):
     grad = grad.contiguous()
     out = torch.empty_like(grad)
     if s:
-        window_project_kernel[(max(C, 1),)](
-            means, x_bar, grad, out, alpha, found_inf, s, C, J, own,
-            REMEMBER=x_bar is not None, HAS_FOUND_INF=found_inf is not None, **window_config(s, J), **OPTIONS,
-        )  # fmt: skip
+        project = _project(s, C, J, dtypes(means, x_bar, grad, alpha, found_inf), means.get_device())
+        project((max(C, 1), 1, 1), means, x_bar, grad, out, alpha, found_inf, s, C, J, own)
     return out
+
+
+@remembered
+def _project(s, C, J, kinds, device):
+    """kinds: the dtypes of means, x̄, G, α and found_inf."""
+    _, x_bar, _, _, found_inf = kinds
+    flags = {"REMEMBER": x_bar is not None, "HAS_FOUND_INF": found_inf is not None}
+    return Launch(window_project_kernel, **flags, **window_config(s, J))

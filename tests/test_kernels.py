@@ -275,6 +275,79 @@ def test_every_kernel_compiles_without_spilling(target):
     assert "0 bytes spilled" in done.stdout
 
 
+LAUNCHES_TWICE = """
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from mla_fast import kernels
+from mla_fast.kernels.aot import TARGETS, Driver
+
+launched, through_triton = [], []
+driver.set_active(Driver(TARGETS["sm_90"], lambda *args: launched.append(args)))
+run = JITFunction.run
+JITFunction.run = lambda self, *args, **kwargs: through_triton.append(self.__name__) or run(self, *args, **kwargs)
+
+def known(arguments):
+    "What must be the same. Results and scratch are new at each call."
+    def one(a):
+        if isinstance(a, torch.Tensor):
+            return a.dtype, a.shape, a.data_ptr() % 16
+        return known(a) if isinstance(a, tuple) else getattr(a, "data", a)  # Triton's lazy dictionaries are new, too
+    return [one(a) for a in arguments]
+
+def seen(call):
+    launched.clear(), through_triton.clear()
+    call()
+    return known(launched), list(through_triton)
+
+s, C, N = 64, 6, 16
+P, x, G, alpha = torch.empty(s, s), torch.empty(s), torch.empty(C, s), torch.ones((), dtype=torch.float64)
+slot, means, z = torch.zeros(2, dtype=torch.int32), torch.empty(3, s), [torch.empty(N, C) for _ in range(3)]
+small, present, rows = torch.empty(N, 3), torch.ones(N, 3, dtype=torch.bool), torch.zeros(N, 3, dtype=torch.int64)
+backward = kernels.entropy_fusion_backward
+for pending in (None, torch.empty(1, s), torch.empty(4, s)):
+    for options in ({}, {"found_inf": torch.zeros(1), "project_first": True}):
+        step = lambda: kernels.rls_project_(P, x, G, alpha, pending, slot, **options)
+        (first, compiled), (second, again) = seen(step), seen(step)
+        assert first == second and len(first) > 1 and compiled and not again, (compiled, again)
+for call in (
+    lambda: kernels.rls_fold_(P, torch.empty(4, s), slot),
+    lambda: kernels.window_project(means, G, alpha),
+    lambda: kernels.window_step_(means, 1, x, G, alpha),
+    lambda: kernels.window_step_(means, 1, x, G, alpha, torch.zeros(1)),
+    lambda: kernels.entropy_fusion(z),
+    lambda: kernels.entropy_fusion(z, present),
+    lambda: kernels.entropy_fusion(z[:1], None, rows),
+    lambda: backward(z, None, small, small, z[0], None, None),
+    lambda: backward(z, present, small, small, None, small, small),
+):
+    (first, compiled), (second, again) = seen(call), seen(call)
+    assert first == second and len(first) == len(compiled) == 1 and not again, (compiled, again)
+
+plain = lambda x, G, means=means: seen(lambda: kernels.window_step_(means, 1, x, G, alpha))
+(usual, again), (other, compiled) = plain(x, G), plain(x.bfloat16(), G)
+assert not again and compiled and other[0][4] != usual[0][4], "another dtype is another variant"
+crooked = torch.empty(C * s + 1)[1:].view(C, s)
+for _ in range(2):
+    other, compiled = plain(x, crooked)
+    assert compiled and other[0][4] != usual[0][4], "and so is an address that is no multiple of 16"
+assert plain(x, G) == (usual, [])
+print("the same")
+"""
+
+
+def test_later_launches_go_around_triton_and_are_the_same():
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES_TWICE], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_bench_of_launches():
+    done = subprocess.run([sys.executable, "-m", "bench.launches", "--seconds", "0.01"], capture_output=True, text=True)
+    assert done.returncode == 0 and "| entropy_fusion | 1 |" in done.stdout, done.stderr[-2000:]
+
+
 @needs_cuda
 @pytest.mark.parametrize("s,R", [(512, 1), (512, 4), (4096, 4)])
 def test_a_thousand_updates_stay_within_the_promise(s, R):

@@ -1,0 +1,62 @@
+"""What launching the kernels costs the host: ``python -m bench.launches [--seconds 2]``. Needs triton, and no GPU.
+
+The operators' launchers run on CPU tensors, with a driver that launches nothing: what is timed is all that happens before the
+driver. Beside it the same through Triton's own way at every call. torch's dispatcher and the driver's own few µs come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch  # noqa: E402
+from mla_fast.kernels.aot import TARGETS, Driver  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from bench.timing import sample, summary  # noqa: E402
+from mla_fast import kernels  # noqa: E402
+
+
+def calls(s: int = 512, C: int = 31, N: int = 64, M: int = 3) -> dict[str, tuple[int, Callable[[], object]]]:
+    """(launches, call) by operator."""
+    P, x, G, alpha = torch.empty(s, s), torch.empty(s), torch.empty(C, s), torch.ones((), dtype=torch.float64)
+    pending, means, logits = torch.empty(1, s), torch.empty(M, s), [torch.empty(N, C) for _ in range(M)]
+    return {
+        "rls_project_": (2, lambda: kernels.rls_project_(P, x, G, alpha, pending)),
+        "window_step_": (1, lambda: kernels.window_step_(means, 1, x, G, alpha)),
+        "entropy_fusion": (1, lambda: kernels.entropy_fusion(logits)),
+    }
+
+
+def through_triton(call: Callable[[], object]) -> Callable[[], object]:
+    """The call with no launch remembered."""
+
+    def slow():
+        usual, kernels.launch.is_usual = kernels.launch.is_usual, lambda args: False
+        try:
+            return call()
+        finally:
+            kernels.launch.is_usual = usual
+
+    return slow
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="what launching the kernels costs the host, without a GPU")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per operator")
+    seconds = parser.parse_args().seconds
+    torch.set_num_threads(1)
+    driver.set_active(Driver(TARGETS["sm_90"], lambda *args: None))
+    print("| operator | launches | host, µs | through Triton, µs | ratio |\n|---|---:|---:|---:|---:|")
+    for name, (launches, call) in calls().items():
+        samples = sample({"ours": call, "triton": through_triton(call)}, seconds=seconds, rounds=(50, 500), host_us=1000.0)
+        ours, triton = summary(samples["ours"]), summary(samples["triton"])
+        spread = f"{ours.median:.1f} ({ours.p20:.1f}–{ours.p80:.1f}) | {triton.median:.1f} ({triton.p20:.1f}–{triton.p80:.1f})"
+        print(f"| {name} | {launches} | {spread} | {triton.median / ours.median:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
