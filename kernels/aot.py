@@ -89,6 +89,8 @@ def _cases():
             for C in (6, 101):
                 yield f"rls s={s} C={C} {dtype}", rls(s, C, R, dtype, project_first=True, found_inf=found_inf)
     yield "rls without pending", rls(768, 31, 0, torch.float32)
+    P, x, G = empty(64, 64, dtype=torch.float64), empty(64), empty(6, 64, dtype=torch.bfloat16)
+    yield "rls float64 of bfloat16", functools.partial(rls_project_, P, x, G, alpha, empty(1, 64, dtype=torch.float64))
     yield "fold", functools.partial(rls_fold_, empty(768, 768), empty(1, 768), empty(2, dtype=torch.int32))
     for dtype in DTYPES:
         for J, s in ((1, 1), (2, 768), (5, 8192), (9, 513)):

@@ -192,7 +192,7 @@ def entropy_fusion_backward(logits, present, weights, entropy, g_fused, g_weight
     if N:
         strides = tuple(z.stride(0) for z in rows)
         align = _alignment(C, *rows, *([] if g_fused is None else given[:1]))
-        kinds = dtypes(*rows, mask, *given)
+        kinds = dtypes(*rows, mask, weights, entropy, *given)
         back, BLOCK_N = _backward(M, C, kind, align, weights.element_size(), kinds, strides, weights.get_device())
         grid = triton.cdiv(N, BLOCK_N), 1, 1
         back(grid, rows, strides, mask, weights.contiguous(), entropy.contiguous(), *given, to, N)

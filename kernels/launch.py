@@ -38,23 +38,36 @@ def forget() -> None:
 class Launch:
     """A kernel with its constants, on one device, for arguments whose dtypes and specialized integers are always the same.
 
-    Triton takes the host some ten µs to find the variant of a kernel that a call wants. Here it does so once; later calls go
-    straight to the variant that was found. Arguments at addresses that are no multiple of 16, or integers of more than 31 bits,
-    want another variant, and go through Triton each time.
+    Triton takes the host some nine µs to find the variant of a kernel that a call wants. Here it does so once for arguments of
+    each kind; later calls go straight to the variant that was found. Whoever changes Triton's knobs calls ``forget`` afterwards.
     """
 
     def __init__(self, kernel, **constants):
-        self.kernel, self.constants, self.compiled = kernel, {**constants, **OPTIONS}, None
+        self.kernel, self.constants = kernel, {**constants, **OPTIONS}
+        self.variants = {}
 
     def __call__(self, grid: tuple[int, ...], *args):
-        usual = is_usual(args)
-        if usual and self.compiled is not None:
-            self.compiled[grid](*args, *self.constexprs)
+        kind = _kind(args)
+        if (variant := self.variants.get(kind)) is not None:
+            compiled, constexprs = variant
+            compiled[grid](*args, *constexprs)
             return
         compiled = self.kernel[grid](*args, **self.constants)
-        if usual and compiled is not None:  # which it is where kernels are interpreted
-            self.compiled = compiled
-            self.constexprs = [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
+        if compiled is not None:  # which it is where kernels are interpreted
+            compiled = compiled.result() if hasattr(compiled, "result") else compiled  # it may be compiled in the background
+            self.variants[kind] = compiled, [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
+
+
+def _kind(args, kind: int = 1) -> int:
+    """By what Triton tells arguments apart beside dtypes: which are None, at multiples of 16, or more than 31 bits."""
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            kind = 4 * kind + (a.data_ptr() & 15 == 0) + 2 * (HIP and a.untyped_storage().size() >> 31 > 0)
+        elif isinstance(a, tuple):
+            kind = _kind(a, kind)
+        else:
+            kind = 4 * kind + (3 if a is None else a >> 31 > 0)
+    return kind
 
 
 def dtypes(*tensors: torch.Tensor | None) -> tuple:

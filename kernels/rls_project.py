@@ -208,7 +208,8 @@ def _step(s, C, R, waits, project_first, kinds, device):
         FLAGS=triton.next_power_of_2(flags), **rls_finish_config(s, R),
     )  # fmt: skip
     grid = triton.cdiv(s, config["BLOCK_COLS"]), splits, c_blocks
-    return _Step(read, grid, split_rows, (splits * s, splits * C * s), flags, finish, folds_on_the_way)
+    work = triton.cdiv(splits * s, 4) * 4, splits * C * s  # G P begins at a multiple of 16 bytes
+    return _Step(read, grid, split_rows, work, flags, finish, folds_on_the_way)
 
 
 def rls_project_(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None, project_first=False):
@@ -223,6 +224,8 @@ def rls_project_(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None,
         got = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (P, x_bar, grad))
         raise ValueError(f"rls_project_: expected contiguous P [s, s], x_bar [s] and grad [C, s], got {got}")
     _check_pending(P, pending, slot)
+    if P.dtype == torch.float64 and grad.dtype.itemsize == 2:  # a product that Triton 3.6 cannot compile
+        return rls_project_(P, x_bar, grad.double(), alpha, pending, slot, found_inf, project_first).to(grad.dtype)
     x_bar, grad = x_bar.contiguous(), grad.contiguous()
     out = torch.empty_like(grad)
     if s == 0:

@@ -400,7 +400,7 @@ class _Snapshot:
         self.optimizer, self.parameters = optimizer, parameters
         tensors = self._tensors()
         self.before = {key: torch.empty_like(t) for key, t in tensors.items()}
-        torch._foreach_copy_(list(self.before.values()), list(tensors.values()))  # one launch for all of a dtype
+        torch._foreach_copy_(list(self.before.values()), list(tensors.values()))  # one launch, if of one dtype
 
     def _tensors(self) -> dict[tuple[Tensor, str | None], Tensor]:
         """By parameter and name in its state, since an optimizer may put a new tensor there."""
@@ -416,7 +416,7 @@ class _Snapshot:
         good = bad == 0
         for key, t in self._tensors().items():
             before = self.before.get(key)
-            torch.where(good, t, torch.zeros_like(t) if before is None else before, out=t)
+            torch.where(good, t, torch.zeros_like(t) if before is None else before.to(t.dtype), out=t)
 
 
 _AMP = ("grad_scale", "found_inf")  # the attributes by which torch.amp reaches a fused optimizer

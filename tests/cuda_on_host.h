@@ -1,7 +1,8 @@
 // As much of CUDA as csrc/cuda needs, for g++, so that its kernels and operators run where there is no GPU: the threads of a block
 // are fibers that a scheduler runs one at a time, each up to its next barrier, in an order of chance in which a warp may run far
-// ahead of the others. What holds only in one order, for want of a barrier, fails here sooner or later; a barrier that some thread
-// never reaches aborts. Shared memory is filled with 0xa5 before each block.
+// ahead of the others; blocks run one after another, in an order of chance too. What holds in one order alone, for want of a
+// barrier, fails here sooner or later; a barrier that some thread never reaches ends the process. Between two barriers a thread is
+// not interrupted, so what several add to without atomics is not found.
 #pragma once
 
 #include <Python.h>
@@ -30,7 +31,6 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static __attribute__((section("shared_memory")))
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
@@ -65,8 +65,6 @@ struct NoGuard {
 };
 }  // namespace torch::stable::accelerator
 
-extern char __start_shared_memory[] __attribute__((weak)), __stop_shared_memory[] __attribute__((weak));
-
 namespace cuda_on_host {
 
 inline AOTITorchError current_stream(int32_t, void** stream) { return *stream = nullptr, 0; }
@@ -93,6 +91,7 @@ struct Block {
   std::mt19937 random{std::random_device{}()};
   ucontext_t scheduler;
   std::function<void()> kernel;
+  std::vector<const void*> poisoned;  // shared memory that a thread of this block has come by
   unsigned size = 0, now = 0;
 
   // The thread at hand waits until `count` are there.
@@ -123,7 +122,7 @@ inline void Block::run() {
     makecontext(&thread.context, thread_main, 0);
     ready[t / WARP].push_back(t);
   }
-  if (__start_shared_memory) std::memset(__start_shared_memory, 0xa5, __stop_shared_memory - __start_shared_memory);
+  poisoned.clear();
   for (;;) {
     if (random() % 256 == 0) std::shuffle(warps.begin(), warps.end(), random);
     const auto warp = std::find_if(warps.begin(), warps.end(), [&](unsigned w) { return !ready[w].empty(); });
@@ -142,7 +141,7 @@ inline void Block::run() {
 // kernel<<<blocks, threads, 0, stream>>>(…)
 template <class Kernel>
 void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
-  if (threads % WARP != 0 || threads > 1024) fail("blocks are of whole warps, of 1024 threads at most");
+  if (blocks == 0 || threads % WARP != 0 || threads > 1024) fail("expected one block or more, of whole warps, of 1024 threads at most");
   block.kernel = kernel;
   block.size = threads;
   block.threads.resize(threads);
@@ -151,12 +150,24 @@ void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
   block.warps.resize(threads / WARP);
   std::iota(block.warps.begin(), block.warps.end(), 0);
   block.exchanged.resize(2 * threads);
-  for (block_index.x = 0; block_index.x < blocks; ++block_index.x) block.run();
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), block.random);
+  for (unsigned index : order) block_index.x = index, block.run();
+}
+
+// What stands behind the declaration of a variable in shared memory, which holds nothing yet.
+template <class T>
+void shared(T& variable) {
+  if (std::find(block.poisoned.begin(), block.poisoned.end(), &variable) != block.poisoned.end()) return;
+  std::memset(static_cast<void*>(&variable), 0xa5, sizeof(T));
+  block.poisoned.push_back(&variable);
 }
 
 // Every thread of a warp gives a value and may see that of any other.
 template <class T>
-const uint64_t* exchange(T value) {
+const uint64_t* exchange(unsigned mask, T value) {
+  if (mask != ~0u) fail("expected all threads of the warp");
   static_assert(sizeof(T) <= sizeof(uint64_t));
   Thread& thread = block.threads[block.now];
   const unsigned warp = block.now / WARP, first = thread.exchanges++ % 2 * block.size + warp * WARP;
@@ -166,8 +177,8 @@ const uint64_t* exchange(T value) {
 }
 
 template <class T>
-T value_of(T value, unsigned lane) {
-  std::memcpy(&value, &exchange(value)[lane], sizeof(T));
+T value_of(unsigned mask, T value, unsigned lane) {
+  std::memcpy(&value, &exchange(mask, value)[lane], sizeof(T));
   return value;
 }
 
@@ -179,21 +190,21 @@ inline unsigned lane() { return block.now % WARP; }
 #define blockIdx cuda_on_host::block_index
 
 inline void __syncthreads() { cuda_on_host::block.wait(cuda_on_host::block.at_barrier, cuda_on_host::block.size); }
-inline void __syncwarp() { cuda_on_host::exchange(0); }
+inline void __syncwarp() { cuda_on_host::exchange(~0u, 0); }
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int other) {
-  return cuda_on_host::value_of(value, cuda_on_host::lane() ^ other);
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+  return cuda_on_host::value_of(mask, value, cuda_on_host::lane() ^ other);
 }
 
 template <class T>
-T __shfl_up_sync(unsigned, T value, int by) {
+T __shfl_up_sync(unsigned mask, T value, int by) {
   const int lane = cuda_on_host::lane();
-  return cuda_on_host::value_of(value, lane < by ? lane : lane - by);
+  return cuda_on_host::value_of(mask, value, lane < by ? lane : lane - by);
 }
 
-inline unsigned __ballot_sync(unsigned, bool value) {
-  const uint64_t* values = cuda_on_host::exchange(value);
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  const uint64_t* values = cuda_on_host::exchange(mask, value);
   unsigned ballot = 0;
   for (unsigned lane = 0; lane < cuda_on_host::WARP; ++lane) {
     bool set;

@@ -1,10 +1,13 @@
 """The CUDA dispatch operators run where there is no GPU: the very sources, compiled by g++ with tests/cuda_on_host.h."""
 
+import ctypes
 import importlib.machinery
 import importlib.util
+import mmap
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -18,14 +21,18 @@ ROOT = Path(__file__).parents[1]
 SOURCES = ("operators.cpp", "dispatch_plan.cu", "copy_rows.cu", "segment_mean.cu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 FLOATING = DTYPES[:4]
-LAUNCH = re.compile(r"(\w+(?:<[^<>;]+>)?)<<<(.+), (\w+), 0, stream>>>\((.+)\);")
+# What g++ cannot read, and how it stands in cuda_on_host.h.
+AS_ON_HOST = {
+    r"(\w+(?:<[^<>;]+>)?)<<<(.+), (\w+), 0, stream>>>\((.+)\);": r"cuda_on_host::launch(\2, \3, [=] { \1(\4); });",
+    r"__shared__ (\w+) (\w+)((?:\[[^]]+\])*);": r"static \1 \2\3; cuda_on_host::shared(\2);",
+}
 libraries = []
 
 
 def on_host(folder, name, change=str):
     """The operators as library `name`, from sources as `change` makes them."""
-    if shutil.which("g++") is None or not (ROOT / "csrc").exists():
-        pytest.skip("needs g++ and the source tree")
+    if sys.platform != "linux" or shutil.which("g++") is None or not (ROOT / "csrc").exists():
+        pytest.skip("needs Linux, g++ and the source tree")
     from torch.utils.cpp_extension import include_paths, library_paths
 
     for header in ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"):  # what they declare is in cuda_on_host.h
@@ -38,8 +45,10 @@ def on_host(folder, name, change=str):
     flags += [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     compilers = []
     for source in SOURCES:
-        text = LAUNCH.sub(r"cuda_on_host::launch(\2, \3, [=] { \1(\4); });", change((ROOT / "csrc/cuda" / source).read_text()))
-        assert "<<<" not in text
+        text = change((ROOT / "csrc/cuda" / source).read_text())
+        for cuda, host in AS_ON_HOST.items():
+            text = re.sub(cuda, host, text)
+        assert "<<<" not in text and "__shared__" not in text
         (folder / f"{source}.cpp").write_text(text)
         compilers.append(subprocess.Popen(["g++", "-c", *flags, f"{source}.cpp", "-o", f"{source}.o"], cwd=folder))
     assert not any([compiler.wait() for compiler in compilers])
@@ -69,9 +78,22 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+def at_the_edge(t):
+    """`t` in memory behind which nothing may be read: that would end the process."""
+    if not t.numel():
+        return t
+    base = t.as_strided((t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+    pages = -(-base.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=len(base), offset=pages - base.nbytes)
+    return copy.copy_(base).as_strided(t.shape, t.stride(), t.storage_offset())
+
+
 def mask(N, M):
-    """present [N, M], which begins where no 16 bytes do, or does."""
-    return (torch.rand(N + 1, M) > 0.4)[torch.randint(2, ()) :][:N]
+    """present [N, M], which begins at a multiple of 16 bytes, or does not."""
+    return at_the_edge((torch.rand(N + 1, M) > 0.4)[torch.randint(2, ()) :][:N])
 
 
 def check_plan(op, present, padded):
@@ -92,9 +114,10 @@ def test_plan_pack_and_unpack(op, N, M, padded):
     sizes = [N] * M if padded else counts.tolist()
     widths = (3, 1025 if N < 2000 else 65, 8, 1, 0)
     whole = [(100 * torch.randn(N, widths[m % 5] + m % 2)).to(DTYPES[m % 7]) for m in range(M)]
-    inputs = [x[:, m % 2 :] for m, x in enumerate(whole)]
+    inputs = [at_the_edge(x[:, m % 2 :]) for m, x in enumerate(whole)]
     packed = reference.pack_rows(inputs, rows, offsets, sizes)
     assert equal(op.pack_rows(inputs, rows, offsets, slot, sizes), packed)
+    packed = [at_the_edge(x) for x in packed]
     assert equal(op.unpack_rows(packed, slot, offsets), reference.unpack_rows(packed, slot, offsets))
 
 
@@ -105,23 +128,21 @@ def test_plan_of_many_samples(op, N, M):
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("s", [1, 8, 63, 513])
+@pytest.mark.parametrize("s,first", [(1, 0), (8, 0), (8, 1), (8, 4), (63, 8), (513, 8), (2048, 8)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_segment_means(op, s, dtype, padded):
-    N, M = 300, 4
+def test_segment_means(op, s, first, dtype, padded):
+    """first: the column that features begin with, whose address decides how wide they can be read."""
+    N, M = 300 if s < 2048 else 20, 4
     present = mask(N, M)
     present[:, 2] = False
     rows, offsets, counts, _ = reference.dispatch_plan(present, padded)
-    features = (1 + torch.randn(N * M if padded else int(offsets[-1]), s + 8)).to(dtype)[:, 8:]
+    features = (1 + torch.randn(N * M if padded else int(offsets[-1]), s + first)).to(dtype)[:, first:]
     if padded:
         features[rows < 0] = torch.nan
-        offsets_of = offsets, counts
-    else:
-        offsets_of = offsets, None
-    got = op.segment_mean(features, *offsets_of)
-    want = reference.segment_mean(features.double(), *offsets_of)
+    features, counts = at_the_edge(features), counts if padded else None
+    got, want = op.segment_mean(features, offsets, counts), reference.segment_mean(features.double(), offsets, counts)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-14 if dtype == torch.float64 else 1e-6)
-    assert torch.equal(got, op.segment_mean(features, *offsets_of)), "the threads' order decided"
+    assert torch.equal(got, op.segment_mean(features, offsets, counts)), "the threads' order decided"
 
 
 def test_no_row_that_is_not_there(op):

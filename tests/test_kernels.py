@@ -328,10 +328,17 @@ plain = lambda x, G, means=means: seen(lambda: kernels.window_step_(means, 1, x,
 (usual, again), (other, compiled) = plain(x, G), plain(x.bfloat16(), G)
 assert not again and compiled and other[0][4] != usual[0][4], "another dtype is another variant"
 crooked = torch.empty(C * s + 1)[1:].view(C, s)
-for _ in range(2):
-    other, compiled = plain(x, crooked)
-    assert compiled and other[0][4] != usual[0][4], "and so is an address that is no multiple of 16"
-assert plain(x, G) == (usual, [])
+other, compiled = plain(x, crooked)
+assert compiled and other[0][4] != usual[0][4], "and so is an address that is no multiple of 16"
+assert plain(x, crooked) == (other, []) and plain(x, G) == (usual, [])
+wide = torch.empty(65, 65), torch.empty(65), torch.empty(C, 65), alpha, torch.empty(1, 65)
+assert seen(lambda: kernels.rls_project_(*wide))[1] and not seen(lambda: kernels.rls_project_(*wide))[1]
+
+driver.set_active(Driver(TARGETS["gfx942"], lambda *args: launched.append(args)))
+kernels.launch.HIP = True
+kernels.launch.forget()
+small, huge = (seen(lambda: kernels.entropy_fusion([torch.empty(rows, 1000)])) for rows in (64, 1 << 20))
+assert huge[1] and huge[0][0][4] != small[0][0][4], "AMD's variants differ above 2 GiB"
 print("the same")
 """
 

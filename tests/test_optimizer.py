@@ -32,7 +32,7 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mla_fast as mla
-from mla_fast import reference
+from mla_fast import ops, reference
 
 pytestmark = pytest.mark.many_launches  # test_kernels.py has what is short enough for the interpreter
 
@@ -365,6 +365,7 @@ class Launches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
 @pytest.mark.parametrize("target,extra", [("gradient", 0), ("update", 4)])
 @pytest.mark.parametrize("make,guard", [(fused_sgd, 0), (momentum_sgd, 6)])  # what undoes a step that is not finite
 @pytest.mark.parametrize("projection,launches", [("none", 7), ("window", 10), ("rls", 12)])
