@@ -23,6 +23,7 @@ AXES: dict[str, list[tuple[tuple[str, ...], list[tuple[int, ...]]]]] = {
     "rls_finish": [(("BLOCK", "num_warps"), [*product((256, 512, 1024, 2048), (2, 4, 8))])],
     "rls_fold": [(("BLOCK_ROWS", "BLOCK_COLS", "num_warps"), [*product((32, 64, 128), (32, 64, 128), (4, 8))])],
     "window": [(("BLOCK", "num_warps"), [*product((128, 256, 512, 1024, 2048), (2, 4, 8))])],
+    "cross_entropy": [(("BLOCK", "num_warps"), [*product((256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16))])],
     "entropy_fusion": [
         (("elements", "num_warps"), [*product((256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16))]),
         (("maxnreg",), [(64,), (128,), (255,)]),
@@ -35,6 +36,7 @@ SIZES = {
     "rls_finish": [{"s": 1024, "R": 1}, {"s": 4096, "R": 1}, {"s": 4096, "R": 4}],
     "rls_fold": [{"s": 4096}],
     "window": [{"s": 1024, "J": J} for J in (2, 3, 12)],
+    "cross_entropy": [{"C": C} for C in (101, 32000)],
     "entropy_fusion": [{"C": C} for C in (101, 1000, 4096, 8192, 32000)],
 }
 SIZES["entropy_fusion_backward"] = SIZES["entropy_fusion"]

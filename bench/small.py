@@ -17,6 +17,8 @@ def main() -> None:
             ops.rls_fold("triton", P, pending, slot)
             mla.rls_project_(P, torch.rand(s), torch.randn(C, s).bfloat16(), alpha)
         ops.window_step_("triton", torch.rand(3, 33), 1, torch.rand(33), torch.randn(6, 33), alpha)
+        for C in (6, 9001):
+            ops.linear_cross_entropy(torch.randn(5, 33), torch.arange(5), torch.randn(C, 33), torch.randn(C), 5)
         for shape in ((3, 5, 7), (2, 3, 9001)):
             logits = torch.randn(shape, requires_grad=True)
             present = torch.rand(*shape[:2]).T > 0.3

@@ -4,6 +4,7 @@ They import triton and torch, nothing of ours. With TRITON_INTERPRET=1, set befo
 """
 
 from . import launch
+from .cross_entropy import linear_cross_entropy
 from .entropy_fusion import entropy_fusion, entropy_fusion_backward
 from .rls_project import rls_fold_, rls_project_
 from .window_project import window_project, window_step_
@@ -12,6 +13,7 @@ __all__ = [
     "entropy_fusion",
     "entropy_fusion_backward",
     "launch",
+    "linear_cross_entropy",
     "rls_fold_",
     "rls_project_",
     "window_project",

@@ -23,6 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from . import launch
+from .cross_entropy import linear_cross_entropy
 from .entropy_fusion import entropy_fusion, entropy_fusion_backward
 from .rls_project import rls_fold_, rls_project_
 from .window_project import window_project, window_step_
@@ -98,6 +99,9 @@ def _cases():
             G = empty(6, s, dtype=dtype)
             yield f"window J={J} s={s} {dtype}", functools.partial(window_project, means, G, alpha)
         yield f"window step {dtype}", functools.partial(window_step_, means, 1, means[0], G, alpha, found_inf)
+    for C in (1, 6, 101, 1000, 32000):
+        target = empty(64, dtype=torch.int64)
+        yield f"head C={C}", functools.partial(linear_cross_entropy, empty(64, 512), target, empty(C, 512), empty(C), 64.0)
     for C in (1, 6, 101, 1000, 4096, 8192, 32000):
         for dtype in DTYPES:
             yield from _fusions(empty, C, dtype)

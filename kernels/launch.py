@@ -66,7 +66,7 @@ def _kind(args, kind: int = 1) -> int:
         elif isinstance(a, tuple):
             kind = _kind(a, kind)
         else:
-            kind = 4 * kind + (3 if a is None else a >> 31 > 0)
+            kind = 4 * kind + (3 if a is None else isinstance(a, int) and a >> 31 > 0)
     return kind
 
 
@@ -135,6 +135,12 @@ def rls_fold_config(s: int) -> dict:
 def window_config(s: int, J: int) -> dict:
     config = _config(_row("window", s=s, J=J))
     return {"J_PAD": triton.next_power_of_2(max(J, 1)), **config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(s))}
+
+
+@remembered
+def cross_entropy_config(C: int) -> dict:
+    config = _config(_row("cross_entropy", C=C))
+    return {**config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(C))}
 
 
 @remembered

@@ -44,7 +44,8 @@ def alternating_step(
 
     Returns the mean loss {modality: 0-d tensor} of those that had a row; over ranks, the mean of the ranks' is the mean of all.
     A modality whose features or head gradient are not finite takes no step. On CUDA, where nobody waits to see it, its head takes
-    none, nor, with a fused wrapped optimizer, does any encoder.
+    none, nor, with a fused wrapped optimizer, does any encoder. Labels that lie on a GPU are not looked at beforehand: one that
+    names no class makes the loss NaN.
     """
     check_belong(model, optimizer)
     if not can_step_together(model):

@@ -103,6 +103,8 @@ def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
 
 def one_of_each(s=100, C=17, N=9):
     """Every kernel on several programs; all that it leaves behind."""
+    from mla_fast import kernels
+
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -118,6 +120,7 @@ def one_of_each(s=100, C=17, N=9):
     means = normal(4, s)
     left += [ops.window_step_("triton", means, 1, normal(s), normal(C, s), alpha), means]
     left.append(ops.window_project(means, normal(C, s), ALPHA, backend="triton"))
+    left += kernels.linear_cross_entropy(normal(N, s), torch.arange(N), normal(C, s), None, N)
     for classes in (C, 4100):
         logits, present = normal(3, N, classes).requires_grad_(), normal(N, 3) > 0
         fused = mla.entropy_fusion(logits, present, backend="triton")
@@ -185,6 +188,7 @@ def test_registration():
     opcheck(library.rls_project_.default, (P, x_bar, grad, alpha, pending, slot, torch.zeros(1), True))
     opcheck(library.rls_project_.default, (P, x_bar, grad, alpha, torch.zeros(2, s), torch.zeros(2, dtype=torch.int32)))
     opcheck(library.rls_fold_.default, (P, pending))
+    opcheck(library.linear_cross_entropy.default, (torch.randn(4, s), torch.tensor([0, 2, 1, 1]), grad, torch.randn(3), 4.0))
     opcheck(library.window_project.default, (x_bar[None], grad, alpha))
     opcheck(library.window_step_.default, (torch.rand(3, s), 1, x_bar, grad, alpha, torch.zeros(1)))
     logits = torch.randn(2, 4, 5, requires_grad=True)
@@ -228,6 +232,37 @@ def test_long_and_short_rows_have_the_same_gradient(C):
         sum((part * w.to(part.dtype)).sum() for part, w in zip(fused, weights, strict=True)).backward()
         assert not z.grad[1, 1].any() and not z.grad[:, 2].any()
     assert relative(logits.grad, exact.grad) < 1e-5
+
+
+@pytest.mark.parametrize("N,s,C", [(0, 3, 4), (1, 1, 1), (7, 63, 6), (3, 13, 513), (2, 5, 9000)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_cross_entropy(N, s, C, with_bias):
+    """Against the reference in float64, with logits far from zero and classes that are ruled out."""
+    from mla_fast import kernels
+
+    features, weight, target = torch.randn(N, s), 3 * torch.randn(C, s), torch.randint(C, (N,))
+    bias = torch.randn(C) + 100 if with_bias else None
+    if with_bias and C > 4:
+        bias[target.new_tensor([i for i in range(4) if i not in target.tolist()])] = -torch.inf
+    got = kernels.linear_cross_entropy(features, target, weight, bias, 2.5 * max(N, 1))
+    double = None if bias is None else bias.double()
+    expected = reference.linear_cross_entropy(features.double(), target, weight.double(), double, 2.5 * max(N, 1))
+    logits = F.linear(features.double(), weight.double(), double)
+    rounding = 4 * torch.finfo(torch.float32).eps * max(1, logits[logits.isfinite()].abs().max().item() if N else 0)
+    for ours, right in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32 and ours.shape == right.shape
+        atol = rounding * max(1, right.nan_to_num().abs().max().item() if right.numel() else 0)
+        torch.testing.assert_close(ours.double(), right, rtol=0, atol=atol, equal_nan=True)
+
+
+def test_a_label_of_no_class_shows_in_the_loss():
+    from mla_fast import kernels
+
+    for bad in (-1, 3, 1 << 40):
+        results = kernels.linear_cross_entropy(torch.randn(2, 5), torch.tensor([0, bad]), torch.randn(3, 5), None, 2.0)
+        assert results[0].isnan() and results[2].isnan().any()
+    with pytest.raises(ValueError, match="^linear_cross_entropy: expected features and weight float32"):
+        kernels.linear_cross_entropy(torch.randn(2, 5).double(), torch.tensor([0, 1]), torch.randn(3, 5), None, 2.0)
 
 
 @pytest.mark.parametrize("projection", ["rls", "window"])
@@ -312,6 +347,7 @@ for pending in (None, torch.empty(1, s), torch.empty(4, s)):
         assert first == second and len(first) > 1 and compiled and not again, (compiled, again)
 for call in (
     lambda: kernels.rls_fold_(P, torch.empty(4, s), slot),
+    lambda: kernels.linear_cross_entropy(G, torch.zeros(C, dtype=torch.int64), G, None, 6),
     lambda: kernels.window_project(means, G, alpha),
     lambda: kernels.window_step_(means, 1, x, G, alpha),
     lambda: kernels.window_step_(means, 1, x, G, alpha, torch.zeros(1)),
