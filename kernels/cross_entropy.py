@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, cross_entropy_config, dtypes, remembered
+from .launch import Launch, cross_entropy_config, remembered
 
 
 @triton.jit
@@ -48,12 +48,12 @@ def linear_cross_entropy(features, target, weight, bias, total):
     N, C = delta.shape
     losses = features.new_empty(N)
     if N:
-        _row(C, dtypes(target), delta.get_device())((N, 1, 1), delta, target.contiguous(), losses, C, float(total))
+        _to_delta(C, delta.get_device())((N, 1, 1), delta, target.contiguous(), losses, C, float(total))
     grad, grad_bias, x_bar = delta.T @ features, delta.sum(0), features.mean(0)
     norms = torch.stack(torch._foreach_norm([grad, x_bar, grad_bias]))
     return losses.sum(), delta @ weight, grad, grad_bias, x_bar, norms
 
 
 @remembered
-def _row(C, kinds, device):
+def _to_delta(C, device):
     return Launch(cross_entropy_kernel, **cross_entropy_config(C))

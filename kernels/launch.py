@@ -75,20 +75,6 @@ def dtypes(*tensors: torch.Tensor | None) -> tuple:
     return tuple(None if t is None else t.dtype for t in tensors)
 
 
-def is_usual(args) -> bool:
-    """Whether every address is a multiple of 16 and every integer fits 31 bits."""
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            if a.data_ptr() & 15:
-                return False
-        elif isinstance(a, int):
-            if a >> 31 > 0:
-                return False
-        elif isinstance(a, tuple) and not is_usual(a):
-            return False
-    return True
-
-
 def _row(op: str, **sizes: int) -> dict:
     return next(row for row in TABLE[op] if all(sizes[name] <= bound for name, bound in row["up_to"].items()))
 

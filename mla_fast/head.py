@@ -167,7 +167,7 @@ class HeadLayer:
         return self.joined(weight.grad, bias.grad if self.with_bias else None)
 
     def values(self, *, copy: bool = False) -> Tensor:
-        """The parameters, [C, s] or [C, s + 1]; a copy at all events for the update to be measured against."""
+        """The parameters, [C, s] or [C, s + 1]; with `copy` not a view of them, for the update to be measured against."""
         weight = local(self.module.weight)
         joined = self.joined(weight, self.module.bias)
         return joined.clone() if copy and joined is weight else joined.detach()
