@@ -90,6 +90,8 @@ def steps_together(
                 optimizer.take_step(modality)
                 for p in held:
                     p.grad = None
+            else:
+                optimizer.project_measured()
     try:
         if outputs:
             torch.autograd.backward(outputs, gradients)

@@ -238,11 +238,8 @@ class MLAOptimizer(torch.optim.Optimizer):
     def _step_projected(self, steps: list[HeadStep], modality: str | None, bad: Tensor | None) -> None:
         for step in steps:
             step.layer.projection.alpha()  # a callable's bad value is refused before anything moves
-        if self.settings.target == "gradient" or self.settings.projection == "none":
-            for step in steps:
-                projected = step.layer.project(step, step.grad, modality, bad)
-                if projected is not step.grad:
-                    step.layer.write(projected, gradient=True)
+        if self._projects_gradients:
+            self._project_gradients(steps, modality, bad)
             self._step_wrapped(steps, bad)
         else:
             before = [step.layer.values(copy=True) for step in steps]
@@ -250,6 +247,26 @@ class MLAOptimizer(torch.optim.Optimizer):
             for step, old in zip(steps, before, strict=True):
                 layer = step.layer
                 layer.write(old.add_(layer.project(step, layer.values() - old, modality, bad)), gradient=False)
+
+    @property
+    def _projects_gradients(self) -> bool:
+        return self.settings.target == "gradient" or self.settings.projection == "none"
+
+    @staticmethod
+    def _project_gradients(steps: list[HeadStep], modality: str | None, bad: Tensor | None) -> None:
+        for step in steps:
+            projected = step.layer.project(step, step.grad, modality, bad)
+            if projected is not step.grad:
+                step.layer.write(projected, gradient=True)
+
+    def project_measured(self) -> None:
+        """Projects the gradient of the step that ``measure`` found now, while it is in the caches, if that is what the step would
+        begin with; a hook before the step may want it as it is, and autocast is for the step to keep away."""
+        modality, steps, _, bad = self._measured
+        undisturbed = not self._optimizer_step_pre_hooks and not torch.is_autocast_enabled(self.device.type)
+        if bad is False and self._projects_gradients and undisturbed:
+            self._project_gradients(steps, modality, None)
+            self._measured = self._measured._replace(steps=[])
 
     def _step_wrapped(self, steps: list[HeadStep], bad: Tensor | None) -> None:
         """The wrapped optimizer's step. `bad`, if given, is read on the device: nothing of the head moves where it is 1."""

@@ -188,6 +188,18 @@ def test_a_batch_that_fails_leaves_nothing_to_step_on():
     assert_bitwise(everything(model, optimizer), before)
 
 
+def test_a_hook_before_the_step_sees_the_gradient_as_it_is():
+    (model, optimizer), (twin, plain) = pair(alpha=0.1)
+    gradients = []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(model.head.weight.grad.clone()))
+    for batch in batches():
+        mla.alternating_step(model, optimizer, batch)
+        mla.alternating_step(twin, plain, batch)
+        projected = twin.head.weight.grad
+        assert projected.norm() < 0.9 * gradients[-1].norm()
+    assert_bitwise(everything(twin, plain), everything(model, optimizer))
+
+
 def test_frozen_encoders_and_empty_batches():
     (model, optimizer), (other, loop) = pair()
     for m in (model, other):
