@@ -25,8 +25,9 @@ _remembered = []
 
 def remembered(function):
     """Calls `function` once for the same arguments."""
-    _remembered.append(functools.lru_cache(maxsize=1024)(function))
-    return functools.wraps(function)(_remembered[-1])
+    cached = functools.lru_cache(maxsize=1024)(function)
+    _remembered.append(cached)
+    return cached
 
 
 def forget() -> None:
@@ -59,7 +60,8 @@ class Launch:
 
 
 def _kind(args, kind: int = 1) -> int:
-    """By what Triton tells arguments apart beside dtypes: which are None, at multiples of 16, or more than 31 bits."""
+    """By what Triton tells arguments apart beside dtypes: which are None, at multiples of 16, of more than 31 bits (AMD:
+    in more than 2 GiB)."""
     for a in args:
         if isinstance(a, torch.Tensor):
             kind = 4 * kind + (a.data_ptr() & 15 == 0) + 2 * (HIP and a.untyped_storage().size() >> 31 > 0)
@@ -84,6 +86,12 @@ def _config(row: dict) -> dict:
     return {name: value for name, value in row["config"].items() if not (HIP and name == "maxnreg")}
 
 
+def _fitted(op: str, length: int, **sizes: int) -> dict:
+    """The configuration, its block no longer than what it goes along."""
+    config = _config(_row(op, **sizes))
+    return {**config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(length))}
+
+
 def pending_rows(s: int) -> int:
     """How many steps' corrections wait before P is written: one (lazy), or more where P no longer fits in the L2 cache."""
     return TABLE["deferred"]["rows"] if s >= TABLE["deferred"]["from_s"] else 1
@@ -94,7 +102,6 @@ def block_c(C: int) -> int:
     return min(max(triton.next_power_of_2(C), 16), MAX_BLOCK_C)
 
 
-@remembered
 def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, int, int]:
     """(configuration, rows of P to a split, splits): enough programs to occupy the GPU, whole blocks of rows in each split."""
     row = _row("rls_read", s=s, C=C)
@@ -107,29 +114,22 @@ def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, int, int]:
     return config, split_rows, triton.cdiv(s, split_rows)
 
 
-@remembered
 def rls_finish_config(s: int, R: int) -> dict:
-    config = _config(_row("rls_finish", s=s, R=R))
-    return {**config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(s))}
+    return _fitted("rls_finish", s, s=s, R=R)
 
 
 def rls_fold_config(s: int) -> dict:
     return _config(_row("rls_fold", s=s))
 
 
-@remembered
 def window_config(s: int, J: int) -> dict:
-    config = _config(_row("window", s=s, J=J))
-    return {"J_PAD": triton.next_power_of_2(max(J, 1)), **config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(s))}
+    return {"J_PAD": triton.next_power_of_2(max(J, 1)), **_fitted("window", s, s=s, J=J)}
 
 
-@remembered
 def cross_entropy_config(C: int) -> dict:
-    config = _config(_row("cross_entropy", C=C))
-    return {**config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(C))}
+    return _fitted("cross_entropy", C, C=C)
 
 
-@remembered
 def fusion_config(op: str, C: int, itemsize: int) -> dict:
     """Several short rows to a program (no more than it has threads), or one row in one or more blocks; `itemsize` bytes to a
     number as it is computed."""

@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import mmap
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from mla_fast import reference
 from mla_fast.registration import SCHEMAS
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("operators.cpp", "dispatch_plan.cu", "copy_rows.cu", "segment_mean.cu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 FLOATING = DTYPES[:4]
 # What g++ cannot read, and how it stands in cuda_on_host.h.
@@ -31,8 +31,9 @@ libraries = []
 
 def on_host(folder, name, change=str):
     """The operators as library `name`, from sources as `change` makes them."""
-    if sys.platform != "linux" or shutil.which("g++") is None or not (ROOT / "csrc").exists():
+    if sys.platform != "linux" or shutil.which("g++") is None or not (ROOT / "setup.py").exists():
         pytest.skip("needs Linux, g++ and the source tree")
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
     from torch.utils.cpp_extension import include_paths, library_paths
 
     for header in ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h"):  # what they declare is in cuda_on_host.h
@@ -40,11 +41,11 @@ def on_host(folder, name, change=str):
     # A vector's address must be a multiple of its size, as on a GPU; one that is not ends the process.
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-w"]
     flags += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030A0000", f"-Dmla_fast={name}"]
+    flags += [f"-D{macro}={value}" for macro, value in (*build["MACROS"], ("mla_fast", name))]
     flags += ["-include", ROOT / "tests/cuda_on_host.h", f"-I{folder}", f"-I{ROOT / 'csrc/cuda'}"]
     flags += [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     compilers = []
-    for source in SOURCES:
+    for source in build["CUDA_SOURCES"]:
         text = change((ROOT / "csrc/cuda" / source).read_text())
         for cuda, host in AS_ON_HOST.items():
             text = re.sub(cuda, host, text)
@@ -53,7 +54,7 @@ def on_host(folder, name, change=str):
         compilers.append(subprocess.Popen(["g++", "-c", *flags, f"{source}.cpp", "-o", f"{source}.o"], cwd=folder))
     assert not any([compiler.wait() for compiler in compilers])
     module = folder / f"{name}.so"
-    linked = [*(f"{source}.o" for source in SOURCES), *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+    linked = [*(f"{source}.o" for source in build["CUDA_SOURCES"]), *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
     subprocess.run(["g++", "-shared", *linked, "-o", module], cwd=folder, check=True)
 
     library = torch.library.Library(name, "FRAGMENT")
