@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <memory>
 
 namespace mla_fast {
 namespace {
@@ -58,185 +57,14 @@ MLA_INLINE void store_as(Out* to, V v, int64_t lanes) {
   for (int64_t i = 0; i < lanes; ++i) to[i] = static_cast<Out>(v[i]);
 }
 
-// t = z − top, with −inf made finite: its exp is 0, and 0 · t must be 0 too.
-template <typename T, int B>
-MLA_INLINE vec_t<T, B> shifted(vec_t<T, B> z, T top) {
-  const vec_t<T, B> t = z - top, least = vec_t<T, B>{} - T(1e30);
-  return t < least ? least : t;
-}
-
-template <typename T, int B>
-MLA_INLINE T row_maximum(const T* z, int64_t C) {
-  vec_t<T, B> tops = vec_t<T, B>{} - std::numeric_limits<T>::infinity();
-  for_each_vector<T, B>(z, C, [&](vec_t<T, B> v) MLA_LAMBDA { tops = v > tops ? v : tops; });
-  return maximum<T, B>(tops);
-}
-
-// Σ exp t and Σ t exp t of one row of logits. From here to the weights it is double: weights come from differences of
-// entropies, and the rounding of an entropy near log C would be most of the error of the fused logits.
-struct ExpSums {
-  double plain, weighted;
-
-  double log_sum() const { return std::log(plain); }
-  double entropy() const { return log_sum() - weighted / plain; }
-};
-
-template <typename T, int B>
-MLA_INLINE ExpSums row_exp_sums(const T* z, T top, int64_t C) {
-  constexpr int64_t BLOCK = 1024;  // longer sums in T would lose more than the rest of the arithmetic
-  ExpSums total{0, 0};
-  for (int64_t c = 0; c < C; c += BLOCK) {
-    vec_t<T, B> plain = {}, weighted = {};
-    for_each_vector<T, B>(z + c, std::min(BLOCK, C - c), [&](vec_t<T, B> v) MLA_LAMBDA {
-      const vec_t<T, B> t = shifted<T, B>(v, top);
-      const vec_t<T, B> e = exp_nonpositive<B>(t);
-      plain += e;
-      weighted += t * e;
-    });
-    total.plain += sum<T, B>(plain);
-    total.weighted += sum<T, B>(weighted);
-  }
-  return total;
-}
-
-// λ = softmax(−e) over the present entries of one sample; zeros where absent.
-template <typename T>
-MLA_INLINE void weights_of(const double* entropy, const bool* present, T* weights, int64_t M) {
-  double least = std::numeric_limits<double>::infinity();
-  T total = 0;
-  for (int64_t m = 0; m < M; ++m)
-    if (!present || present[m]) least = std::min(least, entropy[m]);
-  for (int64_t m = 0; m < M; ++m) {
-    weights[m] = !present || present[m] ? std::exp(static_cast<T>(least - entropy[m])) : T(0);
-    total += weights[m];
-  }
-  for (int64_t m = 0; m < M; ++m)
-    if (!present || present[m]) weights[m] /= total;
-}
-
-// The M rows of one sample as T: in place where they are T already, else converted into `scratch`.
-template <typename In, typename T>
-struct Rows {
-  const std::vector<const In*>& base;
-  const std::vector<int64_t>& stride;
-  const int64_t* slot;
-  T* scratch;
-  int64_t C;
-
-  MLA_INLINE int64_t index(int64_t m, int64_t n) const { return slot ? slot[n * static_cast<int64_t>(base.size()) + m] : n; }
-  MLA_INLINE const T* operator()(int64_t m, int64_t n) const {
-    const In* from = base[m] + index(m, n) * stride[m];
-    if constexpr (std::is_same_v<In, T>) {
-      return from;
-    } else {
-      T* to = scratch + m * C;
-      for (int64_t c = 0; c < C; ++c) to[c] = static_cast<T>(from[c]);
-      return to;
-    }
-  }
-};
-
-template <int B, typename In, typename T>
-MLA_INLINE void forward_samples(
-    Rows<In, T> rows, const bool* present, In* fused, T* weights, T* entropy, int64_t M, int64_t begin, int64_t end) {
-  const int64_t C = rows.C;
-  if constexpr (B > 16)  // few classes: a vector that they fill
-    if (C < Simd<T, B>::width) return forward_samples<B / 2>(rows, present, fused, weights, entropy, M, begin, end);
-  std::vector<const T*> z(M);
-  std::vector<T> top(M);
-  std::vector<ExpSums> sums(M);
-  std::vector<double> e(M);
-  for (int64_t n = begin; n < end; ++n) {
-    const bool* here = present ? present + n * M : nullptr;
-    T* w = weights + n * M;
-    // Each step for all modalities before the next: the machine works at several rows at once, and none waits for another.
-    for (int64_t m = 0; m < M; ++m) {
-      if (here && !here[m]) continue;
-      z[m] = rows(m, n);
-      top[m] = row_maximum<T, B>(z[m], C);
-    }
-    for (int64_t m = 0; m < M; ++m)
-      if (!here || here[m]) sums[m] = row_exp_sums<T, B>(z[m], top[m], C);
-    for (int64_t m = 0; m < M; ++m) {
-      e[m] = !here || here[m] ? sums[m].entropy() : 0;
-      entropy[n * M + m] = static_cast<T>(e[m]);
-    }
-    weights_of(e.data(), here, w, M);
-    for_each_range<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
-      vec_t<T, B> mix = {};
-      for (int64_t m = 0; m < M; ++m)
-        if (!here || here[m]) mix += w[m] * load_lanes<B>(z[m] + c, lanes);
-      store_as<B>(fused + n * C + c, mix, lanes);
-    });
-  }
-}
-
-// With v_m = ∂L/∂λ_m + ⟨∂L/∂fused, z_m⟩:   ∂L/∂e_m = ∂L/∂e_m − λ_m (v_m − Σ λ v)   and
-//     ∂L/∂z_mc = λ_m ∂L/∂fused_c − ∂L/∂e_m p_c (log p_c + e_m).
-template <int B, typename In, typename T>
-MLA_INLINE void backward_samples(
-    Rows<In, T> rows, const std::vector<In*>& grad_logits, const bool* present, const T* weights, const T* entropy,
-    const In* grad_fused, const T* grad_weights, const T* grad_entropy, T* g, int64_t M, int64_t begin, int64_t end) {
-  const int64_t C = rows.C;
-  if constexpr (B > 16)
-    if (C < Simd<T, B>::width)
-      return backward_samples<B / 2>(
-          rows, grad_logits, present, weights, entropy, grad_fused, grad_weights, grad_entropy, g, M, begin, end);
-  std::vector<const T*> z(M);
-  std::vector<T> v(M);
-  for (int64_t n = begin; n < end; ++n) {
-    const bool* here = present ? present + n * M : nullptr;
-    const T* w = weights + n * M;
-    const T* e = entropy + n * M;
-    for (int64_t c = 0; c < C; ++c) g[c] = grad_fused ? static_cast<T>(grad_fused[n * C + c]) : T(0);
-    T mean = 0;
-    for (int64_t m = 0; m < M; ++m) {
-      if (here && !here[m]) continue;
-      z[m] = rows(m, n);
-      v[m] = (grad_weights ? grad_weights[n * M + m] : T(0)) + (grad_fused ? dot<B>(g, z[m], C) : T(0));
-      mean += w[m] * v[m];
-    }
-    for (int64_t m = 0; m < M; ++m) {
-      if (here && !here[m]) {
-        if (!rows.slot) std::fill_n(grad_logits[m] + n * C, C, static_cast<In>(0));
-        continue;
-      }
-      In* out = grad_logits[m] + rows.index(m, n) * C;
-      const T grad_e = (grad_entropy ? grad_entropy[n * M + m] : T(0)) - w[m] * (v[m] - mean);
-      const T top = row_maximum<T, B>(z[m], C);
-      const T log_sum = static_cast<T>(row_exp_sums<T, B>(z[m], top, C).log_sum());
-      for_each_range<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
-        const vec_t<T, B> log_p = shifted<T, B>(load_lanes<B>(z[m] + c, lanes), top) - log_sum;
-        const vec_t<T, B> dz = w[m] * load_lanes<B>(g + c, lanes) - grad_e * (exp_nonpositive<B>(log_p) * (log_p + e[m]));
-        store_as<B>(out + c, dz, lanes);
-      });
-    }
-  }
-}
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
 struct Sizes {
   bool stacked, packed;  // one [M, N, C], or one [K, C] with slot
   int64_t M, N, C;
-  const int64_t* slot;  // null with N = 0, too
-};
+  const bool* present;  // null: all are
+  const int64_t* slot;
 
-// Which samples have which modality: as given, or from the slots.
-class Mask {
- public:
-  Mask(const Sizes& sizes, const std::optional<Tensor>& present) : here_(present ? present->const_data_ptr<bool>() : nullptr) {
-    if (!sizes.packed) return;
-    own_.reset(new bool[sizes.N * sizes.M]);
-    for (int64_t i = 0; i < sizes.N * sizes.M; ++i) own_[i] = sizes.slot[i] >= 0;
-    here_ = own_.get();
-  }
-  const bool* get() const { return here_; }
-
- private:
-  std::unique_ptr<bool[]> own_;
-  const bool* here_;
+  MLA_INLINE bool here(int64_t m, int64_t n) const { return packed ? slot[n * M + m] >= 0 : !present || present[n * M + m]; }
+  MLA_INLINE int64_t row(int64_t m, int64_t n) const { return packed ? slot[n * M + m] : n; }
 };
 
 // Where each modality's rows begin, and how far apart they are.
@@ -250,22 +78,213 @@ struct Layout : Sizes {
     for (Tensor& z : logits)
       if (z.stride(dim - 1) != 1 && C > 1) z = torch::stable::contiguous(z);
     for (int64_t m = 0; m < M; ++m) {
-      const Tensor& z = stacked || packed ? logits[0] : logits[m];
+      const Tensor& z = logits[stacked || packed ? 0 : m];
       base.push_back(z.const_data_ptr<In>() + (stacked ? m * z.stride(0) : 0));
       stride.push_back(z.stride(dim - 2));
     }
   }
-  // Elements for one sample's converted rows; none where they are read in place.
-  template <typename T>
-  int64_t converted() const {
-    return std::is_same_v<In, T> ? 0 : M * C;
-  }
-  // Multiplications, roughly, that a sample costs.
-  int64_t work() const { return 16 * M * C; }
+  // What a sample costs, in multiplications that wait for memory.
+  int64_t work() const { return 4 * M * C; }
 };
 
+// Samples at a time: enough rows of each modality that what a row comes down to fills a lane, not a vector.
+constexpr int64_t TILE = 16;
+
+// Of one modality in a tile: where the rows are, nowhere for absent ones, and what eq. 7 makes of them. From the sums on it is
+// double: weights come from differences of entropies, and the rounding of an entropy near log C would be most of the error of
+// the fused logits.
+template <typename T>
+struct TileRows {
+  const T* z[TILE];
+  T top[TILE];
+  double log_sum[TILE], entropy[TILE];  // an entropy of +∞: absent
+};
+
+template <typename T, int B>
+MLA_INLINE void measure(TileRows<T>& rows, int64_t C) {
+  constexpr int64_t BLOCK = 1024;  // longer sums in T would lose more than the rest of the arithmetic
+  constexpr int64_t W = Simd<T, B>::width, WIDE = Simd<double, B>::width;
+  vec_t<T, B> a[TILE] = {}, b[TILE] = {};
+  double plain[TILE] = {}, weighted[TILE] = {};  // Σ exp t and Σ t exp t
+  for (int64_t r = 0; r < TILE; ++r) {
+    if (!rows.z[r]) continue;
+    vec_t<T, B> tops = vec_t<T, B>{} - std::numeric_limits<T>::infinity();
+    for_each_vector<T, B>(rows.z[r], C, [&](vec_t<T, B> v) MLA_LAMBDA { tops = v > tops ? v : tops; });
+    a[r] = tops;
+  }
+  for (int64_t r = 0; r < TILE; r += W) store<B>(rows.top + r, maxima<T, B>(a + r));
+  for (int64_t c = 0; c < C; c += BLOCK) {
+    for (int64_t r = 0; r < TILE; ++r) {
+      if (!rows.z[r]) continue;
+      vec_t<T, B> sum = {}, weighted_sum = {};
+      for_each_vector<T, B>(rows.z[r] + c, std::min(BLOCK, C - c), [&](vec_t<T, B> v) MLA_LAMBDA {
+        const vec_t<T, B> t = at_least<B>(EXP_LEAST<T>, v - rows.top[r]), e = exp_normal<B>(t);
+        sum += e;
+        weighted_sum += t * e;
+      });
+      a[r] = sum;
+      b[r] = weighted_sum;
+    }
+    for (int64_t r = 0; r < TILE; r += W) {
+      T sum[W], weighted_sum[W];
+      store<B>(sum, sums<T, B>(a + r));
+      store<B>(weighted_sum, sums<T, B>(b + r));
+      for (int64_t i = 0; i < W; ++i) {
+        plain[r + i] += sum[i];
+        weighted[r + i] += weighted_sum[i];
+      }
+    }
+  }
+  for (int64_t r = 0; r < TILE; r += WIDE) {
+    const vec_t<double, B> total = load<B>(plain + r), log_sum = log_positive<B>(total);
+    store<B>(rows.log_sum + r, log_sum);
+    store<B>(rows.entropy + r, log_sum - load<B>(weighted + r) / total);
+  }
+  for (int64_t r = 0; r < TILE; ++r)
+    if (!rows.z[r]) rows.entropy[r] = std::numeric_limits<double>::infinity();
+}
+
+// λ = softmax(−e) over the present modalities of each sample, [M, TILE]; zeros where absent.
+template <typename T, int B>
+MLA_INLINE void weigh(const std::vector<TileRows<T>>& tile, T* weights) {
+  constexpr int64_t W = Simd<T, B>::width;
+  double least[TILE] = {};
+  for (int64_t r = 0; r < TILE; ++r) {
+    double e = std::numeric_limits<double>::infinity();
+    for (const TileRows<T>& rows : tile) e = rows.entropy[r] < e ? rows.entropy[r] : e;
+    if (e < std::numeric_limits<double>::infinity()) least[r] = e;
+  }
+  for (int64_t r = 0; r < TILE; r += W) {
+    vec_t<T, B> total = {};
+    T* w = weights + r;
+    for (const TileRows<T>& rows : tile) {
+      for (int64_t i = 0; i < W; ++i) w[i] = static_cast<T>(least[r + i] - rows.entropy[r + i]);
+      const vec_t<T, B> e = exp_nonpositive<T, B>(load<B>(w));
+      store<B>(w, e);
+      total += e;
+      w += TILE;
+    }
+    total = total == T(0) ? vec_t<T, B>{} + T(1) : total;  // nothing present
+    for (T* w = weights + r; w < weights + r + TILE * tile.size(); w += TILE) store<B>(w, load<B>(w) / total);
+  }
+}
+
+// The rows of a range of samples, tile by tile, as T: in place where they are T already, else converted into `scratch`.
 template <typename In, typename T>
-std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const Sizes& sizes, const bool* present, ScalarType acc) {
+struct Rows {
+  const Layout<In>& lay;
+  const int64_t step;  // as many samples as stay in the second-level cache
+  std::vector<T> scratch;
+  std::vector<TileRows<T>> tile;
+
+  explicit Rows(const Layout<In>& lay)
+      : lay(lay),
+        step(std::clamp<int64_t>((1 << 17) / (lay.M * lay.C * sizeof(T)), 1, TILE)),
+        scratch(std::is_same_v<In, T> ? 0 : lay.M * step * lay.C),
+        tile(lay.M) {}
+
+  // Measures samples n … n + count − 1.
+  template <int B>
+  MLA_INLINE void read(int64_t n, int64_t count) {
+    for (int64_t m = 0; m < lay.M; ++m) {
+      for (int64_t r = 0; r < TILE; ++r)
+        tile[m].z[r] = r < count && lay.here(m, n + r) ? address(m, n + r, scratch.data() + (m * step + r) * lay.C) : nullptr;
+      measure<T, B>(tile[m], lay.C);
+    }
+  }
+
+ private:
+  MLA_INLINE const T* address(int64_t m, int64_t n, T* converted) const {
+    const In* from = lay.base[m] + lay.row(m, n) * lay.stride[m];
+    if constexpr (std::is_same_v<In, T>) {
+      return from;
+    } else {
+      for (int64_t c = 0; c < lay.C; ++c) converted[c] = static_cast<T>(from[c]);
+      return converted;
+    }
+  }
+};
+
+template <int B, typename In, typename T>
+MLA_INLINE void forward_samples(Rows<In, T>& rows, In* fused, T* weights, T* entropy, int64_t begin, int64_t end) {
+  const int64_t C = rows.lay.C, M = rows.lay.M;
+  const std::vector<TileRows<T>>& tile = rows.tile;
+  if constexpr (B > 16)  // few classes: a vector that they fill
+    if (C < Simd<T, B>::width) return forward_samples<B / 2>(rows, fused, weights, entropy, begin, end);
+  std::vector<T> lambda(M * TILE), w(M);
+  std::vector<const T*> z(M);
+  for (int64_t n = begin; n < end; n += rows.step) {
+    const int64_t count = std::min(rows.step, end - n);
+    rows.template read<B>(n, count);
+    weigh<T, B>(tile, lambda.data());
+    for (int64_t r = 0; r < count; ++r) {
+      int64_t here = 0;
+      for (int64_t m = 0; m < M; ++m) {
+        const int64_t i = (n + r) * M + m;
+        weights[i] = w[here] = lambda[m * TILE + r];
+        entropy[i] = tile[m].z[r] ? static_cast<T>(tile[m].entropy[r]) : T(0);
+        z[here] = tile[m].z[r];
+        here += z[here] != nullptr;
+      }
+      for_each_range<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
+        vec_t<T, B> mix = {};
+        for (int64_t m = 0; m < here; ++m) mix += w[m] * load_lanes<B>(z[m] + c, lanes);
+        store_as<B>(fused + (n + r) * C + c, mix, lanes);
+      });
+    }
+  }
+}
+
+// With v_m = ∂L/∂λ_m + ⟨∂L/∂fused, z_m⟩:   ∂L/∂e_m = ∂L/∂e_m − λ_m (v_m − Σ λ v)   and
+//     ∂L/∂z_mc = λ_m ∂L/∂fused_c − ∂L/∂e_m p_c (log p_c + e_m).
+template <int B, typename In, typename T>
+MLA_INLINE void backward_samples(
+    Rows<In, T>& rows, const std::vector<In*>& grad_logits, const T* weights, const T* entropy, const In* grad_fused,
+    const T* grad_weights, const T* grad_entropy, int64_t begin, int64_t end) {
+  const int64_t C = rows.lay.C, M = rows.lay.M;
+  const std::vector<TileRows<T>>& tile = rows.tile;
+  if constexpr (B > 16)
+    if (C < Simd<T, B>::width)
+      return backward_samples<B / 2>(rows, grad_logits, weights, entropy, grad_fused, grad_weights, grad_entropy, begin, end);
+  std::vector<T> v(M), gradient(C);
+  T* g = gradient.data();
+  for (int64_t first = begin; first < end; first += rows.step) {
+    const int64_t count = std::min(rows.step, end - first);
+    rows.template read<B>(first, count);
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t n = first + r;
+      const T* w = weights + n * M;
+      for (int64_t c = 0; c < C; ++c) g[c] = grad_fused ? static_cast<T>(grad_fused[n * C + c]) : T(0);
+      T mean = 0;
+      for (int64_t m = 0; m < M; ++m) {
+        if (!tile[m].z[r]) continue;
+        v[m] = (grad_weights ? grad_weights[n * M + m] : T(0)) + (grad_fused ? dot<B>(g, tile[m].z[r], C) : T(0));
+        mean += w[m] * v[m];
+      }
+      for (int64_t m = 0; m < M; ++m) {
+        const T* z = tile[m].z[r];
+        if (!z) {
+          if (!rows.lay.packed) std::fill_n(grad_logits[m] + n * C, C, static_cast<In>(0));
+          continue;
+        }
+        In* out = grad_logits[m] + rows.lay.row(m, n) * C;
+        const T e = entropy[n * M + m], top = tile[m].top[r], log_sum = static_cast<T>(tile[m].log_sum[r]);
+        const T grad_e = (grad_entropy ? grad_entropy[n * M + m] : T(0)) - w[m] * (v[m] - mean);
+        for_each_range<T, B>(C, [&](int64_t c, int64_t lanes) MLA_LAMBDA {
+          const vec_t<T, B> log_p = at_least<B>(2 * EXP_LEAST<T>, load_lanes<B>(z + c, lanes) - top) - log_sum;
+          const vec_t<T, B> dz = w[m] * load_lanes<B>(g + c, lanes) - grad_e * (exp_nonpositive<T, B>(log_p) * (log_p + e));
+          store_as<B>(out + c, dz, lanes);
+        });
+      }
+    }
+  }
+}
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+template <typename In, typename T>
+std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const Sizes& sizes, ScalarType acc) {
   const Layout<In> lay(logits, sizes);
   Tensor fused = empty(logits[0].scalar_type(), lay.N, lay.C);
   Tensor weights = empty(acc, lay.N, lay.M);
@@ -274,11 +293,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(std::vector<Tensor>& logits, const Si
   T* w = weights.mutable_data_ptr<T>();
   T* e = entropy.mutable_data_ptr<T>();
   in_parallel(lay.N, lay.work(), [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(lay.template converted<T>());
-    const Rows<In, T> rows{lay.base, lay.stride, lay.slot, scratch.data(), lay.C};
-    vectorized([&](auto bytes) MLA_LAMBDA {
-      forward_samples<bytes>(rows, present, f, w, e, lay.M, begin, end);
-    });
+    Rows<In, T> rows(lay);
+    vectorized([&](auto bytes) MLA_LAMBDA { forward_samples<bytes>(rows, f, w, e, begin, end); });
   });
   return {fused, weights, entropy};
 }
@@ -290,7 +306,7 @@ const T* pointer(const std::optional<Tensor>& t) {
 
 template <typename In, typename T>
 std::vector<Tensor> backward(
-    std::vector<Tensor>& logits, const Sizes& sizes, const bool* present, const Tensor& weights, const Tensor& entropy,
+    std::vector<Tensor>& logits, const Sizes& sizes, const Tensor& weights, const Tensor& entropy,
     const std::optional<Tensor>& grad_fused, const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_entropy) {
   const Layout<In> lay(logits, sizes);
   std::vector<Tensor> grads;
@@ -298,24 +314,21 @@ std::vector<Tensor> backward(
   for (const Tensor& z : logits)
     grads.push_back(lay.packed ? torch::stable::new_zeros(z, z.sizes()) : torch::stable::new_empty(z, z.sizes()));
   for (int64_t m = 0; m < lay.M; ++m)
-    to.push_back(lay.packed ? grads[0].mutable_data_ptr<In>() : lay.stacked ? grads[0].mutable_data_ptr<In>() + m * lay.N * lay.C : grads[m].mutable_data_ptr<In>());
+    to.push_back(grads[lay.stacked || lay.packed ? 0 : m].template mutable_data_ptr<In>() + (lay.stacked ? m * lay.N * lay.C : 0));
   const T* w = weights.const_data_ptr<T>();
   const T* e = entropy.const_data_ptr<T>();
   const In* gf = pointer<In>(grad_fused);
   const T* gw = pointer<T>(grad_weights);
   const T* ge = pointer<T>(grad_entropy);
   in_parallel(lay.N, lay.work(), [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(lay.C + lay.template converted<T>());  // the gradient of the fused logits first
-    const Rows<In, T> rows{lay.base, lay.stride, lay.slot, scratch.data() + lay.C, lay.C};
-    vectorized([&](auto bytes) MLA_LAMBDA {
-      backward_samples<bytes>(rows, to, present, w, e, gf, gw, ge, scratch.data(), lay.M, begin, end);
-    });
+    Rows<In, T> rows(lay);
+    vectorized([&](auto bytes) MLA_LAMBDA { backward_samples<bytes>(rows, to, w, e, gf, gw, ge, begin, end); });
   });
   return grads;
 }
 
 std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+  return !t || t->is_contiguous() ? t : std::optional<Tensor>(torch::stable::contiguous(*t));
 }
 
 // With slot, every row that it names lies within the packed ones.
@@ -330,7 +343,7 @@ Sizes packed_sizes(const std::vector<Tensor>& logits, const std::optional<Tensor
   STD_TORCH_CHECK(
       std::all_of(rows, rows + slot.numel(), [K](int64_t k) { return -1 <= k && k < K; }),
       "entropy_fusion: slot must be in -1 ... ", K - 1);
-  return {false, true, slot.size(1), slot.size(0), C, rows};
+  return {false, true, slot.size(1), slot.size(0), C, nullptr, rows};
 }
 
 Sizes checked_sizes(const std::vector<Tensor>& logits, const std::optional<Tensor>& present, const std::optional<Tensor>& slot) {
@@ -351,7 +364,7 @@ Sizes checked_sizes(const std::vector<Tensor>& logits, const std::optional<Tenso
   STD_TORCH_CHECK(
       !present || (present->scalar_type() == ScalarType::Bool && present->dim() == 2 && present->size(0) == N && present->size(1) == M),
       "entropy_fusion: present must be bool [N, M]");
-  return {dim == 3, false, M, N, C, nullptr};
+  return {dim == 3, false, M, N, C, present ? present->const_data_ptr<bool>() : nullptr, nullptr};
 }
 
 // A saved or incoming tensor of the backward pass: its shape is what the loops above rely on.
@@ -377,12 +390,11 @@ auto for_dtype(ScalarType dtype, const F& f) {
 
 std::tuple<Tensor, Tensor, Tensor> entropy_fusion(
     std::vector<Tensor> logits, std::optional<Tensor> present, std::optional<Tensor> slot) {
-  const Sizes sizes = checked_sizes(logits, present, slot);
   present = contiguous(present);
-  const Mask mask(sizes, present);
+  const Sizes sizes = checked_sizes(logits, present, slot);
   return for_dtype(logits[0].scalar_type(), [&](auto in, auto acc) {
     const ScalarType wide = std::is_same_v<decltype(acc), double> ? ScalarType::Double : ScalarType::Float;
-    return forward<decltype(in), decltype(acc)>(logits, sizes, mask.get(), wide);
+    return forward<decltype(in), decltype(acc)>(logits, sizes, wide);
   });
 }
 
@@ -390,14 +402,13 @@ std::vector<Tensor> entropy_fusion_backward(
     std::vector<Tensor> logits, std::optional<Tensor> present, Tensor weights, Tensor entropy,
     std::optional<Tensor> grad_fused, std::optional<Tensor> grad_weights, std::optional<Tensor> grad_entropy,
     std::optional<Tensor> slot) {
+  present = contiguous(present);
   const Sizes sizes = checked_sizes(logits, present, slot);
   check_rows("weights", weights, sizes.N, sizes.M);
   check_rows("entropy", entropy, sizes.N, sizes.M);
   check_rows("grad_fused", grad_fused, sizes.N, sizes.C);
   check_rows("grad_weights", grad_weights, sizes.N, sizes.M);
   check_rows("grad_entropy", grad_entropy, sizes.N, sizes.M);
-  present = contiguous(present);
-  const Mask mask(sizes, present);
   grad_fused = contiguous(grad_fused);
   grad_weights = contiguous(grad_weights);
   grad_entropy = contiguous(grad_entropy);
@@ -405,7 +416,7 @@ std::vector<Tensor> entropy_fusion_backward(
   entropy = torch::stable::contiguous(entropy);
   return for_dtype(logits[0].scalar_type(), [&](auto in, auto acc) {
     return backward<decltype(in), decltype(acc)>(
-        logits, sizes, mask.get(), weights, entropy, grad_fused, grad_weights, grad_entropy);
+        logits, sizes, weights, entropy, grad_fused, grad_weights, grad_entropy);
   });
 }
 

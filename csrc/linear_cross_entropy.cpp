@@ -57,7 +57,7 @@ MLA_INLINE T to_delta(T* z, int64_t y, int64_t stride, T total) {
   for (int64_t c = W; c < stride; c += W) tops = load<B>(z + c) > tops ? load<B>(z + c) : tops;
   const T top = maximum<T, B>(tops), z_y = z[y] - top;
   for (int64_t c = 0; c < stride; c += W) {
-    const vec_t<T, B> e = exp_nonpositive<B>(load<B>(z + c) - top);
+    const vec_t<T, B> e = exp_nonpositive<T, B>(load<B>(z + c) - top);
     store<B>(z + c, e);
     sums += e;
   }

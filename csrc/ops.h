@@ -105,7 +105,7 @@ inline Tensor empty(ScalarType dtype, Sizes... sizes) {
 // Calls f(begin, end) on ranges of n pieces of `work` multiplications each, on as many threads as that is worth.
 template <class F>
 inline void in_parallel(int64_t n, int64_t work, const F& f) {
-  constexpr int64_t worth_a_thread = 1 << 17;
+  constexpr int64_t worth_a_thread = 1 << 17;  // some 10 µs if they wait for memory; waking a thread takes as long
   if (n * work <= worth_a_thread) return f(0, n);
   torch::stable::parallel_for(0, n, std::max<int64_t>(1, worth_a_thread / work), f);
 }

@@ -102,27 +102,38 @@ MLA_INLINE T maximum(vec_t<T, B> v) {
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
-template <typename T, int B, int... lanes>
-MLA_INLINE vec_t<T, B> add_neighbours(vec_t<T, B> a, vec_t<T, B> b, std::integer_sequence<int, lanes...>) {
-  return __builtin_shufflevector(a, b, 2 * lanes...) + __builtin_shufflevector(a, b, 2 * lanes + 1 ...);
+template <typename T, int B, class Op, int... lanes>
+MLA_INLINE vec_t<T, B> combine_neighbours(vec_t<T, B> a, vec_t<T, B> b, const Op& op, std::integer_sequence<int, lanes...>) {
+  return op(__builtin_shufflevector(a, b, 2 * lanes...), __builtin_shufflevector(a, b, 2 * lanes + 1 ...));
 }
 #endif
 
-// In lane i the sum of v[i]'s lanes, of as many vectors as one has lanes. They are overwritten: each addition halves their number.
-template <typename T, int B>
-MLA_INLINE vec_t<T, B> sums(vec_t<T, B>* v) {
+// In lane i all lanes of v[i] combined by `op`, of as many vectors as one has lanes. They are overwritten: each round halves
+// their number.
+template <typename T, int B, class Op>
+MLA_INLINE vec_t<T, B> reduce_each(vec_t<T, B>* v, const Op& op) {
   constexpr int W = Simd<T, B>::width;
 #if defined(__clang__) || __GNUC__ >= 12
 #pragma GCC unroll 4
   for (int n = W / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) v[i] = add_neighbours<T, B>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, W>());
+    for (int i = 0; i < n; ++i) v[i] = combine_neighbours<T, B>(v[2 * i], v[2 * i + 1], op, std::make_integer_sequence<int, W>());
   return v[0];
 #else
   vec_t<T, B> result;
-  for (int i = 0; i < W; ++i) result[i] = sum<T, B>(v[i]);
+  for (int i = 0; i < W; ++i) result[i] = reduce<T, B>(v[i], op);
   return result;
 #endif
+}
+
+template <typename T, int B>
+MLA_INLINE vec_t<T, B> sums(vec_t<T, B>* v) {
+  return reduce_each<T, B>(v, [](auto a, auto b) MLA_LAMBDA { return a + b; });
+}
+
+template <typename T, int B>
+MLA_INLINE vec_t<T, B> maxima(vec_t<T, B>* v) {
+  return reduce_each<T, B>(v, [](auto a, auto b) MLA_LAMBDA { return a > b ? a : b; });
 }
 
 // Σ a_i b_i over n elements, in the lanes of four independent vectors: the error grows with n / lanes, and no addition
@@ -149,31 +160,83 @@ MLA_INLINE void axpy(T c, const T* x, T* y, int64_t n) {
   for (; i < n; ++i) y[i] += c * x[i];
 }
 
-// exp(t) for t ≤ 0 in every lane; 0 below −87, where float32 has no normal result. NaN stays NaN.
+// ln 2 in two parts, of which the first times a small integer is exact.
+constexpr double LN2_HIGH = 6.93147180369123816490e-01, LN2_LOW = 1.90821492927058770002e-10;
+
+// Below it exp(t) is not a normal number.
+template <typename T>
+constexpr T EXP_LEAST = sizeof(T) == 4 ? -87 : -708;
+
+// exp(t) for EXP_LEAST ≤ t ≤ 0 in every lane, to an ulp or two; in float32 ln 2 is rounded, which adds 1e-8 |t|. NaN stays NaN.
 template <int B>
-MLA_INLINE vec_t<float, B> exp_nonpositive(vec_t<float, B> t) {
-  using vec = vec_t<float, B>;
+MLA_INLINE vec_t<float, B> exp_normal(vec_t<float, B> t) {
   using bits = vec_t<int32_t, B>;
-  constexpr float ROUND = 12582912.f;  // 1.5 · 2²³: adding it rounds to an integer
-  const vec n = (t * 1.44269504f + ROUND) - ROUND;
-  const vec r = (t - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
-  vec y = vec{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.f;
-  const bits exponent = (__builtin_convertvector(n, bits) + 127) << 23;
-  vec power;
-  std::memcpy(&power, &exponent, B);
-  return t < -87.f ? vec{} : y * power;
+  constexpr float ROUND = 12582912.f;  // 1.5 · 2²³: adding it rounds to an integer, which is in the lowest bits then
+  const vec_t<float, B> shifted = t * 1.44269504f + ROUND, r = t - (shifted - ROUND) * 0.693147181f;
+  vec_t<float, B> y = r * 1.381459879e-3f + 8.368716575e-3f;
+  y = y * r + 4.166838899e-2f;
+  y = y * r + 1.666652113e-1f;
+  y = y * r + 4.999999404e-1f;
+  y = y * r + 1.f;
+  y = y * r + 1.f;
+  bits n, power;
+  std::memcpy(&n, &shifted, B);
+  std::memcpy(&power, &y, B);
+  power += n << 23;
+  std::memcpy(&y, &power, B);
+  return y;
 }
 
 template <int B>
-MLA_INLINE vec_t<double, B> exp_nonpositive(vec_t<double, B> t) {
-  for (int64_t i = 0; i < Simd<double, B>::width; ++i) t[i] = std::exp(t[i]);
-  return t;
+MLA_INLINE vec_t<double, B> exp_normal(vec_t<double, B> t) {
+  using bits = vec_t<int64_t, B>;
+  constexpr double ROUND = 6755399441055744.0;  // 1.5 · 2⁵²
+  const vec_t<double, B> shifted = t * 1.44269504088896340736 + ROUND, count = shifted - ROUND;
+  const vec_t<double, B> r = (t - count * LN2_HIGH) - count * LN2_LOW;
+  vec_t<double, B> y = r / 6227020800. + 1. / 479001600;  // Taylor's series to r¹³, where it ends below half an ulp
+  for (double factorial : {39916800., 3628800., 362880., 40320., 5040., 720., 120., 24., 6., 2., 1., 1.}) y = y * r + 1 / factorial;
+  bits n, power;
+  std::memcpy(&n, &shifted, B);
+  std::memcpy(&power, &y, B);
+  power += n << 52;
+  std::memcpy(&y, &power, B);
+  return y;
+}
+
+// The greater of both; NaN where t is.
+template <int B, typename T>
+MLA_INLINE vec_t<T, B> at_least(T least, vec_t<T, B> t) {
+  const vec_t<T, B> bound = vec_t<T, B>{} + least;
+  return bound > t ? bound : t;
+}
+
+// exp(t) for any t ≤ 0; 0 below EXP_LEAST.
+template <typename T, int B>
+MLA_INLINE vec_t<T, B> exp_nonpositive(vec_t<T, B> t) {
+  return t < EXP_LEAST<T> ? vec_t<T, B>{} : exp_normal<B>(t);
+}
+
+// log(x) of a normal x > 0 in every lane, to two ulp or so. NaN stays NaN.
+template <int B>
+MLA_INLINE vec_t<double, B> log_positive(vec_t<double, B> x) {
+  using vec = vec_t<double, B>;
+  using bits = vec_t<int64_t, B>;
+  constexpr int64_t ROOT_HALF = 0x3fe6a09e667f3bcd, ROUND = 0x4338000000000000;  // √½ and 1.5 · 2⁵² as they are stored
+  bits b;
+  std::memcpy(&b, &x, B);
+  bits n = (b - ROOT_HALF) >> 52;  // x = 2ⁿ m with √½ ≤ m < √2
+  b -= n << 52;
+  n += ROUND;
+  vec m, power;
+  std::memcpy(&m, &b, B);
+  std::memcpy(&power, &n, B);
+  power -= 6755399441055744.0;
+  const vec f = (m - 1) / (m + 1), f2 = f * f;  // log m = 2 artanh f
+  vec y = vec{} + 2. / 19;
+#pragma GCC unroll 8
+  for (int k = 17; k >= 3; k -= 2) y = y * f2 + 2. / k;
+  y = power * LN2_HIGH + (2 * f + (y * f2 * f + power * LN2_LOW));
+  return x == x ? y : x;
 }
 
 }  // namespace mla_fast

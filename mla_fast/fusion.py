@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
     Differentiable once in the logits; for higher derivatives, forward mode and torch.func use backend="reference".
     Raises ValueError or TypeError that names the argument, what it was and what it should be.
     """
+    if backend == "auto" and (at_once := ops.fuse_at_once(logits, present)) is not None:
+        return _fused(at_once)
     if isinstance(logits, Tensor):
         if logits.dim() != 3:
             raise ValueError(f"logits: expected [M, N, C] or a sequence of [N, C], got a tensor of shape {list(logits.shape)}")
@@ -52,9 +55,10 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
             raise ValueError(f"present: expected [{N}, {M}] (samples, modalities) to match logits, got {list(present.shape)}")
         if present.device != device:
             raise ValueError(f"present: expected on {device} like logits, got {present.device}")
-    return Fused(*ops.entropy_fusion(tensors, present, ops.resolve(backend, device)))
+    return _fused(ops.entropy_fusion(tensors, present, ops.resolve(backend, device)))
 
 
+_fused = functools.partial(tuple.__new__, Fused)
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 

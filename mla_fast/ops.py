@@ -291,6 +291,26 @@ def entropy_fusion(
     return _differentiable(_operator("entropy_fusion", backend, logits[0].device), logits, present, slot)
 
 
+def fuse_at_once(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``entropy_fusion`` of one [M, N, C] on the CPU, without a gradient and checked by the operator alone: checks in Python take
+    as long as a small batch does. None where that does not serve or is refused; the caller's checks say why."""
+    if (
+        CPP_MISSING is None
+        and type(logits) is Tensor
+        and logits.is_cpu
+        and logits.dim() == 3
+        and (present is None or (type(present) is Tensor and present.is_cpu))
+        and not (logits.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+    ):
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return torch.ops.mla_fast.entropy_fusion.default([logits], present, None)
+        except RuntimeError:
+            pass
+    return None
+
+
 def _differentiable(op: Callable, tensors: Tensor | list[Tensor], *arguments):
     """op(tensors, *arguments). The autograd rules live in Python; where no gradient is wanted, going around them saves more than
     the arithmetic of a small batch costs."""

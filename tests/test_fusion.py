@@ -10,7 +10,8 @@ import mla_fast as mla
 from mla_fast import ops, reference
 
 needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
-SHAPES = [(1, 1, 1), (1, 5, 7), (2, 1, 6), (3, 64, 101), (2, 9, 16), (2, 9, 17), (5, 3, 513), (2, 0, 4), (3, 2, 4000)]
+SHAPES = [(1, 1, 1), (1, 5, 7), (2, 1, 6), (3, 64, 101), (2, 9, 16), (2, 9, 17), (5, 3, 513), (2, 0, 4)]
+SHAPES += [(3, 2, 4000), (3, 17, 1025)]
 
 
 def bound(dtype):
@@ -136,6 +137,20 @@ def test_threads_do_not_change_the_result():
     torch.set_num_threads(2)
     for a, b in zip(one, mla.entropy_fusion(logits), strict=True):
         assert torch.equal(a, b)
+
+
+@needs_cpp
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_fused_at_once_is_the_same(masked):
+    logits = torch.randn(3, 33, 7)
+    present = torch.rand(33, 3) > 0.4 if masked else None
+    assert ops.fuse_at_once(logits, present) is not None
+    for a, b in zip(mla.entropy_fusion(logits, present), mla.entropy_fusion(logits, present, backend="cpp"), strict=True):
+        assert torch.equal(a, b)
+    logits.requires_grad_()
+    assert ops.fuse_at_once(logits, present) is None and mla.entropy_fusion(logits, present).logits.requires_grad
+    with torch.no_grad():
+        assert ops.fuse_at_once(logits, present) is not None
 
 
 def test_bad_arguments_are_named():
