@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mla_fast.head import HeadLayer, HeadStep, local, trainable_linears
 from mla_fast.projection import Projection, ProjectionSettings
@@ -136,12 +137,18 @@ class MLAOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 p.grad = None
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, modality: str | None = None) -> Any:
         """One step on one modality, whose name ``projection="window"`` needs; closure as for any optimizer.
 
         Where a wrapper's ``step`` takes no modality (Fabric's, Accelerate's), set ``optimizer.modality`` before.
         """
+        step = self._watched_step if self._is_watched() else self._unwatched_step
+        return step(closure, modality=modality)
+
+    step.hooked = True  # or torch puts around it what is around _watched_step: 20 µs of a step when nobody watches
+
+    @torch.no_grad()
+    def _unwatched_step(self, closure: Callable[[], Any] | None, *, modality: str | None) -> Any:
         loss = None
         if closure is not None and not callable(closure):
             raise TypeError(
@@ -152,6 +159,14 @@ class MLAOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.take_step(modality)
         return loss
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_unwatched_step)
+
+    def _is_watched(self) -> bool:
+        """By step hooks, this optimizer's or every one's, or a profiler."""
+        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        every = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+        return bool(own or every or torch.autograd._profiler_enabled())
 
     def take_step(self, modality: str | None) -> None:
         """``step`` without the hooks around it; under ``no_grad``.
@@ -263,7 +278,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         """Projects the gradient of the step that ``measure`` found now, while it is in the caches, if that is what the step would
         begin with; a hook before the step may want it as it is, and autocast is for the step to keep away."""
         modality, steps, _, bad = self._measured
-        undisturbed = not self._optimizer_step_pre_hooks and not torch.is_autocast_enabled(self.device.type)
+        undisturbed = not self._is_watched() and not torch.is_autocast_enabled(self.device.type)
         if bad is False and self._projects_gradients and undisturbed:
             self._project_gradients(steps, modality, None)
             self._measured = self._measured._replace(steps=[])

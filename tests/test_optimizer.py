@@ -29,6 +29,7 @@ from helpers import (
     wrap,
 )
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mla_fast as mla
@@ -276,6 +277,21 @@ def test_step_hooks_of_both_optimizers_run_once():
         target.register_step_post_hook(lambda o, args, kwargs, name=name: calls.append(f"{name} after"))
     train(head, optimizer, head_steps(1))
     assert calls == ["outer before", "inner before", "inner after", "outer after"]
+
+
+def test_hooks_of_every_optimizer_and_profilers_see_the_step():
+    head, calls = make_head(), []
+    optimizer = wrap(head)
+    assert not optimizer._is_watched()
+    handle = register_optimizer_step_post_hook(lambda o, args, kwargs: calls.append(type(o)))
+    try:
+        train(head, optimizer, head_steps(1))
+    finally:
+        handle.remove()
+    assert calls == [type(optimizer.optimizer), mla.MLAOptimizer]
+    with torch.profiler.profile() as profiler:
+        train(head, optimizer, head_steps(1))
+    assert "Optimizer.step#MLAOptimizer.step" in {event.key for event in profiler.key_averages()}
 
 
 def test_repr_says_what_it_is():
