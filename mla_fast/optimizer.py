@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
@@ -142,7 +143,7 @@ class MLAOptimizer(torch.optim.Optimizer):
 
         Where a wrapper's ``step`` takes no modality (Fabric's, Accelerate's), set ``optimizer.modality`` before.
         """
-        step = self._watched_step if self._is_watched() else self._unwatched_step
+        step = self._watched_step if _is_watched(self) else self._unwatched_step
         return step(closure, modality=modality)
 
     step.hooked = True  # or torch puts around it what is around _watched_step: 20 µs of a step when nobody watches
@@ -161,12 +162,6 @@ class MLAOptimizer(torch.optim.Optimizer):
         return loss
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_unwatched_step)
-
-    def _is_watched(self) -> bool:
-        """By step hooks, this optimizer's or every one's, or a profiler."""
-        own = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        every = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-        return bool(own or every or torch.autograd._profiler_enabled())
 
     def take_step(self, modality: str | None) -> None:
         """``step`` without the hooks around it; under ``no_grad``.
@@ -278,7 +273,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         """Projects the gradient of the step that ``measure`` found now, while it is in the caches, if that is what the step would
         begin with; a hook before the step may want it as it is, and autocast is for the step to keep away."""
         modality, steps, _, bad = self._measured
-        undisturbed = not self._is_watched() and not torch.is_autocast_enabled(self.device.type)
+        undisturbed = not _is_watched(self) and not torch.is_autocast_enabled(self.device.type)
         if bad is False and self._projects_gradients and undisturbed:
             self._project_gradients(steps, modality, None)
             self._measured = self._measured._replace(steps=[])
@@ -296,7 +291,7 @@ class MLAOptimizer(torch.optim.Optimizer):
             else:
                 restore = _Snapshot(inner, [p for step in steps for p in step.layer.module.parameters()])
         _set_amp(inner, amp)  # which also removes what a step that raised has left
-        inner.step()
+        _bare_step(inner)()
         _set_amp(inner, {})
         if restore is not None:
             restore.where(bad)
@@ -449,6 +444,26 @@ class _Snapshot:
         for key, t in self._tensors().items():
             before = self.before.get(key)
             torch.where(good, t, torch.zeros_like(t) if before is None else before.to(t.dtype), out=t)
+
+
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """By step hooks, its own or every optimizer's, by a profiler, or by torch.compile, which need not look into this."""
+    if torch.compiler.is_compiling():
+        return True
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    every = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    return bool(own or every or torch.autograd._profiler_enabled())
+
+
+_HOOKED = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+
+
+def _bare_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Its ``step``, without what torch puts around it for hooks and profilers where there are none: 20 µs."""
+    step = type(optimizer).step
+    if _is_watched(optimizer) or "step" in vars(optimizer) or getattr(step, "__code__", None) is not _HOOKED:
+        return optimizer.step
+    return functools.partial(step.__wrapped__, optimizer)
 
 
 _AMP = ("grad_scale", "found_inf")  # the attributes by which torch.amp reaches a fused optimizer

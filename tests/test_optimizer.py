@@ -1,5 +1,6 @@
 """``MLAOptimizer`` against a loop written by hand over the reference, and against everything that drives an optimizer."""
 
+import functools
 import math
 import warnings
 from itertools import product
@@ -282,7 +283,6 @@ def test_step_hooks_of_both_optimizers_run_once():
 def test_hooks_of_every_optimizer_and_profilers_see_the_step():
     head, calls = make_head(), []
     optimizer = wrap(head)
-    assert not optimizer._is_watched()
     handle = register_optimizer_step_post_hook(lambda o, args, kwargs: calls.append(type(o)))
     try:
         train(head, optimizer, head_steps(1))
@@ -291,7 +291,28 @@ def test_hooks_of_every_optimizer_and_profilers_see_the_step():
     assert calls == [type(optimizer.optimizer), mla.MLAOptimizer]
     with torch.profiler.profile() as profiler:
         train(head, optimizer, head_steps(1))
-    assert "Optimizer.step#MLAOptimizer.step" in {event.key for event in profiler.key_averages()}
+    seen = {event.key for event in profiler.key_averages()}
+    assert {"Optimizer.step#MLAOptimizer.step", "Optimizer.step#SGD.step"} <= seen
+
+
+def test_the_wrapped_step_is_the_one_that_is_there():
+    """torch's wrapper is gone around where nobody looks on, and nothing else is."""
+    calls = []
+
+    class Counting(torch.optim.SGD):
+        @functools.wraps(torch.optim.SGD.step)  # which copies the marks of torch's wrapper
+        def step(self, closure=None):
+            calls.append("class")
+            return super().step(closure)
+
+    head = make_head()
+    optimizer = wrap(head, lambda parameters: Counting(parameters, lr=0.1))
+    train(head, optimizer, head_steps(1))
+    assert calls == ["class"]
+    step = optimizer.optimizer.step
+    optimizer.optimizer.step = lambda: calls.append("instance") or step()
+    train(head, optimizer, head_steps(1))
+    assert calls == ["class", "instance", "class"]
 
 
 def test_repr_says_what_it_is():
