@@ -291,24 +291,22 @@ def entropy_fusion(
     return _differentiable(_operator("entropy_fusion", backend, logits[0].device), logits, present, slot)
 
 
-def fuse_at_once(logits: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``entropy_fusion`` of one [M, N, C] on the CPU, without a gradient and checked by the operator alone: checks in Python take
-    as long as a small batch does. None where that does not serve or is refused; the caller's checks say why."""
-    if (
-        CPP_MISSING is None
-        and type(logits) is Tensor
-        and logits.is_cpu
-        and logits.dim() == 3
-        and (present is None or (type(present) is Tensor and present.is_cpu))
-        and not (logits.requires_grad and torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
-    ):
-        try:
-            with torch._C._AutoDispatchBelowAutograd():
-                return torch.ops.mla_fast.entropy_fusion.default([logits], present, None)
-        except RuntimeError:
-            pass
-    return None
+def fuse_at_once(logits: Tensor | Sequence[Tensor], present: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``entropy_fusion`` on the CPU, without a gradient and checked by the operator alone: checks in Python take as long as a
+    small batch does. None where that does not serve or is refused; the caller's checks say why."""
+    tensors, dims = ([logits], 3) if type(logits) is Tensor else (logits, 2)
+    if CPP_MISSING is not None or type(tensors) not in (list, tuple) or torch.compiler.is_compiling():
+        return None
+    for z in tensors:
+        if type(z) is not Tensor or not z.is_cpu or z.dim() != dims or (z.requires_grad and torch.is_grad_enabled()):
+            return None
+    if present is not None and (type(present) is not Tensor or not present.is_cpu):
+        return None
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mla_fast.entropy_fusion.default(tensors, present, None)
+    except RuntimeError:
+        return None
 
 
 def _differentiable(op: Callable, tensors: Tensor | list[Tensor], *arguments):

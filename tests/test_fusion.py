@@ -144,13 +144,14 @@ def test_threads_do_not_change_the_result():
 def test_what_is_fused_at_once_is_the_same(masked):
     logits = torch.randn(3, 33, 7)
     present = torch.rand(33, 3) > 0.4 if masked else None
-    assert ops.fuse_at_once(logits, present) is not None
-    for a, b in zip(mla.entropy_fusion(logits, present), mla.entropy_fusion(logits, present, backend="cpp"), strict=True):
-        assert torch.equal(a, b)
-    logits.requires_grad_()
-    assert ops.fuse_at_once(logits, present) is None and mla.entropy_fusion(logits, present).logits.requires_grad
-    with torch.no_grad():
-        assert ops.fuse_at_once(logits, present) is not None
+    for given_as in (logits, list(logits), tuple(logits)):
+        assert ops.fuse_at_once(given_as, present) is not None
+        for a, b in zip(mla.entropy_fusion(given_as, present), mla.entropy_fusion(logits, present, backend="cpp"), strict=True):
+            assert torch.equal(a, b)
+    for given_as in (logits.requires_grad_(), list(logits)):
+        assert ops.fuse_at_once(given_as, present) is None and mla.entropy_fusion(given_as, present).logits.requires_grad
+        with torch.no_grad():
+            assert ops.fuse_at_once(given_as, present) is not None
 
 
 def test_bad_arguments_are_named():
@@ -160,6 +161,9 @@ def test_bad_arguments_are_named():
         ("logits", lambda: mla.entropy_fusion([z[0], z[1, :2]])),
         ("logits", lambda: mla.entropy_fusion([z[0], z[1, :, :3]])),
         ("logits", lambda: mla.entropy_fusion([z, z])),
+        ("logits", lambda: mla.entropy_fusion([z])),
+        ("logits", lambda: mla.entropy_fusion([z[0], None])),
+        ("logits", lambda: mla.entropy_fusion(iter(z))),
         ("logits", lambda: mla.entropy_fusion([])),
         ("logits", lambda: mla.entropy_fusion(z[:0])),
         ("logits", lambda: mla.entropy_fusion(z[..., :0])),
