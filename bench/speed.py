@@ -137,14 +137,17 @@ def read_steps(found: Throughput) -> str:
 
 
 def read_overhead(found: Throughput) -> str:
-    """What MLAOptimizer adds to a batch of the plain loop."""
-    suffix, added = " / plain loop, by what is added", {}
+    """What MLAOptimizer adds to a batch of the plain loop, and what alternating_step takes in its place."""
+    added, taken = {}, {}
     for (threads, case, what), r in found.comparisons.items():
-        if what.endswith(suffix):
-            way = what.removesuffix(suffix).removeprefix("ours in turn ")
-            added.setdefault(f"{case}, {_threads(threads)}", []).append(f"{100 * (r['ratio'] - 1):+.1f} % ({way})")
-    said = "; ".join(f"{' and '.join(shares)} on {where}" for where, shares in added.items())
-    return f"MLAOptimizer adds to a batch of the plain loop {said}."
+        way, _, rival = what.partition(" / ")
+        projection, where = way.split()[-1], f"{case}, {_threads(threads)}"
+        if rival == "plain loop, by what is added":
+            added.setdefault(where, []).append(f"{100 * (r['ratio'] - 1):+.1f} % ({projection})")
+        elif rival == "plain loop" and way == f"ours {projection}":
+            taken.setdefault(where, []).append(f"{r['ratio']:.2f} ({projection})")
+    more, share = ("; ".join(f"{' and '.join(shares)} on {where}" for where, shares in said.items()) for said in (added, taken))
+    return f"MLAOptimizer adds to a batch of the plain loop {more}. `alternating_step` takes, of the plain loop's time, {share}."
 
 
 def _ratio(record: Record | None) -> str:

@@ -24,6 +24,8 @@ SAMPLE_US = 3e4  # several of the operating system's time slices, which a busy m
 COMPARED = (
     ("ours in turn rls", PLAIN),
     ("ours in turn window", PLAIN),
+    ("ours rls", PLAIN),
+    ("ours window", PLAIN),
     ("ours in turn rls", "ours rls"),
     ("ours in turn window", "ours window"),
     ("ours rls", "ours streams rls"),

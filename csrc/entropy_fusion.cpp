@@ -1,4 +1,4 @@
-// Entropy-weighted fusion (eqs. 6–8), one sample at a time while its M rows are in the first-level cache:
+// Entropy-weighted fusion (eqs. 6–8), as many samples at a time as stay in the caches, up to one for each lane of a vector:
 //
 //     t = z − max z      S = Σ exp t      e = log S − Σ t exp t / S          (eq. 7, shifted so that nothing overflows)
 //     λ = softmax(−e) over the modalities that are present                   (eq. 8; the maximum in the paper cancels)
@@ -19,7 +19,7 @@ namespace mla_fast {
 namespace {
 
 // Calls `each` with the vectors of a row in turn; the last one has −inf in lanes that earlier ones held or that are past the
-// end, which adds nothing to any sum below. It is read from where the row ends: copying just the few elements that are left
+// end, which adds no more than 1e-35 to any sum below. It is read from where the row ends: copying just the few elements that are left
 // would cost as much as all the rest.
 template <typename T, int B, class Each>
 MLA_INLINE void for_each_vector(const T* row, int64_t C, const Each& each) {

@@ -142,9 +142,10 @@ def test_main_measures_compares_and_fails_when_ours_does(monkeypatch, tmp_path, 
 def test_what_is_compared_by_hand():
     samples = {"plain loop": [100.0, 200.0, 300.0], "ours in turn rls": [110.0, 200.0, 330.0], "ours rls": [100.0, 100.0, 100.0]}
     samples |= {"plain loop without encoders": [10.0, 11.0, 12.0], "ours in turn rls without encoders": [14.0, 17.0, 27.0]}
-    batch, added, together = step.compare("resnets", samples)
+    batch, added, whole, together = step.compare("resnets", samples)
     assert batch.name == "ours in turn rls / plain loop" and batch.ratio.median == 1 and batch.ratio.p80 == pytest.approx(1.1)
     assert added.ratio == pytest.approx((1 + 6 / 200, 1.034, 1.046))  # of 1.04, 1.03 and 1.05
+    assert whole.name == "ours rls / plain loop" and whole.ratio.median == 0.5
     assert (batch.target, batch.verdict, added.verdict, together.verdict) == ("≤ 1.03", "unclear", "unclear", "")
     *_, together = step.compare("mlps", samples)
     assert together.name == "ours in turn rls / ours rls" and (together.ratio.median, together.verdict) == (2, "met")

@@ -93,14 +93,13 @@ def cpu(tmp_path):
     found += [time("infer b", "ours predict", 20.0, op="infer")]
     found += [time("mlps", "ours rls", 1500.0, op="step"), time("mlps", "plain loop", 1000.0, 2, op="step")]
     compared = {"case": "mlps", "device": "cpu", "machine": {**MACHINE, "threads": 1}, "p20": 1.04, "p80": 1.06}
-    for what, target, verdict in (
-        ("plain loop, by what is added", "≤ 1.03", "missed"),
-        ("plain loop", "", ""),
-        ("b", "≤ 2.00", "met"),
+    for comparison, target, verdict in (
+        ("ours in turn rls / plain loop, by what is added", "≤ 1.03", "missed"),
+        ("ours in turn rls / plain loop", "", ""),
+        ("ours rls / plain loop", "", ""),
+        ("ours in turn rls / b", "≤ 2.00", "met"),
     ):
-        found.append(
-            {**compared, "comparison": f"ours in turn rls / {what}", "ratio": 1.05, "target": target, "verdict": verdict}
-        )
+        found.append({**compared, "comparison": comparison, "ratio": 1.05, "target": target, "verdict": verdict})
     path = tmp_path / "cpu.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in found))
     return Throughput(path)
@@ -129,7 +128,8 @@ def test_readings_of_speed_by_hand(cpu):
     assert "1.5 times as fast" in speed.read_window(cpu) and " 9 to 11 µs" in speed.read_inference(cpu)
     asked = "ours in turn rls / plain loop, by what is added on mlps, 1 thread (1.050, ≤ 1.03)"
     assert speed.read_steps(cpu) == f"Of 2 bounds that were set beforehand: met 1, unclear 0, missed 1 ({asked})."
-    assert "+5.0 % (rls) on mlps, 1 thread." in speed.read_overhead(cpu)
+    added, taken = speed.read_overhead(cpu).split(". ")
+    assert added.endswith("+5.0 % (rls) on mlps, 1 thread") and taken.endswith(" 1.05 (rls) on mlps, 1 thread.")
 
 
 def test_the_tables_of_steps_by_hand(cpu):
@@ -137,6 +137,7 @@ def test_the_tables_of_steps_by_hand(cpu):
     assert cells(speed.step_times(cpu)) == [["ms a batch", *columns], ["ours rls", "1.50", "-"], ["plain loop", "-", "1.00"]]
     assert [row[1] for row in cells(speed.step_ratios(cpu))[1:]] == [
         "1.05 (1.04–1.06), ≤ 1.03: missed",
+        "1.05 (1.04–1.06)",
         "1.05 (1.04–1.06)",
         "1.05 (1.04–1.06), ≤ 2.00: met",
     ]
