@@ -461,7 +461,9 @@ _HOOKED = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 def _bare_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     """Its ``step``, without what torch puts around it for hooks and profilers where there are none: 20 µs."""
     step = type(optimizer).step
-    if _is_watched(optimizer) or "step" in vars(optimizer) or getattr(step, "__code__", None) is not _HOOKED:
+    if torch.compiler.is_compiling() or getattr(step, "__code__", None) is not _HOOKED:
+        return optimizer.step
+    if "step" in vars(optimizer) or _is_watched(optimizer):
         return optimizer.step
     return functools.partial(step.__wrapped__, optimizer)
 

@@ -315,6 +315,28 @@ def test_the_wrapped_step_is_the_one_that_is_there():
     assert calls == ["class", "instance", "class"]
 
 
+def test_an_optimizer_that_only_passes_on_can_be_wrapped():
+    """As libraries have them: torch's base class never prepared it, so it has no hooks of its own."""
+
+    class PassingOn(torch.optim.Optimizer):
+        param_groups = property(lambda self: self.optimizer.param_groups)
+        state = property(lambda self: self.optimizer.state)
+        defaults = property(lambda self: self.optimizer.defaults)
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
+    heads = [make_head(), make_head()]
+    heads[1].load_state_dict(heads[0].state_dict())
+    steps = head_steps(3)
+    train(heads[0], wrap(heads[0]), steps)
+    train(heads[1], wrap(heads[1], lambda parameters: PassingOn(momentum_sgd(parameters))), steps)
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
 def test_repr_says_what_it_is():
     text = repr(wrap(make_model(), projection="window", alpha=2.0))
     for part in ("projection='window'", "alpha=2.0", "head [3, 5]", "SGD", "lr: 0.1"):
