@@ -19,8 +19,8 @@ namespace mla_fast {
 namespace {
 
 // Calls `each` with the vectors of a row in turn; the last one has −inf in lanes that earlier ones held or that are past the
-// end, which adds no more than 1e-35 to any sum below. It is read from where the row ends: copying just the few elements that are left
-// would cost as much as all the rest.
+// end, which adds next to nothing (exp of EXP_LEAST) to any sum below. It is read from where the row ends: copying just the few
+// elements that are left would cost as much as all the rest.
 template <typename T, int B, class Each>
 MLA_INLINE void for_each_vector(const T* row, int64_t C, const Each& each) {
   constexpr int64_t W = Simd<T, B>::width;
@@ -97,8 +97,10 @@ template <typename T>
 struct TileRows {
   const T* z[TILE];
   T top[TILE];
-  double log_sum[TILE], entropy[TILE];  // an entropy of +∞: absent
+  double log_sum[TILE], entropy[TILE];
 };
+
+constexpr double ABSENT = std::numeric_limits<double>::infinity();  // the entropy of a row that is not there
 
 template <typename T, int B>
 MLA_INLINE void measure(TileRows<T>& rows, int64_t C) {
@@ -141,7 +143,7 @@ MLA_INLINE void measure(TileRows<T>& rows, int64_t C) {
     store<B>(rows.entropy + r, log_sum - load<B>(weighted + r) / total);
   }
   for (int64_t r = 0; r < TILE; ++r)
-    if (!rows.z[r]) rows.entropy[r] = std::numeric_limits<double>::infinity();
+    if (!rows.z[r]) rows.entropy[r] = ABSENT;
 }
 
 // λ = softmax(−e) over the present modalities of each sample, [M, TILE]; zeros where absent.
@@ -150,22 +152,21 @@ MLA_INLINE void weigh(const std::vector<TileRows<T>>& tile, T* weights) {
   constexpr int64_t W = Simd<T, B>::width;
   double least[TILE] = {};
   for (int64_t r = 0; r < TILE; ++r) {
-    double e = std::numeric_limits<double>::infinity();
-    for (const TileRows<T>& rows : tile) e = rows.entropy[r] < e ? rows.entropy[r] : e;
-    if (e < std::numeric_limits<double>::infinity()) least[r] = e;
+    double e = ABSENT;
+    for (const TileRows<T>& rows : tile) e = std::min(e, rows.entropy[r]);
+    if (e < ABSENT) least[r] = e;
   }
   for (int64_t r = 0; r < TILE; r += W) {
     vec_t<T, B> total = {};
-    T* w = weights + r;
-    for (const TileRows<T>& rows : tile) {
-      for (int64_t i = 0; i < W; ++i) w[i] = static_cast<T>(least[r + i] - rows.entropy[r + i]);
+    for (size_t m = 0; m < tile.size(); ++m) {
+      T* w = weights + m * TILE + r;
+      for (int64_t i = 0; i < W; ++i) w[i] = static_cast<T>(least[r + i] - tile[m].entropy[r + i]);
       const vec_t<T, B> e = exp_nonpositive<T, B>(load<B>(w));
       store<B>(w, e);
       total += e;
-      w += TILE;
     }
     total = total == T(0) ? vec_t<T, B>{} + T(1) : total;  // nothing present
-    for (T* w = weights + r; w < weights + r + TILE * tile.size(); w += TILE) store<B>(w, load<B>(w) / total);
+    for (size_t m = 0; m < tile.size(); ++m) store<B>(weights + m * TILE + r, load<B>(weights + m * TILE + r) / total);
   }
 }
 

@@ -79,6 +79,9 @@ MLA_INLINE void store(T* to, vec_t<T, B> v) {
   std::memcpy(to, &v, B);
 }
 
+inline constexpr auto plus = [](auto a, auto b) MLA_LAMBDA { return a + b; };
+inline constexpr auto greater = [](auto a, auto b) MLA_LAMBDA { return a > b ? a : b; };
+
 // All lanes combined by `op`, by halves.
 template <typename T, int B, class Op>
 MLA_INLINE T reduce(vec_t<T, B> v, const Op& op) {
@@ -93,12 +96,12 @@ MLA_INLINE T reduce(vec_t<T, B> v, const Op& op) {
 
 template <typename T, int B>
 MLA_INLINE T sum(vec_t<T, B> v) {
-  return reduce<T, B>(v, [](auto a, auto b) MLA_LAMBDA { return a + b; });
+  return reduce<T, B>(v, plus);
 }
 
 template <typename T, int B>
 MLA_INLINE T maximum(vec_t<T, B> v) {
-  return reduce<T, B>(v, [](auto a, auto b) MLA_LAMBDA { return a > b ? a : b; });
+  return reduce<T, B>(v, greater);
 }
 
 #if defined(__clang__) || __GNUC__ >= 12
@@ -128,12 +131,12 @@ MLA_INLINE vec_t<T, B> reduce_each(vec_t<T, B>* v, const Op& op) {
 
 template <typename T, int B>
 MLA_INLINE vec_t<T, B> sums(vec_t<T, B>* v) {
-  return reduce_each<T, B>(v, [](auto a, auto b) MLA_LAMBDA { return a + b; });
+  return reduce_each<T, B>(v, plus);
 }
 
 template <typename T, int B>
 MLA_INLINE vec_t<T, B> maxima(vec_t<T, B>* v) {
-  return reduce_each<T, B>(v, [](auto a, auto b) MLA_LAMBDA { return a > b ? a : b; });
+  return reduce_each<T, B>(v, greater);
 }
 
 // Σ a_i b_i over n elements, in the lanes of four independent vectors: the error grows with n / lanes, and no addition
@@ -167,40 +170,38 @@ constexpr double LN2_HIGH = 6.93147180369123816490e-01, LN2_LOW = 1.908214929270
 template <typename T>
 constexpr T EXP_LEAST = sizeof(T) == 4 ? -87 : -708;
 
+// 1.5 · 2²³ or 1.5 · 2⁵²: adding it rounds to an integer, which is in the lowest bits then.
+template <typename T>
+constexpr T ROUND = sizeof(T) == 4 ? 12582912 : 6755399441055744;
+
+// y 2ⁿ, with n + ROUND for n; both y and the result normal numbers.
+template <int B, typename T>
+MLA_INLINE vec_t<T, B> times_power(vec_t<T, B> y, vec_t<T, B> n) {
+  using bits = vec_t<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, B>;
+  constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
+  return reinterpret_cast<vec_t<T, B>>(reinterpret_cast<bits>(y) + (reinterpret_cast<bits>(n) << mantissa));
+}
+
 // exp(t) for EXP_LEAST ≤ t ≤ 0 in every lane, to an ulp or two; in float32 ln 2 is rounded, which adds 1e-8 |t|. NaN stays NaN.
 template <int B>
 MLA_INLINE vec_t<float, B> exp_normal(vec_t<float, B> t) {
-  using bits = vec_t<int32_t, B>;
-  constexpr float ROUND = 12582912.f;  // 1.5 · 2²³: adding it rounds to an integer, which is in the lowest bits then
-  const vec_t<float, B> shifted = t * 1.44269504f + ROUND, r = t - (shifted - ROUND) * 0.693147181f;
+  const vec_t<float, B> n = t * 1.44269504f + ROUND<float>, r = t - (n - ROUND<float>) * 0.693147181f;
   vec_t<float, B> y = r * 1.381459879e-3f + 8.368716575e-3f;
   y = y * r + 4.166838899e-2f;
   y = y * r + 1.666652113e-1f;
   y = y * r + 4.999999404e-1f;
   y = y * r + 1.f;
   y = y * r + 1.f;
-  bits n, power;
-  std::memcpy(&n, &shifted, B);
-  std::memcpy(&power, &y, B);
-  power += n << 23;
-  std::memcpy(&y, &power, B);
-  return y;
+  return times_power<B, float>(y, n);
 }
 
 template <int B>
 MLA_INLINE vec_t<double, B> exp_normal(vec_t<double, B> t) {
-  using bits = vec_t<int64_t, B>;
-  constexpr double ROUND = 6755399441055744.0;  // 1.5 · 2⁵²
-  const vec_t<double, B> shifted = t * 1.44269504088896340736 + ROUND, count = shifted - ROUND;
+  const vec_t<double, B> n = t * 1.44269504088896340736 + ROUND<double>, count = n - ROUND<double>;
   const vec_t<double, B> r = (t - count * LN2_HIGH) - count * LN2_LOW;
   vec_t<double, B> y = r / 6227020800. + 1. / 479001600;  // Taylor's series to r¹³, where it ends below half an ulp
   for (double factorial : {39916800., 3628800., 362880., 40320., 5040., 720., 120., 24., 6., 2., 1., 1.}) y = y * r + 1 / factorial;
-  bits n, power;
-  std::memcpy(&n, &shifted, B);
-  std::memcpy(&power, &y, B);
-  power += n << 52;
-  std::memcpy(&y, &power, B);
-  return y;
+  return times_power<B, double>(y, n);
 }
 
 // The greater of both; NaN where t is.
@@ -221,16 +222,9 @@ template <int B>
 MLA_INLINE vec_t<double, B> log_positive(vec_t<double, B> x) {
   using vec = vec_t<double, B>;
   using bits = vec_t<int64_t, B>;
-  constexpr int64_t ROOT_HALF = 0x3fe6a09e667f3bcd, ROUND = 0x4338000000000000;  // √½ and 1.5 · 2⁵² as they are stored
-  bits b;
-  std::memcpy(&b, &x, B);
-  bits n = (b - ROOT_HALF) >> 52;  // x = 2ⁿ m with √½ ≤ m < √2
-  b -= n << 52;
-  n += ROUND;
-  vec m, power;
-  std::memcpy(&m, &b, B);
-  std::memcpy(&power, &n, B);
-  power -= 6755399441055744.0;
+  constexpr int64_t ROOT_HALF = 0x3fe6a09e667f3bcd;  // √½ as it is stored
+  const bits b = reinterpret_cast<bits>(x), n = (b - ROOT_HALF) >> 52;  // x = 2ⁿ m with √½ ≤ m < √2
+  const vec m = reinterpret_cast<vec>(b - (n << 52)), power = __builtin_convertvector(n, vec);
   const vec f = (m - 1) / (m + 1), f2 = f * f;  // log m = 2 artanh f
   vec y = vec{} + 2. / 19;
 #pragma GCC unroll 8
