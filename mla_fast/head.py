@@ -142,7 +142,7 @@ class HeadLayer:
 
     def state_dict(self) -> dict[str, Any]:
         norms = torch.full((3,), float("nan")) if self.norms is None else torch.stack(self.norms)
-        return {"name": self.name, "norms": norms, **self.projection.state_dict()}
+        return {"name": self.name, "weight": list(self.module.weight.shape), "norms": norms, **self.projection.state_dict()}
 
     def adopt(self, projection: Projection, saved: dict[str, Any]) -> None:
         self.projection = projection
@@ -152,6 +152,9 @@ class HeadLayer:
         """A projection that continues from a saved state; ValueError if it does not fit this layer."""
         projection = self.new_projection(settings)
         projection.load_state_dict(saved)
+        expected = list(self.module.weight.shape)
+        if (got := saved.get("weight", expected)) != expected:  # of another number of classes, which P does not show
+            raise ValueError(f"state_dict: expected one of a {self.name} with weight {expected}, got {got}")
         return projection
 
     def joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:

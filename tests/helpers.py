@@ -44,9 +44,9 @@ def noisy_model(s=5, seed=0):
     return mla.MultimodalModel(encoders, nn.Linear(s, CLASSES))
 
 
-def make_head(s=5, dtype=torch.float32, bias=True, seed=0):
+def make_head(s=5, dtype=torch.float32, bias=True, seed=0, C=CLASSES):
     torch.manual_seed(seed)
-    return nn.Linear(s, CLASSES, bias=bias, dtype=dtype)
+    return nn.Linear(s, C, bias=bias, dtype=dtype)
 
 
 def make_inputs(N=6, modalities=ALTERNATION, seed=1):

@@ -159,6 +159,13 @@ def test_a_state_of_another_size_is_refused(projection, dtype, s):
     assert optimizer.settings is settings
 
 
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_state_of_another_number_of_classes_is_refused(projection):
+    other, optimizer = wrap(make_head(C=4), projection=projection), wrap(make_head(), projection=projection)
+    with pytest.raises(ValueError, match=r"^state_dict: expected one of a head with weight \[3, 5\], got \[4, 5\]"):
+        optimizer.load_state_dict(other.state_dict())
+
+
 def test_a_copy_has_neither_gradients_nor_the_features_that_came_with_them():
     head = make_head()
     optimizer, (first, *rest) = wrap(head), head_steps(4)
