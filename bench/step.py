@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from bench.cases import CPU_OR_GPU, Case, admit, prepared
-from bench.timing import Timing, sample, summary, write_jsonl
+from bench.timing import sample, summary, write_jsonl
 from bench.training import Training, WithoutEncoders, Workload, workloads
 
 KINDS = ("mlps", "resnets")
 PLAIN = "plain loop"
 SAMPLE_US = 3e4  # several of the operating system's time slices, which a busy machine gives to others
+RESAMPLED = 2000
 COMPARED = (
     ("ours in turn rls", PLAIN),
     ("ours in turn window", PLAIN),
@@ -41,17 +43,26 @@ AT_MOST = {
 AT_LEAST = {("mlps", "ours in turn rls", "ours rls"): 1.3}
 
 
-class Comparison(NamedTuple):
-    """What one way takes for another's 1: median over median, and the 20th and 80th percentiles of the rounds' ratios."""
+class Ratio(NamedTuple):
+    """What one way takes for another's 1: of the medians, in 95 % of samples like this one between `low` and `high`; and the 20th
+    and 80th percentiles of the rounds' ratios."""
 
+    value: float
+    low: float
+    high: float
+    p20: float
+    p80: float
+
+
+class Comparison(NamedTuple):
     name: str
-    ratio: Timing
+    ratio: Ratio
     target: str
-    verdict: str  # met, missed, or unclear where the target lies within the spread
+    verdict: str  # met, missed, or unclear where the target lies between low and high
 
     def line(self) -> str:
-        ratio = self.ratio
-        return f"| {self.name} | {ratio.median:.4f} | {ratio.p20:.4f}–{ratio.p80:.4f} | {self.target} | {self.verdict} |"
+        value, low, high, p20, p80 = (f"{x:.4f}" for x in self.ratio)
+        return f"| {self.name} | {value} | {low}–{high} | {p20}–{p80} | {self.target} | {self.verdict} |"
 
 
 def build(workload: Workload, device: torch.device, ways: Sequence[str] = ()) -> Case:
@@ -71,30 +82,41 @@ def compare(kind: str, samples: dict[str, list[float]]) -> list[Comparison]:
     """Of whole batches; and overheads once more, as what is added to a batch without its encoders over the whole batch."""
     found = []
     for over, under in COMPARED:
-        if over in samples and under in samples:
-            a, b = samples[over], samples[under]
-            rounds = summary([x / y for x, y in zip(a, b, strict=True)])
-            ratio = rounds._replace(median=summary(a).median / summary(b).median)
-            found.append(Comparison(f"{over} / {under}", ratio, *target(kind, over, under, ratio)))
-        parts = [over + WithoutEncoders.suffix, under + WithoutEncoders.suffix, under]
-        if all(part in samples for part in parts):
-            a, b, batch = (samples[part] for part in parts)
-            rounds = summary([1 + (x - y) / z for x, y, z in zip(a, b, batch, strict=True)])
-            ratio = rounds._replace(median=1 + (summary(a).median - summary(b).median) / summary(batch).median)
-            found.append(Comparison(f"{over} / {under}, by what is added", ratio, *target(kind, over, under, ratio)))
+        bare = [over + WithoutEncoders.suffix, under + WithoutEncoders.suffix, under]
+        for of, parts, suffix in ((_quotient, [over, under], ""), (_with_added, bare, ", by what is added")):
+            if all(part in samples for part in parts):
+                ratio = estimate(of, *(samples[part] for part in parts))
+                found.append(Comparison(f"{over} / {under}{suffix}", ratio, *target(kind, over, under, ratio)))
     return found
 
 
-def target(kind: str, over: str, under: str, ratio: Timing) -> tuple[str, str]:
+def _quotient(a, b):
+    return a / b
+
+
+def _with_added(a, b, batch):
+    return 1 + (a - b) / batch
+
+
+def estimate(of: Callable, *samples: list[float]) -> Ratio:
+    """`of` the samples' medians; between which values it lies by the bootstrap over rounds, whose samples stay together."""
+    rounds = np.array(samples)  # [ways, rounds]
+    drawn = np.random.default_rng(0).integers(rounds.shape[1], size=(RESAMPLED, rounds.shape[1]))
+    low, high = np.quantile(of(*np.median(rounds[:, drawn], axis=-1)), (0.025, 0.975))
+    p20, p80 = np.quantile(of(*rounds), (0.2, 0.8))
+    return Ratio(*map(float, (of(*np.median(rounds, axis=-1)), low, high, p20, p80)))
+
+
+def target(kind: str, over: str, under: str, ratio: Ratio) -> tuple[str, str]:
     """(as text, the verdict)."""
     key = kind, over, under
     if key not in AT_MOST and key not in AT_LEAST:
         return "", ""
     limit, sign = (AT_MOST[key], "≤") if key in AT_MOST else (AT_LEAST[key], "≥")
-    if min(ratio) <= limit <= max(ratio):
+    if ratio.low <= limit <= ratio.high:
         verdict = "unclear"
     else:
-        verdict = "met" if (ratio.median < limit) == (key in AT_MOST) else "missed"
+        verdict = "met" if (ratio.high < limit) == (key in AT_MOST) else "missed"
     return f"{sign} {limit:.2f}", verdict
 
 
@@ -111,8 +133,8 @@ def records(workload: Workload, samples: dict[str, list[float]], device: torch.d
 def compared_records(name: str, compared: list[Comparison], device: torch.device) -> list[dict]:
     common = {"case": name, "device": device.type}
     return [
-        {**common, "comparison": c.name, "ratio": c.ratio.median, "p20": c.ratio.p20, "p80": c.ratio.p80}
-        | {"target": c.target, "verdict": c.verdict}
+        {**common, "comparison": c.name, "ratio": c.ratio.value, "target": c.target, "verdict": c.verdict}
+        | {name: getattr(c.ratio, name) for name in ("low", "high", "p20", "p80")}
         for c in compared
     ]
 
@@ -123,7 +145,7 @@ def measure(workload: Workload, device: torch.device, arguments: argparse.Namesp
     failed = [f"{case.name}: {name}: {reason}" for name, reason in case.failed.items()]
     if not case.providers:
         return failed
-    rounds, seconds = ((3, 1000), 2.0) if arguments.quick else ((8, 1000), arguments.seconds)
+    rounds, seconds = ((3, 1000), 2.0) if arguments.quick else ((16, 1000), arguments.seconds)
     samples = sample(case.providers, seconds=seconds, rounds=rounds, device=device, host_us=SAMPLE_US)
     times, compared = records(workload, samples, device), compare(workload.kind, samples)
     print_times(case.name, times)
@@ -141,7 +163,7 @@ def print_times(name: str, found: list[dict]) -> None:
 
 
 def print_comparisons(name: str, compared: list[Comparison]) -> None:
-    print(f"\n| {name}, compared | time / time | 20–80 % | target | |\n|---|---:|---:|---:|---|")
+    print(f"\n| {name}, compared | time / time | 95 % interval | 20–80 % of rounds | target | |\n|---|---:|---:|---:|---:|---|")
     print("\n".join(c.line() for c in compared), flush=True)
 
 
