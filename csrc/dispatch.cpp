@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_plan(Tensor present, bool pa
   const int64_t N = present.size(0), M = present.size(1);
   Tensor rows = empty_integers(present, {N * M}), offsets = empty_integers(present, {M + 1});
   Tensor counts = empty_integers(present, {M}), slot = empty_integers(present, {N, M});
-  const bool* here = present.const_data_ptr<bool>();
+  const uint8_t* here = static_cast<const uint8_t*>(present.const_data_ptr());  // true is any byte but 0
   int64_t* row = rows.mutable_data_ptr<int64_t>();
   int64_t* offset = offsets.mutable_data_ptr<int64_t>();
   int64_t* count = counts.mutable_data_ptr<int64_t>();
@@ -290,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_plan(Tensor present, bool pa
   for (int64_t m = 0; m < M; ++m) {
     int64_t k = offset[m];
     for (int64_t n = 0; n < N; ++n) {
-      const int64_t is = here[n * M + m];
+      const int64_t is = here[n * M + m] != 0;
       place[n * M + m] = is ? k : -1;
       if (k < N * M) row[k] = n;
       k += is;

@@ -166,7 +166,10 @@ MLA_INLINE void weigh(const std::vector<TileRows<T>>& tile, T* weights) {
       total += e;
     }
     total = total == T(0) ? vec_t<T, B>{} + T(1) : total;  // nothing present
-    for (size_t m = 0; m < tile.size(); ++m) store<B>(weights + m * TILE + r, load<B>(weights + m * TILE + r) / total);
+    for (size_t m = 0; m < tile.size(); ++m) {
+      const vec_t<T, B> e = load<B>(weights + m * TILE + r);
+      store<B>(weights + m * TILE + r, e == T(0) ? e : e / total);
+    }
   }
 }
 

@@ -192,7 +192,7 @@ MLA_INLINE vec_t<float, B> exp_normal(vec_t<float, B> t) {
   y = y * r + 4.999999404e-1f;
   y = y * r + 1.f;
   y = y * r + 1.f;
-  return times_power<B, float>(y, n);
+  return t == t ? times_power<B, float>(y, n) : t;
 }
 
 template <int B>
@@ -201,7 +201,7 @@ MLA_INLINE vec_t<double, B> exp_normal(vec_t<double, B> t) {
   const vec_t<double, B> r = (t - count * LN2_HIGH) - count * LN2_LOW;
   vec_t<double, B> y = r / 6227020800. + 1. / 479001600;  // Taylor's series to r¹³, where it ends below half an ulp
   for (double factorial : {39916800., 3628800., 362880., 40320., 5040., 720., 120., 24., 6., 2., 1., 1.}) y = y * r + 1 / factorial;
-  return times_power<B, double>(y, n);
+  return t == t ? times_power<B, double>(y, n) : t;
 }
 
 // The greater of both; NaN where t is.

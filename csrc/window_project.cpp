@@ -20,7 +20,9 @@ MLA_INLINE void columns(const double* means, double* U, double alpha, int64_t J,
     double* k = U + j * s;
     std::copy(x, x + s, k);
     for (int64_t i = 0; i < j; ++i) axpy<B>(-dot<B>(U + i * s, x, s), U + i * s, k, s);
-    const double scale = 1.0 / std::sqrt(alpha + std::max(dot<B>(x, k, s), 0.0));
+    const double left = alpha + std::max(dot<B>(x, k, s), 0.0);
+    // What rounding leaves of a mean that depends on others is no mean.
+    const double scale = left > 1e-15 * dot<B>(x, x, s) ? 1.0 / std::sqrt(left) : 0.0;
     for (int64_t i = 0; i < s; ++i) k[i] *= scale;
   }
 }

@@ -22,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from mla_fast.ops import UNROLLED
+
 from . import launch
 from .cross_entropy import linear_cross_entropy
 from .entropy_fusion import entropy_fusion, entropy_fusion_backward
@@ -105,10 +107,12 @@ def _cases():
     for C in (1, 6, 101, 1000, 4096, 8192, 32000):
         for dtype in DTYPES:
             yield from _fusions(empty, C, dtype)
+    for C in (6, 1000):
+        yield from _fusions(empty, C, torch.float32, UNROLLED)
 
 
-def _fusions(empty, C, dtype):
-    M, N = 3, 64
+def _fusions(empty, C, dtype, M=3):
+    N = 64
     z, packed = [empty(N, C, dtype=dtype) for _ in range(M)], [empty(2 * N, C, dtype=dtype)]
     present, slot = empty(N, M, dtype=torch.bool), empty(N, M, dtype=torch.int64)
     masks = {"": (z, None, None), "present": (z, present, None), "slot": (packed, None, slot)}
@@ -116,7 +120,7 @@ def _fusions(empty, C, dtype):
         del masks["present"], masks["slot"]
     small = empty(N, M, dtype=torch.promote_types(dtype, torch.float32))
     for mask, (logits, present, slot) in masks.items():
-        name = f"fusion C={C} {dtype} {mask}"
+        name = f"fusion M={M} C={C} {dtype} {mask}"
         yield name, functools.partial(entropy_fusion, logits, present, slot)
         grads = (small, small, empty(N, C, dtype=dtype), *([small, small] if mask else [None, None]))
         yield name, functools.partial(entropy_fusion_backward, logits, present, *grads, slot=slot)

@@ -31,7 +31,7 @@ def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, C, total, BLOCK: tl.conste
         sums += tl.exp(tl.load(row + c, mask=c < C, other=-float("inf")) - top)
     S = tl.sum(sums, 0)
     share = tl.where((y >= 0) & (y < C), 1.0 / total, float("nan"))
-    tl.store(loss_ptr + n, (tl.log(S) + top - z_y) * share)
+    tl.store(loss_ptr + n, (tl.log(S) + (top - z_y)) * share)
     for begin in range(0, C, BLOCK):
         c = begin + tl.arange(0, BLOCK)
         p = tl.exp(tl.load(row + c, mask=c < C, other=-float("inf")) - top) / S
@@ -48,12 +48,12 @@ def linear_cross_entropy(features, target, weight, bias, total):
     N, C = delta.shape
     losses = features.new_empty(N)
     if N:
-        _to_delta(C, delta.get_device())((N, 1, 1), delta, target.contiguous(), losses, C, float(total))
+        _to_delta(C, delta.dtype, delta.get_device())((N, 1, 1), delta, target.contiguous(), losses, C, float(total))
     grad, grad_bias, x_bar = delta.T @ features, delta.sum(0), features.mean(0)
     norms = torch.stack(torch._foreach_norm([grad, x_bar, grad_bias]))
     return losses.sum(), delta @ weight, grad, grad_bias, x_bar, norms
 
 
 @remembered
-def _to_delta(C, device):
+def _to_delta(C, dtype, device):
     return Launch(cross_entropy_kernel, **cross_entropy_config(C))

@@ -23,11 +23,12 @@ from .launch import Launch, dtypes, fusion_config, remembered
 def _rows_of(m: tl.constexpr, ptrs, strides, present_ptr, n, N, M: tl.constexpr, MASK: tl.constexpr):
     """Modality m's rows of samples n: where each begins, which there are, their numbers. MASK: "" (all), "present", "slot"."""
     here, row = n < N, n.to(tl.int64)
+    at = row * M + m
     if MASK == "slot":
-        row = tl.load(present_ptr + n * M + m, mask=here, other=-1).to(tl.int64)
+        row = tl.load(present_ptr + at, mask=here, other=-1).to(tl.int64)
         here = row >= 0
     if MASK == "present":
-        here = tl.load(present_ptr + n * M + m, mask=here, other=0) != 0
+        here = tl.load(present_ptr + at, mask=here, other=0) != 0
     return ptrs[m] + row * strides[m], here, row
 
 
@@ -88,7 +89,7 @@ def entropy_fusion_kernel(
         e_all = tl.where(cols == m, e[:, None], e_all)
         w_all = tl.where(cols == m, w[:, None], w_all)
 
-    w_all = w_all / tl.where(total == 0, 1.0, total)[:, None]
+    w_all = tl.where(w_all == 0, 0.0, w_all / tl.where(total == 0, 1.0, total)[:, None])
     at = n[:, None].to(tl.int64) * M + cols
     inside = (n < N)[:, None] & (cols < M)
     tl.store(weights_ptr + at, w_all, mask=inside)
@@ -127,7 +128,8 @@ def entropy_fusion_backward_kernel(
     ent = tl.load(entropy_ptr + at, mask=inside, other=0.0)
     g_rows = g_fused_ptr + n.to(tl.int64) * C if HAS_FUSED else n
 
-    d_lam, log_sum = tl.zeros([BLOCK_N, M_PAD], dtype), tl.zeros([BLOCK_N, M_PAD], dtype)
+    d_lam, zeros = tl.zeros([BLOCK_N, M_PAD], dtype), tl.zeros([BLOCK_N, M_PAD], dtype)
+    tops, log_sums = zeros, zeros  # apart: logits are alike in size, and cancel with their maximum exactly
     for m in tl.static_range(M):
         rows, here, _ = _rows_of(m, ptrs, strides, present_ptr, n, N, M, MASK)
         top, S, T = tl.full([BLOCK_N], -float("inf"), dtype), tl.zeros([BLOCK_N], dtype), tl.zeros([BLOCK_N], dtype)
@@ -141,7 +143,8 @@ def entropy_fusion_backward_kernel(
                 g = tl.load(tl.multiple_of(g_rows[:, None] + c[None, :], (1, ALIGN)), mask=present, other=0.0).to(dtype)
                 gz += tl.sum(tl.where(present, g * z, 0.0), 1)
         d_lam = tl.where(cols == m, gz[:, None], d_lam)
-        log_sum = tl.where(cols == m, (top + tl.log(S))[:, None], log_sum)
+        log_sums = tl.where(cols == m, tl.log(S)[:, None], log_sums)
+        tops = tl.where(cols == m, top[:, None], tops)
     if HAS_WEIGHTS:
         d_lam += tl.load(g_weights_ptr + at, mask=inside, other=0.0)
     d_ent = -lam * (d_lam - tl.sum(tl.where(lam == 0, 0.0, lam * d_lam), 1)[:, None])
@@ -153,10 +156,11 @@ def entropy_fusion_backward_kernel(
         to = grad_ptrs[m] + row * C
         writes = here if MASK == "slot" else n < N  # what is absent gets zeros where it has a row
         lam_m, ent_m = _column(lam, cols == m)[:, None], _column(ent, cols == m)[:, None]
-        d_ent_m, log_sum_m = _column(d_ent, cols == m)[:, None], _column(log_sum, cols == m)[:, None]
+        d_ent_m, top_m = _column(d_ent, cols == m)[:, None], _column(tops, cols == m)[:, None]
+        log_sum_m = _column(log_sums, cols == m)[:, None]
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
-            log_p = _load_block(rows, here, c, C, ALIGN, dtype) - log_sum_m
+            log_p = (_load_block(rows, here, c, C, ALIGN, dtype) - top_m) - log_sum_m
             p = tl.exp(log_p)
             grad = -d_ent_m * tl.where(p == 0, 0.0, p * (log_p + ent_m))
             if HAS_FUSED:
@@ -202,7 +206,7 @@ def entropy_fusion_backward(logits, present, weights, entropy, g_fused, g_weight
 @remembered
 def _forward(M, C, mask, align, itemsize, kinds, strides, device):
     """(the launch, samples to a program) for tensors of these dtypes and strides."""
-    config = fusion_config("entropy_fusion", C, itemsize)
+    config = fusion_config("entropy_fusion", C, M, itemsize)
     one_read = C <= config["BLOCK_C"]
     common = dict(C=C, M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=align)
     return Launch(entropy_fusion_kernel, **common, ONE_READ=one_read, **config), config["BLOCK_N"]
@@ -210,7 +214,7 @@ def _forward(M, C, mask, align, itemsize, kinds, strides, device):
 
 @remembered
 def _backward(M, C, mask, align, itemsize, kinds, strides, device):
-    config = fusion_config("entropy_fusion_backward", C, itemsize)
+    config = fusion_config("entropy_fusion_backward", C, M, itemsize)
     has = dict(zip(("HAS_FUSED", "HAS_WEIGHTS", "HAS_ENTROPY"), (dtype is not None for dtype in kinds[-3:]), strict=True))
     common = dict(C=C, M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=align)
     return Launch(entropy_fusion_backward_kernel, **common, **has, **config), config["BLOCK_N"]

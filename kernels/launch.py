@@ -130,11 +130,11 @@ def cross_entropy_config(C: int) -> dict:
     return _fitted("cross_entropy", C, C=C)
 
 
-def fusion_config(op: str, C: int, itemsize: int) -> dict:
+def fusion_config(op: str, C: int, M: int, itemsize: int) -> dict:
     """Several short rows to a program (no more than it has threads), or one row in one or more blocks; `itemsize` bytes to a
-    number as it is computed."""
+    number as it is computed. With more modalities than four there is less of each, for what is kept of all."""
     config = _config(_row(op, C=C))
-    elements = config.pop("elements") * 4 // itemsize
+    elements = config.pop("elements") * 4 // itemsize // max(triton.next_power_of_2(M) // 4, 1)
     BLOCK_C = min(triton.next_power_of_2(C), elements)
     return {"BLOCK_C": BLOCK_C, "BLOCK_N": min(elements // BLOCK_C, 32 * config["num_warps"]), **config}
 

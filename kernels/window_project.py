@@ -51,10 +51,12 @@ def window_project_kernel(
             x_q = _wide(tl.load(means_ptr + q * s + j, mask=j < tl.where(q == own, 0, s), other=0.0))
             A += tl.where((r == q)[None, :], tl.sum(X * x_q[None, :], 1)[:, None], 0.0)
 
-    # Gauss–Jordan without pivots: A is positive definite.
+    # Gauss–Jordan without pivots: A is positive definite. What rounding leaves of a mean that depends on others is no mean.
+    least = 1e-15 * tl.sum(tl.where(r[:, None] == r[None, :], A, 0.0), 1)
     for q in range(J):
         pivot_row = tl.sum(tl.where((r == q)[:, None], A, 0.0), 0)
         pivot = tl.sum(tl.where(r == q, pivot_row, 0.0), 0)
+        pivot = tl.where(pivot > tl.sum(tl.where(r == q, least, 0.0), 0), pivot, float("inf"))
         column = tl.where(r == q, 0.0, tl.sum(tl.where((r == q)[None, :], A, 0.0), 1))
         pivot_row = pivot_row / pivot
         pivot_b = tl.sum(tl.where(r == q, b, 0.0), 0) / pivot

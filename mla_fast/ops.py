@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mla_fast import reference
 from mla_fast.registration import CPP_MISSING, CUDA_MISSING, INTERPRETED, TRITON_MISSING
@@ -62,6 +64,12 @@ def _announce(what: str, reason: str) -> None:
 def _operator(name: str, backend: str, device: torch.device) -> Callable:
     interpreted = backend == "triton" and device.type == "cpu"
     return getattr(torch.ops.mla_fast_interpreted if interpreted else torch.ops.mla_fast, name).default
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """For plain torch, which would compute in what autocast prefers."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
 
 def alpha_tensor(alpha: float | Tensor, device: torch.device) -> Tensor:
@@ -217,7 +225,8 @@ def rls_step(
         return op(P, x_bar, grad, alpha, pending, slot, found_inf, project_first)
     if pending is not None:
         rls_fold(backend, P, pending, slot)
-    updated, projected = reference.rls_project(P, x_bar, grad, alpha, project_first=project_first)
+    with _without_autocast(P.device):
+        updated, projected = reference.rls_project(P, x_bar, grad, alpha, project_first=project_first)
     good = torch.isfinite(updated.sum() + projected.sum())
     if found_inf is not None:
         good = good & (found_inf == 0).all()
@@ -254,7 +263,8 @@ def window_project(means: Tensor, grad: Tensor, alpha: float | Tensor, *, backen
         dtype = torch.promote_types(torch.promote_types(means.dtype, grad.dtype), torch.float32)
         X, G = X.to(dtype), G.to(dtype)
     if name == "reference":
-        projected = reference.project(G, reference.window_projection(X, alpha))
+        with _without_autocast(grad.device):
+            projected = reference.project(G, reference.window_projection(X, alpha))
     else:
         projected = _operator("window_project", name, grad.device)(X, G, alpha)
     return projected.to(grad.dtype)
@@ -273,20 +283,25 @@ def window_step_(
     return projected
 
 
+UNROLLED = 8  # modalities that the kernel of entropy fusion goes through one by one; of more it would keep some in memory
+
+
 def entropy_fusion(
     logits: list[Tensor], present: Tensor | None, backend: str, slot: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(fused [N, C], weights [N, M], entropies [N, M]) of M tensors [N, C] or one [M, N, C], which ``mla_fast.entropy_fusion``
     checks and documents, or of packed rows [K, C] with slot [N, M], the row of each (sample, modality) or −1."""
-    if backend == "reference":
+    M = slot.shape[1] if slot is not None else logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
+    if backend == "reference" or (backend == "triton" and M > UNROLLED):
         if slot is not None:
             present = slot >= 0
-            stacked = reference.unpack_rows([logits[0]] * slot.shape[1], slot, slot.new_zeros(slot.shape[1] + 1))
+            stacked = reference.unpack_rows([logits[0]] * M, slot, slot.new_zeros(M + 1))
             stacked = torch.stack(stacked)
         else:
             stacked = logits[0] if logits[0].dim() == 3 else torch.stack(logits)
         wide = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-        fused, weights, entropies = reference.entropy_fusion(wide, present)
+        with _without_autocast(wide.device):
+            fused, weights, entropies = reference.entropy_fusion(wide, present)
         return fused.to(stacked.dtype), weights, entropies
     return _differentiable(_operator("entropy_fusion", backend, logits[0].device), logits, present, slot)
 
@@ -300,6 +315,8 @@ def fuse_at_once(logits: Tensor | Sequence[Tensor], present: Tensor | None) -> t
     for z in tensors:
         if type(z) is not Tensor or not z.is_cpu or z.dim() != dims or (z.requires_grad and torch.is_grad_enabled()):
             return None
+    if _transformed(tensors):
+        return None
     if present is not None and (type(present) is not Tensor or not present.is_cpu):
         return None
     try:
@@ -312,11 +329,24 @@ def fuse_at_once(logits: Tensor | Sequence[Tensor], present: Tensor | None) -> t
 def _differentiable(op: Callable, tensors: Tensor | list[Tensor], *arguments):
     """op(tensors, *arguments). The autograd rules live in Python; where no gradient is wanted, going around them saves more than
     the arithmetic of a small batch costs."""
-    wanted = any(t.requires_grad for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
-    if (torch.is_grad_enabled() and wanted) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return op(tensors, *arguments)
+    listed = [tensors] if isinstance(tensors, Tensor) else tensors
+    if _transformed(listed):
+        name = op.name().partition("::")[2]
+        raise NotImplementedError(f'{name}: torch.func and forward-mode derivatives need backend="reference"')
+    if torch.is_grad_enabled() and any(t.requires_grad for t in listed):
         return op(tensors, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(tensors, *arguments)
+
+
+def _transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch.func or forward mode looks at what becomes of them: of that the operators know nothing, and would be taken
+    for constants."""
+    if torch._C._are_functorch_transforms_active():
+        return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def resolve_dispatch(backend: str, device: torch.device) -> str:

@@ -107,8 +107,8 @@ def _register(library: str) -> None:
 
     @torch.library.register_fake(f"{library}::linear_cross_entropy")
     def _(features, target, weight, bias, total):
-        gradients = torch.empty_like(features), torch.empty_like(weight), weight.new_empty(len(weight))
-        return features.new_empty(()), *gradients, features.new_empty(features.shape[1]), features.new_empty(3)
+        (N, s), C = features.shape, len(weight)
+        return tuple(features.new_empty(shape) for shape in ((), (N, s), (C, s), (C,), (s,), (3,)))
 
     def like_grad(grad_at):
         return lambda *arguments: torch.empty_like(arguments[grad_at], memory_format=torch.contiguous_format)

@@ -255,6 +255,15 @@ def test_linear_cross_entropy(N, s, C, with_bias):
         torch.testing.assert_close(ours.double(), right, rtol=0, atol=atol, equal_nan=True)
 
 
+@pytest.mark.parametrize("offset", [1e2, 1e5])
+def test_what_all_logits_have_in_common_is_not_in_the_loss(offset):
+    features, target = torch.ones(5, 1), torch.tensor([0, 3, 1, 2, 0])
+    weight = offset + torch.randint(-300, 300, (4, 1)) / 128
+    loss, *_ = torch.ops.mla_fast_interpreted.linear_cross_entropy(features, target, weight, None, 5.0)
+    right = torch.nn.functional.cross_entropy((features @ weight.T).double(), target)
+    assert abs(loss.item() - right.item()) < 1e-6 * right.item()
+
+
 def test_a_label_of_no_class_shows_in_the_loss():
     from mla_fast import kernels
 

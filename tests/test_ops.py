@@ -266,6 +266,31 @@ def test_a_mean_that_is_projected_away_already_is_no_reason_to_skip(scale, backe
     assert relative(projected, exact) < 0.01 and torch.isfinite(P).all()
 
 
+def test_autocast_is_not_for_the_reference_backend():
+    P, x_bar, grad = problem(64, 6, torch.float32)
+    means, logits, other = torch.randn(2, 64), 20 * torch.randn(3, 9, 7), P.clone()
+
+    def everything(P):
+        options = {"backend": "reference"}
+        fused = mla.entropy_fusion(logits, **options)
+        return [mla.rls_project_(P, x_bar, grad, 1.0, **options), P, mla.window_project(means, grad, 1.0, **options), *fused]
+
+    expected = everything(P)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for got, want in zip(everything(other), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("alpha", [1e-14, 1e-20, 1e-300])
+def test_window_of_parallel_means_and_hardly_any_alpha(alpha, backend):
+    """Nothing but rounding is left of the second and third: they have no say."""
+    mean, grad = torch.rand(513), torch.randn(6, 513)
+    projected = mla.window_project(torch.stack([mean, 2 * mean, mean]), grad, alpha, backend=backend)
+    along = mean.double() / mean.double().norm()
+    expected = grad.double() - (grad.double() @ along)[:, None] * along
+    assert relative(projected, expected) < (1e-4 if backend == "reference" else 1e-6)
+
+
 @pytest.mark.parametrize("ratio", [1e2, 1e6, 1e10])
 def test_window_of_nearly_parallel_means(ratio, backend):
     mean = torch.randn(64, dtype=torch.float64)
@@ -340,11 +365,22 @@ def test_linear_cross_entropy_is_what_autograd_finds(N, s, C, with_bias, dtype):
         assert (eager - right).abs().max() <= 2 * rounding * scale
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_linear_cross_entropy_keeps_what_is_no_number(bits, where):
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    features, weight, bias, target = torch.randn(4, 8), torch.randn(5, 8), torch.randn(5), torch.tensor([0, 1, 2, 3])
+    {"weight": weight, "bias": bias}[where][4] = nan
+    loss, gradient, grad, grad_bias, _, norms = ops.linear_cross_entropy(features, target, weight, bias, 4.0)
+    assert all(t.isnan().all() for t in (loss, gradient, grad, grad_bias, norms[::2]))
+
+
 @pytest.mark.skipif(ops.CPP_MISSING is not None, reason="no extension")
 def test_linear_cross_entropy_is_registered_and_checked():
     features, weight, target = torch.randn(5, 4), torch.randn(3, 4), torch.tensor([0, 1, 2, 0, 1])
     op = torch.ops.mla_fast.linear_cross_entropy.default
     opcheck(op, (features, target, weight, torch.randn(3), 5.0))
+    opcheck(op, (torch.randn(4, 5).T, target, torch.randn(4, 3).T, None, 5.0))
     assert [t.shape for t in op(features[:0], target[:0], weight, None, 5.0)] == [(), (0, 4), (3, 4), (3,), (4,), (3,)]
     for bad in (
         (features, target + 1, weight, None, 5.0),
