@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.utils.parametrize  # noqa: F401  (as nn.utils.parametrize)
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mla_fast import ops
 from mla_fast.projection import Projection, ProjectionSettings, make_projection
@@ -48,7 +48,7 @@ class FeatureMean:
             raise TypeError(f"features: expected a floating dtype for {self.name}, got {features.dtype}")
 
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        if not output.requires_grad:
+        if not output.requires_grad or torch.compiler.is_exporting():
             return
         features = (args[0] if args else kwargs["input"]).detach()
         if torch.compiler.is_compiling():  # tensor hooks do not survive compilation
@@ -121,11 +121,16 @@ class HeadLayer:
         self.norms: tuple[Tensor, Tensor, Tensor] | None = None  # of G, G P and x̄ in the last step
         self.projection = self.new_projection(settings)
         self.features = FeatureMean(name, module.in_features, self.dtype, process_group)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # of an optimizer that this one replaces
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), FeatureMean)]:
-                del hooks[key]
+        unwatch(module)  # by an optimizer that this one replaces
         module.register_forward_pre_hook(self.features.check, with_kwargs=True)
         module.register_forward_hook(self.features.observe, with_kwargs=True)
+
+    def check_own_weight(self) -> None:
+        """Raises RuntimeError where the weight has become a computed one since."""
+        if "weight" not in self.module._parameters:
+            raise RuntimeError(
+                f"head: expected {self.name} with a weight of its own, got one that is computed since, as by pruning"
+            )
 
     @property
     def sharded(self) -> bool:
@@ -230,6 +235,16 @@ class HeadStep(NamedTuple):
     norms: Sequence[Tensor]
 
 
+def unwatch(module: nn.Module) -> None:
+    """Removes FeatureMean's hooks."""
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), FeatureMean)]:
+            del hooks[key], with_kwargs[key]
+
+
 def local(t: Tensor) -> Tensor:
     """What of t is on this rank."""
     return t.to_local() if is_sharded(t) else t
@@ -245,7 +260,9 @@ def trainable_linears(head: nn.Module, optimizer: torch.optim.Optimizer) -> list
     with it."""
     if not isinstance(head, nn.Module):
         raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
-    linears = [(name, m) for name, m in head.named_modules() if isinstance(m, nn.Linear)]
+    found = [(name, m) for name, m in head.named_modules() if isinstance(m, nn.Linear)]
+    # nn.MultiheadAttention takes the weight of its own kind of Linear and never calls it.
+    linears = [(name, m) for name, m in found if not isinstance(m, NonDynamicallyQuantizableLinear)]
     if len(linears) == 1:  # whatever it is wrapped in
         linears = [("head", linears[0][1])]
     if not linears:
@@ -253,22 +270,28 @@ def trainable_linears(head: nn.Module, optimizer: torch.optim.Optimizer) -> list
     for name, module in linears:
         if isinstance(module.weight, nn.parameter.UninitializedParameter):
             raise ValueError(f"head: {name} is lazy and has no shape yet; run one batch through the model first")
+        if "weight" not in module._parameters and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"head: expected {name} with a weight of its own, got one that is computed by a parametrization, weight_norm, "
+                "spectral_norm or FullyShardedDataParallel"
+            )
     trainable = [(name, m) for name, m in linears if m.weight.requires_grad]
     if not trainable:
         raise ValueError("head: expected a trainable nn.Linear, but the weight of each is frozen (requires_grad=False)")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    first_with: dict[nn.Parameter, str] = {}
     for name, module in trainable:
         _check_weight(name, module)
+        if (other := first_with.setdefault(module.weight, name)) != name:
+            raise ValueError(f"head: expected a weight of its own in each nn.Linear, but {other} and {name} share one")
         if id(module.weight) not in held:
             raise ValueError(f"head: the weight of {name} is not among the optimizer's parameters")
     return [(name, m, id(m.bias) in held and m.bias.requires_grad) for name, m in trainable]
 
 
 def _check_weight(name: str, module: nn.Linear) -> None:
-    """A row of G is projected by itself; a weight that is computed, or split in another way, is refused."""
+    """A row of G is projected by itself; a weight that is split in another way is refused."""
     weight = module.weight
-    if nn.utils.parametrize.is_parametrized(module, "weight"):
-        raise ValueError(f"head: expected {name} with a weight of its own, got one that is computed by a parametrization")
     if is_sharded(weight):
         placement, *others = weight.placements
         if others or not (placement.is_shard(0) or placement.is_replicate()):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from mla_fast.head import HeadLayer, HeadStep, local, trainable_linears
+from mla_fast.head import HeadLayer, HeadStep, local, trainable_linears, unwatch
 from mla_fast.projection import Projection, ProjectionSettings
 
 STATE_VERSION = 2
@@ -30,8 +30,8 @@ class MLAOptimizer(torch.optim.Optimizer):
             optimizer.step(modality=modality)
 
     Every ``nn.Linear`` in `head` gets a projection P of its own; x̄ [s] is the mean of the features that went through it in the
-    backward passes since the last step (so gradient accumulation just works). Encoders without a gradient in a step are left
-    alone: no momentum, no weight decay.
+    backward passes since the last step (so gradient accumulation just works). What else the head has (convolutions, attention)
+    steps freely. Encoders without a gradient in a step are left alone: no momentum, no weight decay.
 
     Args:
         optimizer: any optimizer whose ``step`` does not require a closure; it holds the head's parameters among others.
@@ -50,8 +50,9 @@ class MLAOptimizer(torch.optim.Optimizer):
         process_group: whose ranks' features x̄ is the mean of, so that P is the same on all of them: ``"auto"`` (all processes,
             where torch.distributed has several) · a ``ProcessGroup`` · None (every process trains a model of its own).
 
-    A step in which x̄ or the head's gradient is not finite, or no row went through the head, changes nothing: no parameter, no
-    momentum, no P (what the forward pass changes, as BatchNorm does, is changed). ``diagnostics()`` counts such steps. On CUDA
+    A step in which x̄ or the head's gradient is not finite, or a batch of no rows went through the head, changes nothing: no
+    parameter, no momentum, no P (what the forward pass changes, as BatchNorm does, is changed). ``diagnostics()`` counts such
+    steps. One in which the head has no gradient at all moves what else has one, and warns if a modality is named. On CUDA
     nothing here waits for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is
     fused: the encoders' gradients are then the caller's to guard, and a count of steps that it keeps on the CPU (Adam's) goes on.
 
@@ -190,21 +191,32 @@ class MLAOptimizer(torch.optim.Optimizer):
 
         step: of a head of one layer whose features were not collected.
         """
-        modality = self.modality if modality is None else modality
-        means = self._means() if step is None else {}
+        named, modality = modality, self.modality if modality is None else modality
+        means, idle = self._means() if step is None else ({}, [])
+        if not (means or idle or step) and named is not None:
+            warnings.warn(
+                f"step: no row of {modality!r} went through the head that this optimizer was built with, only other parameters "
+                "move; if the model has got another head, build an MLAOptimizer for that",
+                stacklevel=7,
+            )
         if means and self.settings.projection == "window" and modality is None:
             raise ValueError('modality: expected a name, step(modality="…"): projection="window" keeps one mean for each')
         steps = [layer.measured(x_bar) for layer, x_bar in means.items() if x_bar is not None] if step is None else [step]
-        self._measured = Measured(modality, steps, bool(means) and not steps, self._bad(steps) if steps else False)
+        norms = [norm for step in steps for norm in step.norms] + list(torch._foreach_norm(idle) if idle else ())
+        self._measured = Measured(modality, steps, bool(means) and not steps, self._bad(steps, norms) if norms else False)
         return self._measured
 
-    def _means(self) -> dict[HeadLayer, Tensor | None]:
-        """x̄ [s] of the layers that have a gradient, None where the batch had no rows."""
-        means = {}
+    def _means(self) -> tuple[dict[HeadLayer, Tensor | None], list[Tensor]]:
+        """x̄ [s] of the layers that have a gradient, None where the batch had no rows; and of those that have none, being
+        frozen."""
+        means, idle = {}, []
         for layer in self.layers:
             x_bar, rows = layer.features.take()
             grad = layer.module.weight.grad
             if grad is None:
+                if x_bar is not None:
+                    layer.check_own_weight()
+                    idle.append(x_bar)
                 continue
             if x_bar is None:
                 if not grad.any():  # zeros made by hand, as torch.distributed.checkpoint does to create the state
@@ -216,12 +228,11 @@ class MLAOptimizer(torch.optim.Optimizer):
                 )
             known = isinstance(rows, int) or self._on_host(rows)  # elsewhere the mean over no row is 0/0 and not finite
             means[layer] = None if known and rows == 0 else x_bar
-        return means
+        return means, idle
 
-    def _bad(self, steps: list[HeadStep]) -> bool | Tensor:
+    def _bad(self, steps: list[HeadStep], norms: list[Tensor]) -> bool | Tensor:
         """Whether x̄ or G is not finite (or their norms are not) or torch.amp found an overflow: 0-d float32 on a device, which
         nobody waits for."""
-        norms = [norm for step in steps for norm in step.norms]
         found_inf = getattr(self, "found_inf", None)
         sharded = any(step.layer.sharded for step in steps)
         if self._on_host(norms[0]) and found_inf is None and not sharded:
@@ -288,13 +299,19 @@ class MLAOptimizer(torch.optim.Optimizer):
             self._bad_on_device.add_(bad)
             if self._step_supports_amp_scaling:
                 amp["found_inf"] = bad
-            else:
+            elif steps:
                 restore = _Snapshot(inner, [p for step in steps for p in step.layer.module.parameters()])
         _set_amp(inner, amp)  # which also removes what a step that raised has left
         _bare_step(inner)()
         _set_amp(inner, {})
         if restore is not None:
             restore.where(bad)
+
+    def detach(self) -> None:
+        """Takes this optimizer's hooks off the head, for what cannot go with them: torch.jit.script, quantization, training with
+        another optimizer. It can take no step afterwards; its state can be saved."""
+        for layer in self.layers:
+            unwatch(layer.module)
 
     def diagnostics(self) -> dict[str, Any]:
         """How the head's learning is doing. Plain numbers; waits for the device.
@@ -338,6 +355,9 @@ class MLAOptimizer(torch.optim.Optimizer):
             got = f"version {mla.get('version')}" if isinstance(mla, dict) else type(mla).__name__
             raise ValueError(f"state_dict: expected one that MLAOptimizer saved (version {STATE_VERSION}), got {got}")
         settings = self._restored_settings(mla["settings"])
+        kind = type(self.optimizer).__name__
+        if mla.get("optimizer", kind) != kind:
+            raise ValueError(f"state_dict: expected one of {kind}, got one of {mla['optimizer']}")
         if len(mla["layers"]) != len(self.layers):
             raise ValueError(f"state_dict: expected {len(self.layers)} head layers, got {len(mla['layers'])}")
         return settings, [layer.restored(settings, saved) for layer, saved in zip(self.layers, mla["layers"], strict=True)]
@@ -410,6 +430,7 @@ class Projections:
         optimizer = self._optimizer
         return {
             "version": STATE_VERSION,
+            "optimizer": type(optimizer.optimizer).__name__,
             "settings": optimizer.settings.state_dict(),
             "layers": [layer.state_dict() for layer in optimizer.layers],
             "skipped": optimizer._counted(),

@@ -23,6 +23,7 @@ from helpers import (
     wrap,
 )
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import mla_fast as mla
@@ -266,7 +267,7 @@ def test_the_last_optimizer_of_a_head_takes_over():
     head = make_head()
     first = wrap(head)
     second = wrap(head)
-    assert len(head._forward_hooks) == len(head._forward_pre_hooks) == 1
+    assert len(head._forward_hooks) == len(head._forward_pre_hooks) == len(head._forward_hooks_with_kwargs) == 1
     train(head, second, head_steps(3))
     (step,) = head_steps(1)
     backward(head, second, *step)
@@ -304,3 +305,78 @@ def test_a_computed_weight_is_refused():
     head = torch.nn.utils.parametrizations.weight_norm(make_head())
     with pytest.raises(ValueError, match="^head: expected head with a weight of its own, got one that is computed by a param"):
         wrap(head)
+
+
+def test_a_weight_that_old_style_hooks_compute_is_refused():
+    head = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(5, 5)), nn.Linear(5, CLASSES))
+    with pytest.raises(ValueError, match="^head: expected 0 with a weight of its own, got one that is computed"):
+        wrap(head)
+
+
+def test_a_weight_that_is_computed_since_is_refused():
+    head = make_head()
+    optimizer = wrap(head)
+    train(head, optimizer, head_steps(2))
+    prune.l1_unstructured(head, "weight", 0.3)
+    with pytest.raises(RuntimeError, match="^head: expected head with a weight of its own, got one that is computed since"):
+        train(head, optimizer, head_steps(1))
+
+
+def test_two_layers_with_one_weight_are_refused():
+    head = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+    head[2].weight = head[0].weight
+    with pytest.raises(ValueError, match="^head: expected a weight of its own in each nn.Linear, but 0 and 2 share one"):
+        wrap(head)
+
+
+def test_attention_steps_freely():
+    """Its projections take their weights without being called; what comes behind it is projected."""
+
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.linear = nn.TransformerEncoderLayer(5, 1, 8, dropout=0.0, batch_first=True), nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            return self.linear(self.block(x[:, None])[:, 0])
+
+    torch.manual_seed(0)
+    heads = [Attending(), Attending()]
+    heads[1].load_state_dict(heads[0].state_dict())
+    optimizer, plain = wrap(heads[0], alpha=0.1), momentum_sgd(heads[1].parameters())
+    assert [layer.name for layer in optimizer.layers] == ["block.linear1", "block.linear2", "linear"]
+    first, second = head_steps(2)
+    train(heads[0], optimizer, [first])  # the first step of Algorithm 1 is free
+    F.cross_entropy(heads[1](first[1]), first[2]).backward()
+    plain.step()
+    backward(heads[0], optimizer, *second)
+    plain.zero_grad()
+    F.cross_entropy(heads[1](second[1]), second[2]).backward()
+    gradients = {name: p.grad.clone() for name, p in heads[1].named_parameters()}
+    optimizer.step()
+    for name, p in heads[0].named_parameters():
+        projected = name in {"block.linear1.weight", "block.linear2.weight", "linear.weight"}
+        assert torch.allclose(p.grad, gradients[name], atol=1e-6) != projected, name
+
+
+def test_a_detached_head_is_a_head_like_any_other():
+    head = make_head()
+    optimizer = wrap(head)
+    train(head, optimizer, head_steps(3))
+    saved = optimizer.state_dict()
+    optimizer.detach()
+    assert not head._forward_hooks and not head._forward_pre_hooks
+    assert not head._forward_hooks_with_kwargs and not head._forward_pre_hooks_with_kwargs
+    x = torch.randn(4, 5)
+    assert torch.equal(torch.jit.script(head)(x), head(x))
+    head(x).sum().backward()
+    assert optimizer.layers[0].features.take() == (None, 0)
+    again = make_head()
+    wrap(again).load_state_dict(saved)
+
+
+def test_exporting_leaves_no_trace():
+    head = make_head()
+    optimizer = wrap(head)
+    torch.export.export(head, (torch.randn(4, 5),), strict=False)
+    assert optimizer.layers[0].features.take() == (None, 0)

@@ -126,6 +126,10 @@ FOREIGN = {
         lambda state: state | {"mla": state["mla"] | {"layers": 2 * state["mla"]["layers"]}},
         "^state_dict: .* 1 head layers, got 2",
     ),
+    "of another kind": (
+        lambda state: state | {"mla": state["mla"] | {"optimizer": "AdamW"}},
+        "^state_dict: expected one of SGD, got one of AdamW",
+    ),
     "with other groups": (lambda state: state | {"param_groups": 2 * state["param_groups"]}, "parameter groups"),
 }
 

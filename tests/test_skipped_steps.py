@@ -13,6 +13,7 @@ from helpers import (
     PROJECTIONS,
     TARGETS,
     assert_bitwise,
+    backward,
     everything,
     fused_adam,
     fused_sgd,
@@ -205,3 +206,30 @@ def test_device_path_with_a_scaler(monkeypatch, make, overflow, backend):
     assert optimizer.diagnostics()["skipped_nonfinite"] == 6
     got, expected = (on_device_the_same(everything(m, o)) for m, o in ((model, optimizer), (clean, plain)))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.host_path
+def test_a_frozen_head_does_not_let_bad_features_by(backend):
+    model = make_model()
+    optimizer = wrap(model, backend=backend)
+    train(model, optimizer, make_steps(3))
+    model.head.requires_grad_(False)
+    before = everything(model, optimizer)
+    (modality, x, y), *_ = make_steps(1)
+    with pytest.warns(UserWarning, match="step skipped"):
+        train(model, optimizer, [(modality, x * torch.nan, y)])
+    assert_bitwise(everything(model, optimizer), before)
+    train(model, optimizer, [(modality, x, y)])
+    assert not torch.equal(model.encoders[modality][0].weight, before["model"][f"encoders.{modality}.0.weight"])
+
+
+@pytest.mark.host_path
+def test_a_step_that_the_head_has_no_part_in_is_noticed(backend):
+    model = make_model()
+    optimizer = wrap(model, backend=backend)
+    model.head = nn.Linear(5, 4)
+    (step,) = make_steps(1)
+    backward(model, optimizer, *step)
+    with pytest.warns(UserWarning, match="^step: no row of 'audio' went through the head that this optimizer was built") as said:
+        optimizer.step(modality="audio")
+    assert said[0].filename == __file__
