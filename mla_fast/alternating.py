@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mla_fast.dispatch import dispatch
 from mla_fast.distributed import added_up, rank_and_size
 from mla_fast.head import HeadLayer
+from mla_fast.inputs import Inputs, counts, moved, outline
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 
@@ -21,7 +22,7 @@ from mla_fast.optimizer import MLAOptimizer
 class Rows(NamedTuple):
     """What one modality has in a batch: inputs [n, …] and target int64 [n]."""
 
-    inputs: Tensor
+    inputs: Inputs
     target: Tensor
 
 
@@ -51,9 +52,12 @@ def alternating_step(
     if not can_step_together(model):
         raise ValueError(
             "model: expected encoders and a head that share no parameter, and MultimodalModel's own forward; "
-            "step by step it is right (Trainer, steps_in_turn)"
+            "Trainer takes them one after another, which is right"
         )
-    rows = rows_by_modality(model, *unpack_batch(model, batch))
+    inputs, target, present = unpack_batch(model, batch)
+    if target.device != optimizer.device:
+        raise ValueError(f"target: expected on {optimizer.device} like the head, got {target.device}")
+    rows = rows_by_modality(model, inputs, target, present)
     totals = row_totals(model, optimizer, [rows])
     return steps_together(model, optimizer, rows, totals, amp)
 
@@ -218,8 +222,8 @@ def row_totals(model: MultimodalModel, optimizer: MLAOptimizer, batches: list[di
     """How many rows each modality's mean loss is over, without the modalities that have none.
 
     With several ranks the rows of all, divided by the ranks, since DistributedDataParallel takes the gradients' mean; a rank that
-    has none takes part all the same. So the ranks must have the same modalities in their batches, and as many batches: a rank
-    that has ended gives none. The host waits for the counts, once a batch: what the ranks do next depends on them.
+    has none takes part all the same. So the ranks must have as many batches with each modality: a rank that has ended gives none.
+    The host waits for the counts, once a batch: what the ranks do next depends on them.
     """
     counts = dict.fromkeys(model.modalities, 0)
     for rows in batches:
@@ -228,18 +232,18 @@ def row_totals(model: MultimodalModel, optimizer: MLAOptimizer, batches: list[di
     group = optimizer.process_group
     if group is None:
         return {modality: count for modality, count in counts.items() if count}
-    named = [any(m in rows for rows in batches) for m in counts]
-    numbers = torch.tensor([*counts.values(), *named, not batches], dtype=torch.float64)
-    *numbers, ended = added_up(numbers, group, optimizer.device).tolist()
-    totals, having = numbers[: len(counts)], numbers[len(counts) :]
+    having = [sum(m in rows for rows in batches) for m in counts]
+    each = zip(counts.values(), having, (n * n for n in having), strict=True)
+    numbers = torch.tensor([(*numbers, not batches) for numbers in each], dtype=torch.float64)
+    totals, having, squares, (ended, *_) = added_up(numbers, group, optimizer.device).T.tolist()
     _, size = rank_and_size(group)
     if ended not in (0, size):
         raise ValueError(f"loader: expected as many batches on every rank, but {ended:.0f} of {size} have come to their end")
-    for modality, ranks in zip(counts, having, strict=True):
-        if ranks not in (0, size):
+    for modality, number, square in zip(counts, having, squares, strict=True):
+        if number * number != size * square:  # they are equal where all ranks have as many
             raise ValueError(
-                f"inputs: expected the same modalities on every rank (with no row present where a rank lacks one), but "
-                f"{modality!r} is on {ranks:.0f} of {size}"
+                f"inputs: expected as many batches with {modality!r} on every rank (with no row present where a rank lacks it), "
+                f"got {number:.0f} on {size} ranks"
             )
     return {modality: total / size for modality, total in zip(counts, totals, strict=True) if total}
 
@@ -252,7 +256,7 @@ def mean_loss(logits: Tensor, target: Tensor, total: float) -> Tensor:
 
 
 def rows_by_modality(
-    model: MultimodalModel, inputs: dict[str, Tensor], target: Tensor, present: Tensor | None
+    model: MultimodalModel, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None
 ) -> dict[str, Rows]:
     """Each modality's rows, in the model's order."""
     inputs = {modality: inputs[modality] for modality in model.modalities if modality in inputs}
@@ -265,7 +269,7 @@ def rows_by_modality(
 
 def unpack_batch(
     model: MultimodalModel, batch: Any, device: torch.device | None = None
-) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+) -> tuple[dict[str, Inputs], Tensor, Tensor | None]:
     """(inputs, target, present), on `device` if it is given, or an error that says what is wrong with the batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
         raise TypeError(f"batch: expected (inputs: dict, target) or (inputs, target, present), got {outline(batch)}")
@@ -274,10 +278,9 @@ def unpack_batch(
         raise ValueError(f"inputs: expected modalities among {', '.join(model.modalities)}, got {', '.join(inputs)}")
     if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
         raise TypeError(f"target: expected int64 [N], got {outline(target)}")
-    check_inputs(inputs)
-    for modality, x in inputs.items():
-        if len(x) != len(target):
-            raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {len(x)}")
+    for modality, N in counts(inputs).items():
+        if N != len(target):
+            raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {N}")
     if target.device.type == "cpu" and len(target) and (classes := model.classes) is not None:
         low, high = map(int, target.aminmax())
         if low < 0 or high >= classes:
@@ -286,24 +289,7 @@ def unpack_batch(
         model.columns(present, inputs)
     if device is None:
         return dict(inputs), target, present
-    on_device = {modality: x.to(device, non_blocking=True) for modality, x in inputs.items()}
-    moved = None if present is None else present.to(device, non_blocking=True)
-    return on_device, target.to(device, non_blocking=True), moved
-
-
-def check_inputs(inputs: Mapping[str, Any]) -> None:
-    for modality, x in inputs.items():
-        if not hasattr(x, "to"):
-            raise TypeError(f"inputs[{modality!r}]: expected a tensor [N, …], got {outline(x)}")
-
-
-def outline(value: Any) -> str:
-    """What something is, for an error: a tensor's dtype and shape, a container's kind and contents."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    if isinstance(value, (tuple, list)) and len(value) < 5:
-        return f"({', '.join(map(outline, value))})"
-    return f"dict with {', '.join(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
+    return {modality: moved(x, device) for modality, x in inputs.items()}, moved(target, device), moved(present, device)
 
 
 def _kind(model: Any) -> str:

@@ -25,7 +25,10 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path):
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(f"tensorboard: not installed ({error}); pip install tensorboard") from error
 
         self.writer = SummaryWriter(str(folder))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FORMAT, VERSION = "mla_fast.checkpoint", 2
+FORMAT, VERSION = "mla_fast.checkpoint", 3
 
 
 class CheckpointError(ValueError):
@@ -23,7 +25,7 @@ def write_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
 
     TypeError for what ``read_checkpoint`` could not read: anything but tensors, numbers, strings and containers of these.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **_plain(payload, "checkpoint")}, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,12 +47,14 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        plain = {key: _plain(v, f"{where}[{key!r}]") for key, v in value.items()}
-        return plain if any(plain[key] is not v for key, v in value.items()) else value
+        plain = {_plain(key, f"a key of {where}"): _plain(v, f"{where}[{key!r}]") for key, v in value.items()}
+        return type(value)(plain) if type(value) in (OrderedDict, Counter) else plain
     if isinstance(value, (list, tuple)):
         plain = [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
         return type(value)(plain) if type(value) in (list, tuple) else plain
-    if value is None or isinstance(value, (Tensor, bool, int, float, complex, str, bytes, set, torch.dtype, torch.device)):
+    if isinstance(value, set):
+        return {_plain(v, f"an element of {where}") for v in value}
+    if value is None or isinstance(value, (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
         return value
     raise TypeError(f"{where}: expected tensors and plain values, got {type(value).__name__}")
 
@@ -58,6 +62,9 @@ def _plain(value: Any, where: str) -> Any:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """What ``write_checkpoint`` wrote, on the CPU; else FileNotFoundError or CheckpointError. Never runs code from the file."""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that are there
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

@@ -126,7 +126,8 @@ def loader(dataset: MultimodalDataset, batch_size: int, *, shuffle: bool = False
 
 def load_npz(path: str | Path, modalities: Sequence[str], label: str = "label") -> MultimodalDataset:
     """The data set in a NumPy ``.npz`` file: arrays `modalities` [N, ...] and `label` [N]; any other [N, ...] becomes a field,
-    but for ``present``, bool [N, M], which says what each sample has: its columns are `modalities` in their order.
+    but for ``present``, bool [N, M], which says what each sample has: its columns are those that an array ``modalities`` of M
+    names says, or without one `modalities` in their order.
 
     uint8 modalities (images, spectrograms) are divided by 255; other numbers become float32 as they are. Nothing is unpickled.
 
@@ -150,16 +151,28 @@ def load_npz(path: str | Path, modalities: Sequence[str], label: str = "label") 
     if len(set(sizes.values())) > 1 or None in sizes.values():
         lengths = ", ".join(f"{key} {list(arrays[key].shape)}" for key in wanted)
         raise ValueError(f"{path}: expected arrays of one length N in the first dimension, got {lengths}")
-    N, M = sizes[label], len(modalities)
-    mask = arrays.pop("present", None) if "present" not in wanted else None
-    if mask is not None and (mask.dtype != np.bool_ or mask.shape != (N, M)):
-        raise ValueError(f"{path}: expected present to be bool [{N}, {M}], got {mask.dtype} {list(mask.shape)}")
-    present = None if mask is None else torch.from_numpy(mask)
-    columns = [None] * M if present is None else present.T
+    N = sizes[label]
+    present = _present(path, arrays, N, modalities) if "present" in arrays and "present" not in wanted else None
+    columns = [None] * len(modalities) if present is None else present.T
     inputs = {m: _as_float(path, m, arrays[m], here) for m, here in zip(modalities, columns, strict=True)}
     target = _as_target(path, label, arrays[label])
     fields = {key: a for key, a in arrays.items() if key not in wanted and a.ndim and a.shape[0] == N}
     return MultimodalDataset(inputs, target, fields, present)
+
+
+def _present(path: str | Path, arrays: dict[str, np.ndarray], N: int, modalities: Sequence[str]) -> Tensor:
+    """Takes the mask out of `arrays`, and its columns' names, if it has any; bool [N, M] in the order of `modalities`."""
+    mask, names = arrays.pop("present"), list(modalities)
+    if "modalities" in arrays and "modalities" not in names:
+        names = [str(name) for name in np.ravel(arrays.pop("modalities"))]
+    if mask.dtype != np.bool_ or mask.shape != (N, len(names)):
+        raise ValueError(
+            f"{path}: expected present to be bool [{N}, {len(names)}] (samples, {', '.join(names)}), "
+            f"got {mask.dtype} {list(mask.shape)}"
+        )
+    if unknown := [m for m in modalities if m not in names]:
+        raise ValueError(f"{path}: present has columns for {', '.join(names)}, and none for {', '.join(unknown)}")
+    return torch.from_numpy(mask[:, [names.index(m) for m in modalities]])
 
 
 def _read_npz(path: str | Path) -> dict[str, np.ndarray]:

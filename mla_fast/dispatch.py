@@ -9,14 +9,17 @@ fused = plan.fuse(logits)                               # of every sample, whate
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from mla_fast import ops
-from mla_fast.fusion import Fused
+from mla_fast.fusion import Fused, check_dtype
+from mla_fast.inputs import Inputs, count, leaves, outline
 
 
 class DispatchPlan:
@@ -62,15 +65,26 @@ class DispatchPlan:
         here = ", ".join(f"{name}: {count}" for name, count in zip(names, self.counts, strict=True))
         return f"DispatchPlan({self.N} samples; {here}{'; padded' if self.padded else ''}; {self.present.device})"
 
-    def pack(self, inputs: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor] | list[Tensor]:
+    def pack(self, inputs: Mapping[str, Inputs] | Sequence[Inputs]) -> dict[str, Inputs] | list[Inputs]:
         """The rows that are present, of all modalities in one launch: {modality: [sizes[m], …]}, or a list for a sequence.
 
-        inputs: for each column of ``present`` a tensor [N, …], by name or in order; shapes and dtypes may differ. What absent
-        rows hold is not read. Differentiable; the padding of a padded plan is zeros.
+        inputs: for each column of ``present`` a tensor [N, …], by name or in order; shapes and dtypes may differ. A modality may
+        have several tensors, in tuples, lists or dicts, and gets the same back, in as many launches as one has tensors. What
+        absent rows hold is not read. Differentiable; the padding of a padded plan is zeros.
         """
-        tensors = self._of_all_samples("inputs", inputs)
-        packed = ops.pack_rows(self.backend, tensors, self.rows, self.offsets, self.slot, list(self.sizes))
+        values = self._of_all_samples("inputs", inputs)
+        packed = self._pack(values) if all(isinstance(x, Tensor) for x in values) else self._pack_trees(values)
         return dict(zip(inputs, packed, strict=True)) if isinstance(inputs, Mapping) else packed
+
+    def _pack(self, tensors: list[Tensor]) -> list[Tensor]:
+        return ops.pack_rows(self.backend, tensors, self.rows, self.offsets, self.slot, list(self.sizes))
+
+    def _pack_trees(self, trees: list[Inputs]) -> list[Inputs]:
+        """The first tensors of all modalities, then the second ones; one that has no more takes part with rows of nothing."""
+        flat, specs = zip(*map(pytree.tree_flatten, trees), strict=True)
+        nothing = self.present.new_empty(self.N, 0)
+        packed = zip(*(self._pack(list(level)) for level in itertools.zip_longest(*flat, fillvalue=nothing)), strict=True)
+        return [pytree.tree_unflatten(list(t[: len(own)]), spec) for t, own, spec in zip(packed, flat, specs, strict=True)]
 
     def pack_features(self, features: Mapping[str, Tensor] | Sequence[Tensor]) -> tuple:
         """(packed, means): what ``pack`` gives and x̄ of every modality, for inputs that are features already, those of frozen
@@ -80,9 +94,9 @@ class DispatchPlan:
         float32 or wider, zeros for a modality without rows. Differentiable.
         """
         tensors = self._of_all_samples("features", features)
-        for name, x in zip(self.modalities or range(self.M), tensors, strict=True):
-            if not x.is_floating_point():
-                raise TypeError(f"features[{name!r}]: expected a floating dtype, got {x.dtype}")
+        for name, x in self._named(tensors):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                raise TypeError(f"features[{name!r}]: expected a floating tensor, got {outline(x)}")
         sizes = list(self.sizes)
         results = ops.pack_features(self.backend, tensors, self.rows, self.offsets, self.slot, sizes, self._counts)
         if not isinstance(features, Mapping):
@@ -93,7 +107,10 @@ class DispatchPlan:
     def unpack(self, packed: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor] | list[Tensor]:
         """Packed rows back at their samples: [N, …] each, zeros where absent. Differentiable."""
         tensors = self._in_order("packed", packed)
-        self._check_packed(tensors)
+        for (name, x), size in zip(self._named(tensors), self.sizes, strict=True):
+            self._check_tensor(f"packed[{name!r}]", x)
+            if x.dim() == 0 or x.shape[0] != size:
+                raise ValueError(f"packed[{name!r}]: expected [{size}, …], the rows that are present, got {list(x.shape)}")
         unpacked = ops.unpack_rows(self.backend, tensors, self.slot, self.offsets)
         return dict(zip(packed, unpacked, strict=True)) if isinstance(packed, Mapping) else unpacked
 
@@ -101,6 +118,7 @@ class DispatchPlan:
         """Entropy-weighted fusion (eqs. 6–8) of packed logits [K, C] into one prediction for every sample; see
         ``mla_fast.entropy_fusion``. Differentiable once in the logits."""
         self._check_tensor("logits", logits)
+        check_dtype(logits)
         K = sum(self.sizes)
         if logits.dim() != 2 or logits.shape[0] != K or logits.shape[1] == 0:
             raise ValueError(f"logits: expected [{K}, C], the packed rows, got {list(logits.shape)}")
@@ -116,18 +134,18 @@ class DispatchPlan:
             )
         return ops.segment_mean(self.backend, features, self.offsets, self._counts if self.padded else None)
 
-    def _of_all_samples(self, label: str, values: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
-        """One tensor [N, …] for each column of ``present``."""
-        tensors = self._in_order(label, values)
-        for name, x in zip(self.modalities or range(self.M), tensors, strict=True):
-            if x.dim() == 0 or x.shape[0] != self.N:
-                raise ValueError(f"{label}[{name!r}]: expected [{self.N}, …] to match present, got {list(x.shape)}")
-        return tensors
+    def _of_all_samples(self, label: str, values: Mapping[str, Inputs] | Sequence[Inputs]) -> list[Inputs]:
+        """[N, …] for each column of ``present``."""
+        values = self._in_order(label, values)
+        for name, x in self._named(values):
+            if count(f"{label}[{name!r}]", x) != self.N:
+                raise ValueError(f"{label}[{name!r}]: expected [{self.N}, …] to match present, got {outline(x)}")
+            for t in leaves(x):
+                self._check_tensor(f"{label}[{name!r}]", t)
+        return values
 
-    def _check_packed(self, tensors: list[Tensor]) -> None:
-        for name, x, size in zip(self.modalities or range(self.M), tensors, self.sizes, strict=True):
-            if x.dim() == 0 or x.shape[0] != size:
-                raise ValueError(f"packed[{name!r}]: expected [{size}, …], the rows that are present, got {list(x.shape)}")
+    def _named(self, values: Sequence[Inputs]) -> Iterator[tuple[str | int, Inputs]]:
+        return zip(self.modalities or range(self.M), values, strict=True)
 
     def _check_tensor(self, label: str, x: Any) -> None:
         if not isinstance(x, Tensor):
@@ -135,8 +153,8 @@ class DispatchPlan:
         if x.device != self.present.device:
             raise ValueError(f"{label}: expected on {self.present.device} like present, got {x.device}")
 
-    def _in_order(self, label: str, values: Mapping[str, Tensor] | Sequence[Tensor]) -> list[Tensor]:
-        """One tensor for each column of ``present``, in the columns' order."""
+    def _in_order(self, label: str, values: Mapping[str, Inputs] | Sequence[Inputs]) -> list[Inputs]:
+        """One for each column of ``present``, in the columns' order."""
         if isinstance(values, Mapping):
             names = tuple(values)
             if self.modalities is not None and names != self.modalities:
@@ -144,9 +162,7 @@ class DispatchPlan:
                 raise ValueError(f"{label}: expected the modalities {expected} in that order, got {', '.join(names)}")
             values = list(values.values())
         if len(values) != self.M:
-            raise ValueError(f"{label}: expected {self.M} modalities, a tensor for each column of present, got {len(values)}")
-        for x in values:
-            self._check_tensor(label, x)
+            raise ValueError(f"{label}: expected {self.M} modalities, one for each column of present, got {len(values)}")
         return list(values)
 
 
@@ -162,11 +178,12 @@ def dispatch(
     Raises ValueError or TypeError that names the argument, what it was and what it should be.
     """
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
-        got = present.dtype if isinstance(present, Tensor) else type(present).__name__
-        raise TypeError(f"present: expected a bool tensor, got {got}")
+        raise TypeError(f"present: expected a bool tensor, got {outline(present)}")
     if present.dim() != 2 or present.shape[1] == 0:
         raise ValueError(f"present: expected [N, M] (samples, modalities), got {list(present.shape)}")
     if modalities is not None and len(modalities) != present.shape[1]:
         raise ValueError(f"modalities: expected {present.shape[1]} names, one for each column of present, got {len(modalities)}")
     names = None if modalities is None else tuple(modalities)
+    if names is not None and len(set(names)) < len(names):
+        raise ValueError(f"modalities: expected names that differ, got {', '.join(names)}")
     return DispatchPlan(present, names, padded, ops.resolve_dispatch(backend, present.device))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mla_fast import ops
+from mla_fast.inputs import outline
 
 
 class Fused(NamedTuple):
@@ -45,12 +46,11 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
         M, (N, C) = len(tensors), first.shape
     if M == 0 or C == 0:
         raise ValueError(f"logits: expected at least one modality and one class, got M = {M} and C = {C}")
-    if first.dtype not in _DTYPES:
-        raise TypeError(f"logits: expected float32, float64, bfloat16 or float16, got {first.dtype}")
+    check_dtype(first)
     device = first.device
     if present is not None:
         if not isinstance(present, Tensor) or present.dtype != torch.bool:
-            raise TypeError(f"present: expected a bool tensor, got {getattr(present, 'dtype', type(present).__name__)}")
+            raise TypeError(f"present: expected a bool tensor, got {outline(present)}")
         if present.shape != (N, M):
             raise ValueError(f"present: expected [{N}, {M}] (samples, modalities) to match logits, got {list(present.shape)}")
         if present.device != device:
@@ -62,10 +62,15 @@ _fused = functools.partial(tuple.__new__, Fused)
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
+def check_dtype(logits: Tensor) -> None:
+    if logits.dtype not in _DTYPES:
+        raise TypeError(f"logits: expected float32, float64, bfloat16 or float16, got {logits.dtype}")
+
+
 def _checked_list(logits: Sequence[Tensor]) -> list[Tensor]:
     """The modalities' logits, of one shape [N, C], dtype and device."""
     if not isinstance(logits, Sequence) or not all(isinstance(z, Tensor) for z in logits):
-        raise TypeError(f"logits: expected a tensor or a sequence of tensors, got {type(logits).__name__}")
+        raise TypeError(f"logits: expected a tensor or a sequence of tensors, got {outline(logits)}")
     if not logits:
         raise ValueError("logits: expected at least one modality, got none")
     first = logits[0]

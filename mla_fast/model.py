@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.fusion import Fused, entropy_fusion
+from mla_fast.inputs import Inputs, count, counts, leaves, outline
 from mla_fast.streams import side_by_side
 
 
@@ -20,6 +21,9 @@ class MultimodalModel(nn.Module):
         model = MultimodalModel({"audio": audio_encoder, "image": image_encoder}, head=nn.Linear(512, 6))
         model({"audio": x})["audio"]                    # logits [N, 6] of one modality, as MLA trains it
         model.predict({"audio": xa, "image": xv})       # fused logits, weights and entropies
+
+    What a modality's encoder is given is a tensor [N, …], or several of one N in a tuple, list or dict (tokens and their mask,
+    say), nested as you like: the encoder's own affair.
 
     streams: on a GPU the encoders of ``predict`` and ``alternating_step`` run side by side, each on a CUDA stream of its own,
     forward and backward. It can pay where one encoder leaves the GPU partly idle and the host is ahead of it, as in a CUDA graph.
@@ -31,6 +35,7 @@ class MultimodalModel(nn.Module):
     """
 
     streams = False  # of a model that was pickled without it, too
+    _shared: tuple[tuple[nn.Module, ...], bool] = ((), False)  # of these parts
 
     def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module, *, streams: bool = False):
         super().__init__()
@@ -60,23 +65,27 @@ class MultimodalModel(nn.Module):
             last = last[-1]
         return last.out_features if isinstance(last, nn.Linear) else None
 
-    @functools.cached_property
+    @property
     def shared_parameters(self) -> bool:
-        """Some parameter belongs to two encoders, or to an encoder and the head."""
-        parameters = [p for part in (*self.encoders.values(), self.head) for p in part.parameters()]
-        return len(set(parameters)) < len(parameters)
+        """Some parameter belongs to two encoders, or to an encoder and the head; looked for once, and again where one of these is
+        another module."""
+        parts = (*self.encoders.values(), self.head)
+        if self._shared[0] != parts:
+            parameters = [p for part in parts for p in part.parameters()]
+            self._shared = parts, len(set(parameters)) < len(parameters)
+        return self._shared[1]
 
-    def features(self, modality: str, inputs: Tensor) -> Tensor:
+    def features(self, modality: str, inputs: Inputs) -> Tensor:
         """What `modality`'s encoder makes of its inputs [N, …]: features [N, s]."""
         encoders = self.encoders
         if modality not in encoders:
             raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
-        encoder = encoders[modality]
+        N, encoder = count(f"inputs[{modality!r}]", inputs), encoders[modality]
         features = (encoder if torch.is_grad_enabled() else bare(encoder))(inputs)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a floating tensor from the encoder of {modality!r}, got {got}")
-        shape, N = features.shape, inputs.shape[0]
+        shape = features.shape
         if len(shape) != 2 or shape[0] != N:
             raise ValueError(f"features: expected [{N}, s] from the encoder of {modality!r}, got {list(shape)}")
         head = bare(self.head)
@@ -87,33 +96,37 @@ class MultimodalModel(nn.Module):
             )
         return features
 
-    def all_features(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def all_features(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """``features`` of each modality in `inputs`, side by side with `streams`."""
         if not self.streams or not inputs or self._must_take_turns():
             return {modality: self.features(modality, x) for modality, x in inputs.items()}
         jobs = {modality: functools.partial(self.features, modality, x) for modality, x in inputs.items()}
-        return side_by_side(jobs, next(iter(inputs.values())).device)
+        return side_by_side(jobs, leaves(next(iter(inputs.values())))[0].device)
 
     def _must_take_turns(self) -> bool:
         # What autocast has cast for one encoder would be read by another too early.
         return self.shared_parameters or any(isinstance(part, DistributedDataParallel) for part in self.encoders.values())
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits [N, C] of each modality in `inputs`; N may differ between them."""
+    def forward(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
+        """Logits [N, C] of each modality in `inputs`; N may differ between them. ``predict`` does not come by here."""
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs: expected a dict by modality, got {outline(inputs)}")
         return {modality: self.head(self.features(modality, x)) for modality, x in inputs.items()}
 
     @torch.no_grad()
-    def packed_logits(self, inputs: Mapping[str, Tensor], plan: DispatchPlan | None = None) -> Tensor:
+    def packed_logits(self, inputs: Mapping[str, Inputs], plan: DispatchPlan | None = None) -> Tensor:
         """Logits [K, C] of the modalities in `inputs`, one after another, in evaluation mode: the rows that the plan (of
         ``mla_fast.dispatch``, over these modalities) has, or all N of each. One product with the head; a modality without rows is
         not encoded."""
-        sizes = {modality: len(x) for modality, x in inputs.items()}
-        if not sizes or len(set(sizes.values())) != 1:
+        sizes = counts(inputs)
+        if not sizes:
+            raise ValueError("inputs: expected at least one modality, got none")
+        if len(set(sizes.values())) != 1:
             raise ValueError(f"inputs: expected the same number of samples for every modality, got {sizes}")
         if plan is not None:
             inputs = plan.pack(inputs)
         # Where there is nothing at all, the first encoder makes logits [0, C] of nothing.
-        rows = {modality: x for modality, x in inputs.items() if len(x)} or dict(list(inputs.items())[:1])
+        rows = {modality: x for modality, x in inputs.items() if len(leaves(x)[0])} or dict(list(inputs.items())[:1])
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
@@ -123,7 +136,7 @@ class MultimodalModel(nn.Module):
             for module in training:  # and no others: an encoder may be in evaluation mode on purpose
                 module.training = True
 
-    def predict(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> Fused:
+    def predict(self, inputs: Mapping[str, Inputs], present: Tensor | None = None) -> Fused:
         """Entropy-weighted prediction (eqs. 6–8) for samples of any of the modalities, in evaluation mode.
 
         inputs: {modality: [N, …]}, a modality left out is absent for all; present: bool [N, M] over ``self.modalities``. Only
@@ -135,14 +148,11 @@ class MultimodalModel(nn.Module):
         plan = dispatch(self.columns(present, inputs), tuple(inputs))
         return plan.fuse(self.packed_logits(inputs, plan))
 
-    def columns(self, present: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    def columns(self, present: Tensor, inputs: Mapping[str, Inputs]) -> Tensor:
         """The columns of present [N, M] that belong to the modalities in `inputs`, in their order."""
-        N = len(next(iter(inputs.values())))
-        if present.dtype != torch.bool or present.shape != (N, len(self.modalities)):
-            raise ValueError(
-                f"present: expected bool [{N}, {len(self.modalities)}] (samples, {', '.join(self.modalities)}), "
-                f"got {present.dtype} {list(present.shape)}"
-            )
+        N, M = max(counts(inputs).values(), default=0), len(self.modalities)
+        if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != (N, M):
+            raise ValueError(f"present: expected bool [{N}, {M}] (samples, {', '.join(self.modalities)}), got {outline(present)}")
         if tuple(inputs) == self.modalities:
             return present
         return present[:, [self.modalities.index(m) for m in inputs]]

@@ -7,6 +7,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from tqdm import tqdm
 from mla_fast.alternating import (
     can_step_together,
     check_belong,
-    check_inputs,
-    outline,
     row_totals,
     rows_by_modality,
     steps_in_turn,
@@ -39,6 +38,7 @@ from mla_fast.distributed import (
 )
 from mla_fast.fusion import Fused
 from mla_fast.head import FROZEN
+from mla_fast.inputs import Inputs, counts, moved, outline
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.random_state import Replayable, random_states, set_random_states
@@ -94,10 +94,18 @@ class Trainer:
                 "model: expected mla_fast.distribute(model) where torch.distributed has several processes "
                 "(or MLAOptimizer(…, process_group=None), to train a model in each)"
             )
-        if accumulate < 1:
-            raise ValueError(f"accumulate: expected at least 1 batch, got {accumulate}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm: expected a positive number or None, got {clip_norm}")
+        if not _is_count(accumulate) or accumulate < 1:
+            raise ValueError(f"accumulate: expected at least 1 batch, got {accumulate!r}")
+        if clip_norm is not None and not (isinstance(clip_norm, Real) and clip_norm > 0):
+            raise ValueError(f"clip_norm: expected a positive number or None, got {clip_norm!r}")
+        if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+            raise TypeError(f"callbacks: expected a sequence of functions of an epoch's record, got {callbacks!r}")
+        if backward is not None and not callable(backward):
+            raise TypeError(f"backward: expected a function of the loss, got {backward!r}")
+        if scheduler is not None and (isinstance(scheduler, type) or not hasattr(scheduler, "step")):
+            raise TypeError(f"scheduler: expected a learning-rate scheduler, got {scheduler!r}")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler: expected a torch.amp.GradScaler or None, got {scaler!r}")
         if amp not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"amp: expected torch.bfloat16, torch.float16 or None, got {amp!r}")
         if amp is torch.float16 and scaler is None:
@@ -117,9 +125,10 @@ class Trainer:
         self.config: dict[str, Any] | None = None
         # Of the epoch that is going on: batches trained on, their losses, and the random states that the first was drawn with.
         self._batches = 0
-        self._losses: dict[str, list[Tensor]] = {}
+        self._losses: dict[str, tuple[Tensor, int]] = {}  # sum and number of each modality's
         self._data_states: dict[str, Any] | None = None
         self._resumed = False
+        self._random_states: dict[str, Any] | None = None  # to begin with, whatever has been drawn since resume
 
     def fit(
         self,
@@ -141,13 +150,20 @@ class Trainer:
         `patience`, stops once `monitor`, a path into the record, has not become better for that many epochs: larger, or
         smaller for a loss. Raises ValueError for a batch that does not fit the model.
         """
+        check_belong(self.model, self.optimizer)
+        for name, value in (("epochs", epochs), ("checkpoint_every", checkpoint_every), ("patience", patience)):
+            if value is not None and not _is_count(value):
+                raise ValueError(f"{name}: expected a whole number, got {value!r}")
         if checkpoint_every is not None and (checkpoint is None or checkpoint_every < 1):
             raise ValueError(f"checkpoint_every: expected at least 1 batch, and a checkpoint to write to, got {checkpoint_every}")
         if patience is not None and patience < 1:
             raise ValueError(f"patience: expected at least 1 epoch or None, got {patience}")
         if patience is not None and validation is None and monitor.startswith("validation/"):
             raise ValueError(f"validation: expected a loader, for patience to monitor {monitor!r}, got None")
-        if self.epoch == 0 and self._batches == 0 and self.seed is not None:
+        if self._random_states is not None:
+            set_random_states(self._random_states)
+            self._random_states = None
+        elif self.epoch == 0 and self._batches == 0 and self.seed is not None:
             torch.manual_seed(self.seed)
         save = None if checkpoint is None else lambda: self.save(checkpoint)
         while self.epoch < epochs and not self._stopped(patience, monitor):
@@ -225,7 +241,8 @@ class Trainer:
         ) as bar:
             while group := list(itertools.islice(batches, self.accumulate * (len(loader) if unpaired else 1))):
                 for modality, loss in self._train_on([unpack_batch(self.model, b, self.device) for b in group]).items():
-                    self._losses.setdefault(modality, []).append(loss)
+                    total, number = self._losses.get(modality, (0, 0))
+                    self._losses[modality] = total + loss.double(), number + 1
                 before, self._batches = self._batches, self._batches + len(group)
                 if save is not None and every is not None and self._batches // every > before // every:
                     save()
@@ -236,9 +253,11 @@ class Trainer:
 
     def _mean_losses(self) -> dict[str, float]:
         if not self._losses:
-            raise ValueError("loader: expected at least one batch with a sample in it, got none")
-        sums = {modality: [torch.stack(values).sum(), len(values)] for modality, values in self._losses.items()}
-        sums = self._over_ranks(sums, self.model.modalities)
+            raise ValueError(
+                "loader: expected at least one batch with a sample in it in every epoch (a generator lasts for one), "
+                f"got none in epoch {self.epoch + 1}"
+            )
+        sums = self._over_ranks(self._losses, self.model.modalities)
         return _means({modality: both for modality, both in sums.items() if both[1]})
 
     def _begin(self, loader: Iterable | Mapping[str, Iterable]) -> Replayable:
@@ -248,18 +267,21 @@ class Trainer:
                 sampler.set_epoch(self.epoch)
         generators, now = _generators(loader), random_states()
         again, self._resumed = self._resumed or self._batches > 0, False
-        if again:
+        if again and len(generators) == len(self._data_states["generators"]):
             for generator, state in zip(generators, self._data_states["generators"], strict=True):
                 generator.set_state(state)
+        elif self._batches:
+            raise ValueError(f"loader: {_OF_THE_EPOCH}, with as many generators of its own, got another")
         if self._batches == 0:
             states = [generator.get_state() for generator in generators]
-            self._data_states = {**now, "torch": (self._data_states or now)["torch"], "generators": states}
+            own = self._data_states["torch"] if self._data_states else _fresh_state()
+            self._data_states = {**now, "torch": own, "generators": states}
         else:
             set_random_states(self._data_states)
         begin = (lambda: _take_turns(loader, self.model.modalities)) if isinstance(loader, Mapping) else (lambda: iter(loader))
         batches = Replayable(begin, self._data_states["torch"])
         if sum(1 for _ in itertools.islice(batches, self._batches)) < self._batches:
-            raise ValueError(f"loader: expected the one of the checkpoint, which had at least {self._batches} batches")
+            raise ValueError(f"loader: {_OF_THE_EPOCH}, which had at least {self._batches} batches, got one with fewer")
         if self._batches:
             set_random_states(now)
         return batches
@@ -279,10 +301,11 @@ class Trainer:
         """``{"samples", "loss", "accuracy"}``: each modality alone, over the samples that have it, and two ways of fusing.
 
         loss is the mean cross-entropy of each modality; accuracy has each modality, ``"average"`` (of the logits that are
-        present) and ``"fused"`` (entropy-weighted), as fractions; NaN for what no sample had. Over the samples of all ranks,
-        those included that a ``DistributedSampler`` gives twice.
+        present) and ``"fused"`` (entropy-weighted), as fractions of the samples that have one at all; NaN for what no sample
+        had. Logits that are NaN are wrong. Over the samples of all ranks, those included that a ``DistributedSampler`` gives
+        twice.
         """
-        correct, loss = {}, {}
+        samples, correct, loss = {}, {}, {}
         for batch in loader:
             inputs, target, present = unpack_batch(self.model, batch, self.device)
             N = len(target)
@@ -290,18 +313,20 @@ class Trainer:
             plan = dispatch(here, tuple(inputs))
             logits = self.model.packed_logits(inputs, None if present is None else plan)
             parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
+            whole = here.any(1)
+            _add(samples, "all", 0, N)
             for modality, z, y in zip(inputs, parts, targets, strict=True):
                 _add(loss, modality, F.cross_entropy(z, y, reduction="sum"), len(y))
-                _add(correct, modality, (z.argmax(1) == y).sum(), len(y))
+                _add(correct, modality, _right(z, y).sum(), len(y))
             average = sum(plan.unpack(list(parts)))  # as good as the mean for the largest class
-            _add(correct, "average", (average.argmax(1) == target).sum(), N)
-            _add(correct, "fused", (plan.fuse(logits).logits.argmax(1) == target).sum(), N)
+            for name, z in (("average", average), ("fused", plan.fuse(logits).logits)):
+                _add(correct, name, (_right(z, target) & whole).sum(), int(whole.sum()))
+        samples = self._over_ranks(samples, ["all"])
         loss = self._over_ranks(loss, self.model.modalities)
         correct = self._over_ranks(correct, (*self.model.modalities, "average", "fused"))
-        samples = int(correct["fused"][1]) if correct else 0
-        return {"samples": samples, "loss": _means(loss), "accuracy": _means(correct)}
+        return {"samples": int(samples["all"][1]) if samples else 0, "loss": _means(loss), "accuracy": _means(correct)}
 
-    def _over_ranks(self, sums: dict[str, list], names: Sequence[str]) -> dict[str, list]:
+    def _over_ranks(self, sums: dict[str, Sequence], names: Sequence[str]) -> dict[str, Sequence]:
         """Sums and counts of all ranks together, of which some may have seen none of the names."""
         group = self.optimizer.process_group
         if group is None:
@@ -309,17 +334,17 @@ class Trainer:
         both = [[float(total), count] for total, count in (sums.get(name, (0, 0)) for name in names)]
         return dict(zip(names, added_up(torch.tensor(both, dtype=torch.float64), group, self.device).tolist(), strict=True))
 
-    def predict(self, batch: Mapping[str, Tensor] | tuple) -> Fused:
+    def predict(self, batch: Mapping[str, Inputs] | tuple) -> Fused:
         """``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
         inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
         if not isinstance(inputs, Mapping):
             raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {outline(batch)}")
-        check_inputs(inputs)
+        counts(inputs)
         present = rest[-1] if rest else None
         if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
             present = None  # it is the target
-        inputs = {modality: x.to(self.device, non_blocking=True) for modality, x in inputs.items()}
-        return self.model.predict(inputs, None if present is None else present.to(self.device))
+        inputs = {modality: moved(x, self.device) for modality, x in inputs.items()}
+        return self.model.predict(inputs, moved(present, self.device))
 
     def save(self, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
         """Writes all it takes to continue, atomically; `config` (JSON values, else TypeError) is kept for your own use.
@@ -329,7 +354,7 @@ class Trainer:
         if config is not None:
             self.config = json.loads(json.dumps(config))  # so that it can be read back without pickle
         group = self.optimizer.process_group
-        losses = {modality: torch.stack(values).cpu() for modality, values in self._losses.items()}
+        losses = {modality: (total.cpu(), number) for modality, (total, number) in self._losses.items()}
         payload = {
             "epoch": self.epoch,
             "batches": self._batches,
@@ -356,7 +381,25 @@ class Trainer:
 
     def _kinds(self) -> dict[str, str]:
         wrapped = {**self._parts(), "optimizer": self.optimizer.optimizer}
+        if self.scaler is not None and not self.scaler.is_enabled():
+            wrapped["scaler"] = None
         return {name: "none" if part is None else type(part).__name__ for name, part in wrapped.items()}
+
+    def _load_parts(self, path: str | Path, saved: dict[str, Any]) -> None:
+        """All, or CheckpointError and none."""
+        parts = {name: part for name, part in self._parts().items() if part is not None}
+        before, settings = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}, self.optimizer.settings
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except Exception as error:
+            for name, part in parts.items():
+                part.load_state_dict(before[name])
+            raise CheckpointError(f"{path}: its {name} does not fit: {error}") from error
+        if self.optimizer.settings != settings:
+            warnings.warn(
+                f"resume: the projection goes on as it was saved, {self.optimizer.settings}, not {settings}", stacklevel=3
+            )
 
     def resume(self, path: str | Path) -> None:
         """Continues from ``save``, in the middle of an epoch too: bitwise, with as many ranks, where what is random in the loader
@@ -375,17 +418,28 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: saved inside of an epoch by {len(saved['ranks'])} processes, which {size} cannot go on with"
             )
-        for name, part in self._parts().items():  # the optimizer first, which refuses what does not fit
-            if part is not None:
-                part.load_state_dict(saved[name])
+        self._load_parts(path, saved)
         load_portable_state_dict(self.model, saved["model"])
         self.epoch, self.history, self.config = saved["epoch"], saved["history"], saved["config"]
         self._batches = saved["batches"]
         if rank < len(saved["ranks"]):
             own = saved["ranks"][rank]
-            self._losses = {modality: list(losses.to(self.device).unbind()) for modality, losses in own["losses"].items()}
+            self._losses = {modality: (total.to(self.device), number) for modality, (total, number) in own["losses"].items()}
             self._data_states, self._resumed = own["data"], own["data"] is not None
+            self._random_states = own["random"]
             set_random_states(own["random"])
+
+
+_OF_THE_EPOCH = "expected the one that this epoch was begun with (another Trainer begins anew)"
+
+
+def _fresh_state() -> Tensor:
+    """A state for the data's own, or the model would draw the very numbers that the data has drawn."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ()))).get_state()
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 def _loaders(loader: Iterable | Mapping[str, Iterable]) -> list[Iterable]:
@@ -402,8 +456,9 @@ def _samplers(loader: Iterable | Mapping[str, Iterable]) -> Iterator[Any]:
 
 
 def _generators(loader: Iterable | Mapping[str, Iterable]) -> list[torch.Generator]:
-    """Those that loaders draw from in place of the global one."""
-    return [g for one in _loaders(loader) if isinstance(g := getattr(one, "generator", None), torch.Generator)]
+    """Those that loaders and their samplers draw from in place of the global one."""
+    found = [getattr(one, "generator", None) for one in (*_loaders(loader), *_samplers(loader))]
+    return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
 
 
 def _take_turns(loaders: Mapping[str, Iterable], modalities: tuple[str, ...]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -436,7 +491,12 @@ def _add(sums: dict[str, list], key: str, value: Tensor, count: int) -> None:
     total[0], total[1] = total[0] + value, total[1] + count
 
 
-def _means(sums: dict[str, list]) -> dict[str, float]:
+def _right(logits: Tensor, target: Tensor) -> Tensor:
+    """bool [N]; for argmax a NaN is the largest."""
+    return (logits.argmax(1) == target) & ~logits.isnan().any(1)
+
+
+def _means(sums: dict[str, Sequence]) -> dict[str, float]:
     return {name: float(total) / count if count else float("nan") for name, (total, count) in sums.items()}
 
 

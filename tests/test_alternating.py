@@ -230,6 +230,9 @@ def test_what_it_cannot_do_is_refused():
         mla.alternating_step(
             other, mla.MLAOptimizer(momentum_sgd(other.parameters()), other.head), ({"audio": torch.ones(3, 4)}, batch[1])
         )
+    mine = mla.MLAOptimizer(momentum_sgd(other.parameters()), other.head)
+    with pytest.raises(ValueError, match="^target: expected on cpu like the head, got meta"):
+        mla.alternating_step(other, mine, ({"audio": torch.ones(2, 4)}, batch[1].to("meta")))
     other.forward = lambda inputs: {}
     with pytest.raises(ValueError, match="MultimodalModel's own forward"):
         mla.alternating_step(other, mla.MLAOptimizer(momentum_sgd(other.parameters()), other.head), ({}, batch[1]))

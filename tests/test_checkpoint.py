@@ -4,16 +4,19 @@ import errno
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
+from collections import Counter, OrderedDict, defaultdict
 
+import numpy as np
 import pytest
 import torch
 from helpers import PROJECTIONS, assert_bitwise, everything, make_model, make_steps, momentum_sgd, train
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import mla_fast as mla
-from mla_fast.checkpoint import read_checkpoint, write_checkpoint
+from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 
 PAYLOAD = {"epoch": 3, "model": {"weight": torch.arange(12.0)}, "history": [{"loss": {"audio": 0.5}}], "config": None}
 
@@ -31,6 +34,47 @@ def test_a_new_one_replaces_the_old(tmp_path):
     for epoch in range(3):
         write_checkpoint(tmp_path / "c.pt", PAYLOAD | {"epoch": epoch})
     assert read_checkpoint(tmp_path / "c.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {np.int64(3): np.float32(0.5)},
+        {(1, np.int64(2)): np.str_("a")},
+        Counter({np.int64(1): 2}),
+        OrderedDict(b=np.bool_(True)),
+        defaultdict(int, a=1),
+        {np.int64(1), 2},
+        [(np.int64(1), {"a": {np.float64(2.0)}})],
+    ],
+)
+def test_whatever_is_written_is_read_as_it_was(value, tmp_path):
+    write_checkpoint(tmp_path / "c.pt", PAYLOAD | {"history": value})
+    assert read_checkpoint(tmp_path / "c.pt")["history"] == value
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "large").mkdir()
+    link = tmp_path / "c.pt"
+    link.symlink_to(tmp_path / "large" / "c.pt")
+    write_checkpoint(link, PAYLOAD)
+    assert link.is_symlink() and read_checkpoint(tmp_path / "large" / "c.pt")["epoch"] == 3
+
+
+def test_a_bit_that_has_flipped_is_noticed(tmp_path):
+    path, draw = tmp_path / "c.pt", random.Random(0)
+    write_checkpoint(path, PAYLOAD | {"model": {"weight": torch.randn(4000)}})
+    whole = path.read_bytes()
+    expected, refused = read_checkpoint(path), 0
+    for _ in range(60):
+        damaged, bit = bytearray(whole), draw.randrange(8 * len(whole))
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert_bitwise(read_checkpoint(path)["model"], expected["model"])  # it was between the parts
+        except CheckpointError:
+            refused += 1
+    assert refused > 40
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -426,6 +426,15 @@ class TestMissing:
         assert torch.equal(here, present[[3, 5]]) and torch.equal(train[4][2], present[4])
         with pytest.raises(ValueError, match="^dataset: expected one without missing"):
             data.with_missing(dataset, 0.5, 0)
+        names = np.array(["video", *arrays][: 1 + len(dataset.modalities)])
+        wide = np.concatenate([np.zeros((30, 1), bool), present.numpy()], 1)
+        np.savez(tmp_path / "named.npz", **arrays, present=wide, modalities=names)
+        for order in (dataset.modalities, dataset.modalities[::-1], dataset.modalities[1:]):
+            mask = data.load_npz(tmp_path / "named.npz", order).present
+            assert torch.equal(mask, present[:, [dataset.modalities.index(m) for m in order]])
+        np.savez(tmp_path / "named.npz", **arrays, present=wide, modalities=np.array(["a", "b", "c"]))
+        with pytest.raises(ValueError, match="named.npz: present has columns for a, b, c, and none for "):
+            data.load_npz(tmp_path / "named.npz", dataset.modalities)
         for bad in (present.numpy()[:, :1], present.float().numpy()):
             np.savez(tmp_path / "bad.npz", **arrays, present=bad)
             with pytest.raises(ValueError, match="expected present to be bool"):

@@ -77,6 +77,28 @@ def test_plan_pack_and_unpack_equal_an_index_by_index_reference(backend, N, M, r
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_any_byte_but_zero_is_true(backend):
+    mask = torch.tensor([[255, 0, 2], [255, 255, 0]], dtype=torch.uint8)
+    plan, clean = (mla.dispatch(present, backend=backend) for present in (mask.view(torch.bool), mask != 0))
+    assert plan.counts == (2, 1, 1) and torch.equal(plan.slot, clean.slot) and torch.equal(plan.rows, clean.rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_modalities_of_several_tensors_are_packed_as_each_would_be(padded, backend):
+    present = torch.rand(20, 3) > 0.4
+    plan = mla.dispatch(present, ("text", "audio", "video"), padded=padded, backend=backend)
+    tokens, mask, audio = torch.randint(9, (20, 4)), torch.rand(20, 4) > 0.5, torch.randn(20, 3)
+    frames, times, speaker = torch.randn(20, 2, 5), torch.rand(20), torch.arange(20)
+    packed = plan.pack({"text": {"ids": tokens, "mask": mask}, "audio": audio, "video": (frames, [times, speaker])})
+    text, video = packed["text"], packed["video"]
+    assert text.keys() == {"ids", "mask"} and isinstance(video, tuple) and isinstance(video[1], list)
+    got = [text["ids"], text["mask"], packed["audio"], video[0], *video[1]]
+    for m, x, part in zip((0, 0, 1, 2, 2, 2), (tokens, mask, audio, frames, times, speaker), got, strict=True):
+        assert torch.equal(part, packed_by_hand(x, present, m, plan.sizes[m]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_large_batch(backend):
     present = torch.rand(4096, 3) > 0.5
     plan = mla.dispatch(present, ("a", "b", "c"), backend=backend)

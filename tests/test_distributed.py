@@ -268,15 +268,16 @@ def refusals(rank, world):
 def disagreements(rank, world):
     """Batches that differ in their modalities, and in their number: an error on every rank, where waiting would last for ever."""
     messages = []
-    whole = batches(3, 12, torch.float32)
-    for kind in ("modalities", "number", "number accumulated"):
+    whole = batches(4, 12, torch.float32)
+    for number, without, accumulate in ((4, (0, 1, 2, 3), 1), (3, (), 1), (3, (), 2), (3, (), 4), (4, (1,), 2)):
         model = mla.distribute(make_model())
-        trainer = mla.Trainer(model, make_optimizer(model), progress=False, accumulate=2 if "accumulated" in kind else 1)
+        trainer = mla.Trainer(model, make_optimizer(model), progress=False, accumulate=accumulate)
         data = [share(batch, rank, world)[:2] for batch in whole]
-        if kind == "modalities" and rank:
-            data = [({m: x for m, x in inputs.items() if m != "text"}, target) for inputs, target in data]
+        if rank:
+            keep = [set(inputs) - {"text"} if i in without else inputs for i, (inputs, _) in enumerate(data)]
+            data = [({m: inputs[m] for m in k}, target) for k, (inputs, target) in zip(keep, data, strict=True)][:number]
         try:
-            trainer.fit(data[: 3 - rank] if "number" in kind else data, epochs=2)
+            trainer.fit(data, epochs=2)
             messages.append("nothing")
         except ValueError as error:
             messages.append(str(error))
@@ -284,10 +285,13 @@ def disagreements(rank, world):
 
 
 def test_ranks_that_disagree_are_told(tmp_path):
-    for modalities, number, accumulated in run_ranks(disagreements, 2, tmp_path):
-        assert modalities.startswith("inputs: expected the same modalities on every rank") and "'text' is on 1 of 2" in modalities
+    unlike = "inputs: expected as many batches with {!r} on every rank"
+    for never, number, *accumulated, once in run_ranks(disagreements, 2, tmp_path):
+        assert never.startswith(unlike.format("text")) and never.endswith("got 1 on 2 ranks")
         assert number == "loader: expected as many batches on every rank, but 1 of 2 have come to their end"
-        assert accumulated == number or accumulated == "nothing"  # a last group of one batch on one rank, of two on the other
+        # The last group of batches is of one on one rank and of two on the other; or the only one, of three and of four.
+        assert [message.startswith(unlike.format("audio")) for message in accumulated] == [True, True]
+        assert once.startswith(unlike.format("text")) and once.endswith("got 3 on 2 ranks")
 
 
 def by_columns():

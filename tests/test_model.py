@@ -1,5 +1,7 @@
 """``MultimodalModel``: its parts together are what they are one by one."""
 
+import copy
+
 import pytest
 import torch
 from helpers import ALTERNATION, assert_bitwise, make_inputs, make_model, noisy_model
@@ -196,3 +198,27 @@ def test_predict_on_streams_is_predict(masked):
     model.streams = True
     for _ in range(3):
         torch.testing.assert_close(tuple(model.predict(inputs, present)), tuple(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_inputs_that_are_none_are_refused():
+    model, x = make_model(), torch.ones(2, 4)
+    for call in (
+        lambda: model(x),
+        lambda: model.predict(x),
+        lambda: model.predict([x]),
+        lambda: model({"audio": None}),
+        lambda: model.predict({"audio": torch.tensor(1.0)}),
+    ):
+        with pytest.raises(TypeError, match="^inputs"):
+            call()
+    refused("present", lambda: model.predict({"audio": x}, [[True, True, True]] * 2))
+    refused("present", lambda: model.predict({"audio": x}, {"audio": torch.ones(2, dtype=torch.bool)}))
+
+
+def test_an_encoder_that_is_replaced_is_looked_at_anew():
+    model = make_model()
+    assert not model.shared_parameters
+    model.encoders["image"] = model.encoders["audio"]
+    assert model.shared_parameters and copy.deepcopy(model).shared_parameters
+    model.encoders["image"] = nn.Linear(6, 5)
+    assert not model.shared_parameters

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import itertools
 import os
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 import mla_fast as mla
+from mla_fast.checkpoint import CheckpointError
 
 
 def make_batch(N=8, seed=1, present=None):
@@ -187,8 +189,9 @@ def test_evaluate_is_what_it_says(masked):
     loss = {m: F.cross_entropy(logits[i][present[:, i]], target[present[:, i]]).item() for i, m in enumerate(ALTERNATION)}
     hits = {m: (logits[i].argmax(1) == target)[present[:, i]].float().mean().item() for i, m in enumerate(ALTERNATION)}
     kept = logits * present.T[..., None]
-    hits["average"] = (kept.sum(0).argmax(1) == target).float().mean().item()
-    hits["fused"] = (mla.entropy_fusion(logits, present).logits.argmax(1) == target).float().mean().item()
+    there = torch.ones(20, dtype=torch.bool) if present is None else present.any(1)
+    hits["average"] = (kept.sum(0).argmax(1) == target)[there].float().mean().item()
+    hits["fused"] = (mla.entropy_fusion(logits, present).logits.argmax(1) == target)[there].float().mean().item()
     assert report["samples"] == 20 and report.keys() == {"samples", "loss", "accuracy"}
     assert report["loss"] == pytest.approx(loss, rel=1e-5)
     assert report["accuracy"] == pytest.approx(hits)
@@ -200,6 +203,14 @@ def test_evaluate_has_no_number_for_what_nobody_had():
     report = make_trainer().evaluate([make_batch(present=present)])
     assert report["loss"] == pytest.approx(report["loss"] | {"image": torch.nan}, nan_ok=True)
     assert report["accuracy"]["image"] != report["accuracy"]["image"]
+    report = make_trainer().evaluate([make_batch(present=torch.zeros(8, 3, dtype=torch.bool))])
+    assert report["samples"] == 8 and all(value != value for value in report["accuracy"].values())
+
+
+def test_logits_that_are_no_number_are_wrong():
+    trainer, (inputs, _) = make_trainer(), make_batch()
+    nn.init.constant_(trainer.model.head.weight, torch.nan)
+    assert set(trainer.evaluate([(inputs, torch.zeros(8, dtype=torch.int64))])["accuracy"].values()) == {0.0}
 
 
 def test_evaluate_and_predict_change_nothing():
@@ -294,10 +305,104 @@ def test_a_bad_batch_is_refused_and_moves_nothing(name):
     assert trainer.epoch == 0 and trainer.history == []
 
 
+def test_inputs_of_several_tensors():
+    """What a tensor does by itself does it in tuples and dicts, beside others, together and in turn, with missing rows."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 5)
+
+        def forward(self, parts):
+            left, (extra, right) = (parts["left"], parts["rest"]) if isinstance(parts, dict) else (parts, (None, None))
+            assert extra is None or (extra == 7).all()
+            return self.linear(left if right is None else torch.cat([left, right], 1))
+
+    def model():
+        model = make_model()
+        model.encoders["audio"] = Halves()
+        model.load_state_dict({k: torch.full_like(p, 0.1 * i) for i, (k, p) in enumerate(model.state_dict().items())})
+        return model
+
+    def split(inputs, here):
+        sevens = torch.full((8, 2, 3), 7).masked_fill(~here[:, None, None], 0)
+        x = inputs["audio"]
+        return {**inputs, "audio": {"left": x[:, :1], "rest": (sevens, x[:, 1:])}}
+
+    present = some_present(8)
+    whole = make_inputs(8), make_batch()[1], present
+    parts = split(whole[0], present[:, 0]), *whole[1:]
+    for settings in ({}, {"in_turn": True}):
+        trainers = [make_trainer(model(), **settings) for _ in range(2)]
+        for trainer, batch in zip(trainers, (whole, parts), strict=True):
+            trainer.fit([batch, batch], epochs=2)
+        assert_rounding(state(trainers[0]), state(trainers[1]))
+        for name, values in trainers[0].evaluate([whole]).items():
+            assert trainers[1].evaluate([parts])[name] == pytest.approx(values, nan_ok=True)
+        for expected, got in zip(trainers[0].predict(whole), trainers[1].predict(parts), strict=True):
+            torch.testing.assert_close(got, expected)
+    plain = mla.MultimodalModel.forward(trainers[1].model, {"audio": split(whole[0], torch.ones(8, dtype=torch.bool))["audio"]})
+    torch.testing.assert_close(plain["audio"], trainers[0].model({"audio": whole[0]["audio"]})["audio"])
+    with pytest.raises(ValueError, match=r"^inputs\['audio'\]: expected tensors of the same N, got \("):
+        trainers[1].fit([({"audio": (torch.ones(8, 1), torch.ones(7, 3))}, whole[1])], epochs=9)
+    with pytest.raises(TypeError, match=r"^inputs\['audio'\]: expected a tensor .*, got \(torch.float32 \[8, 1\], NoneType\)"):
+        trainers[1].predict({"audio": (torch.ones(8, 1), None)})
+
+
 @pytest.mark.parametrize("batches", [[], [make_batch(0)], [make_batch(present=torch.zeros(8, 3, dtype=torch.bool))]])
 def test_an_epoch_without_samples_is_refused(batches):
     with pytest.raises(ValueError, match="^loader: expected at least one batch with a sample in it"):
         make_trainer().fit(batches, epochs=1)
+
+
+def test_a_generator_lasts_for_an_epoch():
+    with pytest.raises(ValueError, match=r"^loader: .* in every epoch \(a generator lasts for one\), got none in epoch 2"):
+        make_trainer().fit((batch for batch in [make_batch()]), epochs=2)
+
+
+BAD_SETTINGS = {
+    "callbacks": (print, TypeError),
+    "backward": (3, TypeError),
+    "scheduler": (lambda optimizer: lr_scheduler.StepLR, TypeError),
+    "scaler": (1, TypeError),
+    "clip_norm": ("1", ValueError),
+    "accumulate": (1.5, ValueError),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_a_setting_that_cannot_be_is_refused(name):
+    value, error = BAD_SETTINGS[name]
+    with pytest.raises(error, match=f"^{name}: expected "):
+        make_trainer(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["epochs", "patience", "checkpoint_every"])
+@pytest.mark.parametrize("value", [1.5, -1, "3"])
+def test_a_number_that_cannot_be_is_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name}: expected a whole number, got "):
+        make_trainer().fit(loader(), **{"epochs": 1, "validation": loader(), "checkpoint": tmp_path / "c.pt", name: value})
+
+
+def test_data_and_model_draw_numbers_of_their_own():
+    """Augmentation and dropout from one stream would be one variable."""
+    drawn = {"data": [], "model": []}
+
+    class Drawing(nn.Linear):
+        def forward(self, x):
+            drawn["model"].append(torch.rand(40))
+            return super().forward(x)
+
+    def batches():
+        while True:
+            drawn["data"].append(torch.rand(40))
+            yield {"audio": torch.ones(4, 4)}, torch.zeros(4, dtype=torch.int64)
+
+    model = make_model()
+    model.encoders["audio"] = Drawing(4, 5)
+    make_trainer(model, seed=0).fit(itertools.islice(batches(), 5), epochs=1)
+    data, model = (torch.cat(numbers).tolist() for numbers in drawn.values())
+    assert len(model) == 200 and len(data) == 200 and not set(data) & set(model)
 
 
 def test_a_batch_without_samples_is_passed_over():
@@ -334,6 +439,40 @@ def two_groups():
     groups = [{"params": trainer.model.encoders.parameters()}, {"params": trainer.model.head.parameters()}]
     optimizer = mla.MLAOptimizer(momentum_sgd(groups), trainer.model.head)
     return mla.Trainer(trainer.model, optimizer, scheduler=cosine(optimizer), progress=False)
+
+
+def with_a_shorter_schedule():
+    def two(optimizer):
+        return lr_scheduler.SequentialLR(optimizer, [lr_scheduler.ConstantLR(optimizer) for _ in range(2)], [1])
+
+    return make_trainer(scheduler=two)
+
+
+def test_a_part_that_does_not_fit_takes_back_those_that_do(tmp_path):
+    def three(optimizer):
+        return lr_scheduler.SequentialLR(optimizer, [lr_scheduler.ConstantLR(optimizer) for _ in range(3)], [1, 2])
+
+    source, trainer = make_trainer(scheduler=three), with_a_shorter_schedule()
+    source.fit(loader(), epochs=3, checkpoint=tmp_path / "c.pt")
+    trainer.fit(loader(), epochs=1)
+    before = copy.deepcopy(state(trainer))
+    with pytest.raises(CheckpointError, match="c.pt: its scheduler does not fit: "):
+        trainer.resume(tmp_path / "c.pt")
+    assert_bitwise(state(trainer), before)
+    assert trainer.epoch == 1
+
+
+def test_other_settings_of_the_projection_are_said_to_go(tmp_path):
+    make_trainer().fit(loader(), epochs=1, checkpoint=tmp_path / "c.pt")
+    with pytest.warns(UserWarning, match="^resume: the projection goes on as it was saved, .*window.*, not .*rls"):
+        make_trainer(projection="rls").resume(tmp_path / "c.pt")
+
+
+def test_a_head_that_was_replaced_is_refused():
+    trainer = make_trainer()
+    trainer.model.head = nn.Linear(5, CLASSES)
+    with pytest.raises(ValueError, match="^optimizer: expected an MLAOptimizer whose head is in the model"):
+        trainer.fit(loader(), epochs=1)
 
 
 @pytest.mark.parametrize(

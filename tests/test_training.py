@@ -18,7 +18,7 @@ from helpers import (
     momentum_sgd,
     noisy_model,
 )
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, WeightedRandomSampler
 
 import mla_fast as mla
 from mla_fast.callbacks import TensorBoard, flatten
@@ -353,7 +353,12 @@ def loaders():
         data = rows()
         return DataLoader(data, 4, sampler=DistributedSampler(data, num_replicas=1, rank=0, seed=3))
 
+    def weighted():
+        sampler = WeightedRandomSampler([1.0, 2.0] * 10, 20, generator=torch.Generator().manual_seed(6))
+        return DataLoader(rows(), 4, sampler=sampler)
+
     return {
+        "weighted": weighted,
         "shuffled": lambda: DataLoader(rows(), 4, shuffle=True),
         "generator": lambda: DataLoader(rows(), 4, shuffle=True, generator=torch.Generator().manual_seed(5)),
         "workers": lambda: DataLoader(rows(), 4, shuffle=True, num_workers=1),
@@ -382,6 +387,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_last_bit(tmp_path, kind)
         trainer = make()
         if path.exists():
             trainer.resume(path)
+            trainer.evaluate(loaders()[kind]() if kind == "shuffled" else [whole(dtype=torch.float32)])  # draws a number
         stop_after(batches, trainer)
         with contextlib.suppress(Stopped):
             run(trainer)
@@ -390,3 +396,17 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_last_bit(tmp_path, kind)
     trainer.resume(path)
     assert run(trainer) == history
     assert_bitwise(state(trainer), state(expected))
+
+
+def test_an_epoch_goes_on_with_the_loader_it_was_begun_with():
+    trainer = make_trainer(noisy_model(), torch.float32, "window", seed=0)
+    stop_after(3, trainer)
+    with pytest.raises(Stopped):
+        trainer.fit(loaders()["shuffled"](), 1)
+    del trainer._train_on
+    said = "^loader: expected the one that this epoch was begun with .*another Trainer.*"
+    for loader, error in ((loaders()["generator"](), "as many generators"), (DataLoader(rows(8), 4), "which had at least 3")):
+        with pytest.raises(ValueError, match=said + error):
+            trainer.fit(loader, 1)
+    assert len(trainer.fit(loaders()["shuffled"](), 1)) == 1
+    assert len(trainer.fit(loaders()["generator"](), 2)) == 2  # between epochs it may be another
