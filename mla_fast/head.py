@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mla_fast import ops
@@ -48,9 +49,11 @@ class FeatureMean:
             raise TypeError(f"features: expected a floating dtype for {self.name}, got {features.dtype}")
 
     def observe(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        if not output.requires_grad or torch.compiler.is_exporting():
+        if not output.requires_grad:
             return
         features = (args[0] if args else kwargs["input"]).detach()
+        if isinstance(features, FakeTensor):  # torch.export looks on
+            return
         if torch.compiler.is_compiling():  # tensor hooks do not survive compilation
             self._count(features)
         else:

@@ -202,8 +202,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         if means and self.settings.projection == "window" and modality is None:
             raise ValueError('modality: expected a name, step(modality="…"): projection="window" keeps one mean for each')
         steps = [layer.measured(x_bar) for layer, x_bar in means.items() if x_bar is not None] if step is None else [step]
-        norms = [norm for step in steps for norm in step.norms] + list(torch._foreach_norm(idle) if idle else ())
-        self._measured = Measured(modality, steps, bool(means) and not steps, self._bad(steps, norms) if norms else False)
+        bad = self._bad(steps, idle) if steps or idle else False
+        self._measured = Measured(modality, steps, bool(means) and not steps, bad)
         return self._measured
 
     def _means(self) -> tuple[dict[HeadLayer, Tensor | None], list[Tensor]]:
@@ -230,9 +230,12 @@ class MLAOptimizer(torch.optim.Optimizer):
             means[layer] = None if known and rows == 0 else x_bar
         return means, idle
 
-    def _bad(self, steps: list[HeadStep], norms: list[Tensor]) -> bool | Tensor:
+    def _bad(self, steps: list[HeadStep], idle: list[Tensor]) -> bool | Tensor:
         """Whether x̄ or G is not finite (or their norms are not) or torch.amp found an overflow: 0-d float32 on a device, which
-        nobody waits for."""
+        nobody waits for. idle: the x̄ of frozen layers."""
+        norms = [norm for step in steps for norm in step.norms]
+        if idle:
+            norms += torch._foreach_norm(idle)
         found_inf = getattr(self, "found_inf", None)
         sharded = any(step.layer.sharded for step in steps)
         if self._on_host(norms[0]) and found_inf is None and not sharded:
