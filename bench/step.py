@@ -134,7 +134,7 @@ def compared_records(name: str, compared: list[Comparison], device: torch.device
     common = {"case": name, "device": device.type}
     return [
         {**common, "comparison": c.name, "ratio": c.ratio.value, "target": c.target, "verdict": c.verdict}
-        | {name: getattr(c.ratio, name) for name in ("low", "high", "p20", "p80")}
+        | {end: getattr(c.ratio, end) for end in ("low", "high", "p20", "p80")}
         for c in compared
     ]
 

@@ -22,8 +22,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mla_fast.ops import UNROLLED
-
 from . import launch
 from .cross_entropy import linear_cross_entropy
 from .entropy_fusion import entropy_fusion, entropy_fusion_backward
@@ -108,7 +106,7 @@ def _cases():
         for dtype in DTYPES:
             yield from _fusions(empty, C, dtype)
     for C in (6, 1000):
-        yield from _fusions(empty, C, torch.float32, UNROLLED)
+        yield from _fusions(empty, C, torch.float32, launch.UNROLLED)
 
 
 def _fusions(empty, C, dtype, M=3):

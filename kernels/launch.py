@@ -18,6 +18,7 @@ OPTIONS = {"enable_fp_fusion": True}
 HIP = torch.version.hip is not None
 MAX_BLOCK_C = 128
 MAX_SPLITS = 16
+UNROLLED = 8  # modalities that entropy fusion goes through; of more it would keep some in memory
 
 
 _remembered = []

@@ -225,27 +225,27 @@ def row_totals(model: MultimodalModel, optimizer: MLAOptimizer, batches: list[di
     has none takes part all the same. So the ranks must have as many batches with each modality: a rank that has ended gives none.
     The host waits for the counts, once a batch: what the ranks do next depends on them.
     """
-    counts = dict.fromkeys(model.modalities, 0)
+    rows_of = dict.fromkeys(model.modalities, 0)
     for rows in batches:
         for modality, (_, target) in rows.items():
-            counts[modality] += len(target)
+            rows_of[modality] += len(target)
     group = optimizer.process_group
     if group is None:
-        return {modality: count for modality, count in counts.items() if count}
-    having = [sum(m in rows for rows in batches) for m in counts]
-    each = zip(counts.values(), having, (n * n for n in having), strict=True)
+        return {modality: count for modality, count in rows_of.items() if count}
+    having = [sum(m in rows for rows in batches) for m in rows_of]
+    each = zip(rows_of.values(), having, (n * n for n in having), strict=True)
     numbers = torch.tensor([(*numbers, not batches) for numbers in each], dtype=torch.float64)
     totals, having, squares, (ended, *_) = added_up(numbers, group, optimizer.device).T.tolist()
     _, size = rank_and_size(group)
     if ended not in (0, size):
         raise ValueError(f"loader: expected as many batches on every rank, but {ended:.0f} of {size} have come to their end")
-    for modality, number, square in zip(counts, having, squares, strict=True):
+    for modality, number, square in zip(rows_of, having, squares, strict=True):
         if number * number != size * square:  # they are equal where all ranks have as many
             raise ValueError(
                 f"inputs: expected as many batches with {modality!r} on every rank (with no row present where a rank lacks it), "
                 f"got {number:.0f} on {size} ranks"
             )
-    return {modality: total / size for modality, total in zip(counts, totals, strict=True) if total}
+    return {modality: total / size for modality, total in zip(rows_of, totals, strict=True) if total}
 
 
 def mean_loss(logits: Tensor, target: Tensor, total: float) -> Tensor:
@@ -289,7 +289,8 @@ def unpack_batch(
         model.columns(present, inputs)
     if device is None:
         return dict(inputs), target, present
-    return {modality: moved(x, device) for modality, x in inputs.items()}, moved(target, device), moved(present, device)
+    present = None if present is None else moved(present, device)
+    return {modality: moved(x, device) for modality, x in inputs.items()}, moved(target, device), present
 
 
 def _kind(model: Any) -> str:

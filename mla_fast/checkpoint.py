@@ -27,7 +27,12 @@ def write_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
     """
     path = Path(os.path.realpath(path))  # a link stays one
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, **_plain(payload, "checkpoint")}, buffer)
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # whatever else is saved without
+    try:
+        torch.save({"format": FORMAT, "version": VERSION, **_plain(payload, "checkpoint")}, buffer)
+    finally:
+        torch.serialization.set_crc32_options(checksums)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # what a killed process leaves there is overwritten by the next
     try:

@@ -163,8 +163,9 @@ def load_npz(path: str | Path, modalities: Sequence[str], label: str = "label") 
 def _present(path: str | Path, arrays: dict[str, np.ndarray], N: int, modalities: Sequence[str]) -> Tensor:
     """Takes the mask out of `arrays`, and its columns' names, if it has any; bool [N, M] in the order of `modalities`."""
     mask, names = arrays.pop("present"), list(modalities)
-    if "modalities" in arrays and "modalities" not in names:
-        names = [str(name) for name in np.ravel(arrays.pop("modalities"))]
+    said = arrays.get("modalities")
+    if said is not None and "modalities" not in names and said.ndim == 1 and said.dtype.kind == "U":
+        names = arrays.pop("modalities").tolist()
     if mask.dtype != np.bool_ or mask.shape != (N, len(names)):
         raise ValueError(
             f"{path}: expected present to be bool [{N}, {len(names)}] (samples, {', '.join(names)}), "

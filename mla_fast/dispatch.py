@@ -138,10 +138,11 @@ class DispatchPlan:
         """[N, …] for each column of ``present``."""
         values = self._in_order(label, values)
         for name, x in self._named(values):
-            if count(f"{label}[{name!r}]", x) != self.N:
+            if count(label, name, x) != self.N:
                 raise ValueError(f"{label}[{name!r}]: expected [{self.N}, …] to match present, got {outline(x)}")
             for t in leaves(x):
-                self._check_tensor(f"{label}[{name!r}]", t)
+                if t.device != self.present.device:
+                    self._check_tensor(f"{label}[{name!r}]", t)
         return values
 
     def _named(self, values: Sequence[Inputs]) -> Iterator[tuple[str | int, Inputs]]:

@@ -30,6 +30,7 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
     present bool [N, M] says which modality each sample has; None: all. The logits of an absent modality are not read: they
     may hold anything, and get weight, entropy and gradient 0. A sample with nothing present gets zeros throughout.
 
+    Of more than eight modalities CUDA tensors go the way of the reference backend, in plain torch.
     Differentiable once in the logits; for higher derivatives, forward mode and torch.func use backend="reference".
     Raises ValueError or TypeError that names the argument, what it was and what it should be.
     """

@@ -161,8 +161,8 @@ class HeadLayer:
         projection = self.new_projection(settings)
         projection.load_state_dict(saved)
         expected = list(self.module.weight.shape)
-        if (got := saved.get("weight", expected)) != expected:  # of another number of classes, which P does not show
-            raise ValueError(f"state_dict: expected one of a {self.name} with weight {expected}, got {got}")
+        if saved["weight"] != expected:  # of another number of classes, which P does not show
+            raise ValueError(f"state_dict: expected one of a {self.name} with weight {expected}, got {saved['weight']}")
         return projection
 
     def joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -238,14 +238,16 @@ class HeadStep(NamedTuple):
     norms: Sequence[Tensor]
 
 
-def unwatch(module: nn.Module) -> None:
-    """Removes FeatureMean's hooks."""
+def unwatch(module: nn.Module, features: FeatureMean | None = None) -> None:
+    """Removes the hooks of `features`, or of every FeatureMean."""
     for hooks, with_kwargs in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     ):
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), FeatureMean)]:
-            del hooks[key], with_kwargs[key]
+        owners = {key: getattr(hook, "__self__", None) for key, hook in hooks.items()}
+        for key, owner in owners.items():
+            if isinstance(owner, FeatureMean) and features in (None, owner):
+                del hooks[key], with_kwargs[key]
 
 
 def local(t: Tensor) -> Tensor:

@@ -16,16 +16,17 @@ def leaves(x: Inputs) -> list[Tensor]:
     return [x] if isinstance(x, Tensor) else pytree.tree_leaves(x)
 
 
-def count(label: str, x: Inputs) -> int:
-    """N, or TypeError or ValueError that names `label` where x is nothing of the kind."""
+def count(argument: str, name: str | int, x: Inputs) -> int:
+    """N, or TypeError or ValueError that names argument[name] where x is nothing of the kind."""
     if isinstance(x, Tensor) and x.dim():
         return x.shape[0]
     tensors = leaves(x)
     if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
-        raise TypeError(f"{label}: expected a tensor [N, …], or such tensors in tuples, lists and dicts, got {outline(x)}")
+        expected = "expected a tensor [N, …], or such tensors in tuples, lists and dicts"
+        raise TypeError(f"{argument}[{name!r}]: {expected}, got {outline(x)}")
     N = tensors[0].shape[0]
     if any(t.shape[0] != N for t in tensors):
-        raise ValueError(f"{label}: expected tensors of the same N, got {outline(x)}")
+        raise ValueError(f"{argument}[{name!r}]: expected tensors of the same N, got {outline(x)}")
     return N
 
 
@@ -33,11 +34,13 @@ def counts(inputs: Mapping[str, Inputs]) -> dict[str, int]:
     """N of each modality, or TypeError or ValueError."""
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs: expected a dict by modality, got {outline(inputs)}")
-    return {modality: count(f"inputs[{modality!r}]", x) for modality, x in inputs.items()}
+    return {modality: count("inputs", modality, x) for modality, x in inputs.items()}
 
 
-def moved(x: Inputs | None, device: torch.device) -> Inputs | None:
-    return None if x is None else pytree.tree_map(lambda t: t.to(device, non_blocking=True), x)
+def moved(x: Inputs, device: torch.device) -> Inputs:
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    return pytree.tree_map(lambda t: t.to(device, non_blocking=True), x)
 
 
 def outline(value: Any) -> str:
@@ -46,4 +49,5 @@ def outline(value: Any) -> str:
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, (tuple, list)) and len(value) < 5:
         return f"({', '.join(map(outline, value))})"
-    return f"dict with {', '.join(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
+    kind = type(value).__name__
+    return f"{kind} with {', '.join(map(str, value))}" if isinstance(value, Mapping) else kind

@@ -80,7 +80,7 @@ class MultimodalModel(nn.Module):
         encoders = self.encoders
         if modality not in encoders:
             raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
-        N, encoder = count(f"inputs[{modality!r}]", inputs), encoders[modality]
+        N, encoder = count("inputs", modality, inputs), encoders[modality]
         features = (encoder if torch.is_grad_enabled() else bare(encoder))(inputs)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__

@@ -283,7 +283,10 @@ def window_step_(
     return projected
 
 
-UNROLLED = 8  # modalities that the kernel of entropy fusion goes through one by one; of more it would keep some in memory
+def _unrolled() -> int:
+    from mla_fast.kernels.launch import UNROLLED
+
+    return UNROLLED
 
 
 def entropy_fusion(
@@ -292,7 +295,7 @@ def entropy_fusion(
     """(fused [N, C], weights [N, M], entropies [N, M]) of M tensors [N, C] or one [M, N, C], which ``mla_fast.entropy_fusion``
     checks and documents, or of packed rows [K, C] with slot [N, M], the row of each (sample, modality) or −1."""
     M = slot.shape[1] if slot is not None else logits[0].shape[0] if logits[0].dim() == 3 else len(logits)
-    if backend == "reference" or (backend == "triton" and M > UNROLLED):
+    if backend == "reference" or (backend == "triton" and M > _unrolled()):
         if slot is not None:
             present = slot >= 0
             stacked = reference.unpack_rows([logits[0]] * M, slot, slot.new_zeros(M + 1))

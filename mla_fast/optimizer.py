@@ -17,7 +17,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mla_fast.head import HeadLayer, HeadStep, local, trainable_linears, unwatch
 from mla_fast.projection import Projection, ProjectionSettings
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 class MLAOptimizer(torch.optim.Optimizer):
@@ -314,7 +314,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         """Takes this optimizer's hooks off the head, for what cannot go with them: torch.jit.script, quantization, training with
         another optimizer. It can take no step afterwards; its state can be saved."""
         for layer in self.layers:
-            unwatch(layer.module)
+            unwatch(layer.module, layer.features)
 
     def diagnostics(self) -> dict[str, Any]:
         """How the head's learning is doing. Plain numbers; waits for the device.
@@ -358,9 +358,9 @@ class MLAOptimizer(torch.optim.Optimizer):
             got = f"version {mla.get('version')}" if isinstance(mla, dict) else type(mla).__name__
             raise ValueError(f"state_dict: expected one that MLAOptimizer saved (version {STATE_VERSION}), got {got}")
         settings = self._restored_settings(mla["settings"])
-        kind = type(self.optimizer).__name__
-        if mla.get("optimizer", kind) != kind:
-            raise ValueError(f"state_dict: expected one of {kind}, got one of {mla['optimizer']}")
+        kinds = [kind.__name__ for kind in type(self.optimizer).__mro__]  # AdamW takes Adam's
+        if mla["optimizer"] not in kinds:
+            raise ValueError(f"state_dict: expected one of {kinds[0]}, got one of {mla['optimizer']}")
         if len(mla["layers"]) != len(self.layers):
             raise ValueError(f"state_dict: expected {len(self.layers)} head layers, got {len(mla['layers'])}")
         return settings, [layer.restored(settings, saved) for layer, saved in zip(self.layers, mla["layers"], strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -152,7 +153,7 @@ class Trainer:
         """
         check_belong(self.model, self.optimizer)
         for name, value in (("epochs", epochs), ("checkpoint_every", checkpoint_every), ("patience", patience)):
-            if value is not None and not _is_count(value):
+            if not (value is None or _is_count(value) or (name == "epochs" and value == math.inf)):
                 raise ValueError(f"{name}: expected a whole number, got {value!r}")
         if checkpoint_every is not None and (checkpoint is None or checkpoint_every < 1):
             raise ValueError(f"checkpoint_every: expected at least 1 batch, and a checkpoint to write to, got {checkpoint_every}")
@@ -186,8 +187,7 @@ class Trainer:
         self.history.append(record)
         self.epoch += 1
         self._batches, self._losses = 0, {}
-        generators = [generator.get_state() for generator in _generators(loader)]
-        self._data_states = {**self._data_states, "torch": batches.state, "generators": generators}
+        self._data_states = {**self._data_states, "torch": batches.state, "generators": _states(_generators(loader))}
 
     def _stopped(self, patience: int | None, monitor: str) -> bool:
         """Told by the history alone, so that a resumed run stops where it would have."""
@@ -241,8 +241,7 @@ class Trainer:
         ) as bar:
             while group := list(itertools.islice(batches, self.accumulate * (len(loader) if unpaired else 1))):
                 for modality, loss in self._train_on([unpack_batch(self.model, b, self.device) for b in group]).items():
-                    total, number = self._losses.get(modality, (0, 0))
-                    self._losses[modality] = total + loss.double(), number + 1
+                    self._losses[modality] = _plus(self._losses.get(modality), loss)
                 before, self._batches = self._batches, self._batches + len(group)
                 if save is not None and every is not None and self._batches // every > before // every:
                     save()
@@ -267,13 +266,10 @@ class Trainer:
                 sampler.set_epoch(self.epoch)
         generators, now = _generators(loader), random_states()
         again, self._resumed = self._resumed or self._batches > 0, False
-        if again and len(generators) == len(self._data_states["generators"]):
-            for generator, state in zip(generators, self._data_states["generators"], strict=True):
-                generator.set_state(state)
-        elif self._batches:
-            raise ValueError(f"loader: {_OF_THE_EPOCH}, with as many generators of its own, got another")
+        if again:
+            self._restore_generators(loader, generators)
         if self._batches == 0:
-            states = [generator.get_state() for generator in generators]
+            states = _states(generators)
             own = self._data_states["torch"] if self._data_states else _fresh_state()
             self._data_states = {**now, "torch": own, "generators": states}
         else:
@@ -286,7 +282,17 @@ class Trainer:
             set_random_states(now)
         return batches
 
-    def _train_on(self, batches: list[tuple[dict[str, Tensor], Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    def _restore_generators(self, loader: Iterable | Mapping[str, Iterable], generators: list[torch.Generator | None]) -> None:
+        """To where this epoch began; inside of it the loaders have one where they had one then."""
+        before, own = self._data_states["generators"], len(_loaders(loader))
+        lacking = [[part is None for part in parts[:own]] for parts in (before, generators)]
+        if self._batches and lacking[0] != lacking[1]:
+            raise ValueError(f"loader: {_OF_THE_EPOCH}, with a generator where that had one, got another")
+        for generator, state in zip(generators, before, strict=False):
+            if generator is not None and state is not None:
+                generator.set_state(state)
+
+    def _train_on(self, batches: list[tuple[dict[str, Inputs], Tensor, Tensor | None]]) -> dict[str, Tensor]:
         """One step of each modality; the mean losses."""
         rows = [rows_by_modality(self.model, *batch) for batch in batches]
         totals = row_totals(self.model, self.optimizer, rows)
@@ -300,10 +306,10 @@ class Trainer:
     def evaluate(self, loader: Iterable) -> dict[str, Any]:
         """``{"samples", "loss", "accuracy"}``: each modality alone, over the samples that have it, and two ways of fusing.
 
-        loss is the mean cross-entropy of each modality; accuracy has each modality, ``"average"`` (of the logits that are
-        present) and ``"fused"`` (entropy-weighted), as fractions of the samples that have one at all; NaN for what no sample
-        had. Logits that are NaN are wrong. Over the samples of all ranks, those included that a ``DistributedSampler`` gives
-        twice.
+        loss is the mean cross-entropy of each modality; accuracy, as fractions, has each modality, over the samples that have it,
+        and over those that have any ``"average"`` (of the logits that are present) and ``"fused"`` (entropy-weighted); NaN for
+        what no sample had. Logits that are NaN are wrong. Over the samples of all ranks, those included that a
+        ``DistributedSampler`` gives twice.
         """
         samples, correct, loss = {}, {}, {}
         for batch in loader:
@@ -313,14 +319,15 @@ class Trainer:
             plan = dispatch(here, tuple(inputs))
             logits = self.model.packed_logits(inputs, None if present is None else plan)
             parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
-            whole = here.any(1)
+            some = None if present is None else here.any(1)
             _add(samples, "all", 0, N)
             for modality, z, y in zip(inputs, parts, targets, strict=True):
                 _add(loss, modality, F.cross_entropy(z, y, reduction="sum"), len(y))
                 _add(correct, modality, _right(z, y).sum(), len(y))
             average = sum(plan.unpack(list(parts)))  # as good as the mean for the largest class
             for name, z in (("average", average), ("fused", plan.fuse(logits).logits)):
-                _add(correct, name, (_right(z, target) & whole).sum(), int(whole.sum()))
+                right = _right(z, target)
+                _add(correct, name, *((right.sum(), N) if some is None else ((right & some).sum(), some.sum())))
         samples = self._over_ranks(samples, ["all"])
         loss = self._over_ranks(loss, self.model.modalities)
         correct = self._over_ranks(correct, (*self.model.modalities, "average", "fused"))
@@ -331,7 +338,7 @@ class Trainer:
         group = self.optimizer.process_group
         if group is None:
             return sums
-        both = [[float(total), count] for total, count in (sums.get(name, (0, 0)) for name in names)]
+        both = [[float(total), float(count)] for total, count in (sums.get(name, (0, 0)) for name in names)]
         return dict(zip(names, added_up(torch.tensor(both, dtype=torch.float64), group, self.device).tolist(), strict=True))
 
     def predict(self, batch: Mapping[str, Inputs] | tuple) -> Fused:
@@ -344,7 +351,7 @@ class Trainer:
         if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
             present = None  # it is the target
         inputs = {modality: moved(x, self.device) for modality, x in inputs.items()}
-        return self.model.predict(inputs, moved(present, self.device))
+        return self.model.predict(inputs, present.to(self.device) if isinstance(present, Tensor) else present)
 
     def save(self, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
         """Writes all it takes to continue, atomically; `config` (JSON values, else TypeError) is kept for your own use.
@@ -355,6 +362,7 @@ class Trainer:
             self.config = json.loads(json.dumps(config))  # so that it can be read back without pickle
         group = self.optimizer.process_group
         losses = {modality: (total.cpu(), number) for modality, (total, number) in self._losses.items()}
+        random = self._random_states or random_states()
         payload = {
             "epoch": self.epoch,
             "batches": self._batches,
@@ -362,7 +370,7 @@ class Trainer:
             "model": portable_state_dict(self.model),
             **{name: None if part is None else part.state_dict() for name, part in self._parts().items()},
             "kinds": self._kinds(),
-            "ranks": of_all_ranks({"random": random_states(), "data": self._data_states, "losses": losses}, group),
+            "ranks": of_all_ranks({"random": random, "data": self._data_states, "losses": losses}, group),
             "config": self.config,
         }
         failure = None
@@ -455,13 +463,17 @@ def _samplers(loader: Iterable | Mapping[str, Iterable]) -> Iterator[Any]:
                 sampler = getattr(sampler, "sampler", None)
 
 
-def _generators(loader: Iterable | Mapping[str, Iterable]) -> list[torch.Generator]:
-    """Those that loaders and their samplers draw from in place of the global one."""
+def _generators(loader: Iterable | Mapping[str, Iterable]) -> list[torch.Generator | None]:
+    """What each loader, then each sampler, draws from in place of the global one; None where it has none, or none yet."""
     found = [getattr(one, "generator", None) for one in (*_loaders(loader), *_samplers(loader))]
-    return list(dict.fromkeys(g for g in found if isinstance(g, torch.Generator)))
+    return [generator if isinstance(generator, torch.Generator) else None for generator in found]
 
 
-def _take_turns(loaders: Mapping[str, Iterable], modalities: tuple[str, ...]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def _states(generators: list[torch.Generator | None]) -> list[Tensor | None]:
+    return [None if generator is None else generator.get_state() for generator in generators]
+
+
+def _take_turns(loaders: Mapping[str, Iterable], modalities: tuple[str, ...]) -> Iterator[tuple[dict[str, Inputs], Tensor]]:
     """One batch of each modality after another, until the longest loader has ended; shorter ones begin anew."""
     unknown = [m for m in loaders if m not in modalities]
     if unknown or not loaders:
@@ -485,19 +497,25 @@ def _take_turns(loaders: Mapping[str, Iterable], modalities: tuple[str, ...]) ->
             yield {modality: x}, y
 
 
-def _add(sums: dict[str, list], key: str, value: Tensor, count: int) -> None:
-    """Adds to a running [sum, count]; the sum stays on its device."""
+def _add(sums: dict[str, list], key: str, value: Tensor | int, count: Tensor | int) -> None:
+    """Adds to a running [sum, count]; what is a tensor stays on its device."""
     total = sums.setdefault(key, [0, 0])
     total[0], total[1] = total[0] + value, total[1] + count
 
 
+def _plus(summed: tuple[Tensor, int] | None, loss: Tensor) -> tuple[Tensor, int]:
+    """(sum, number) with one more, in float64."""
+    return (loss.double(), 1) if summed is None else (summed[0] + loss, summed[1] + 1)
+
+
 def _right(logits: Tensor, target: Tensor) -> Tensor:
-    """bool [N]; for argmax a NaN is the largest."""
-    return (logits.argmax(1) == target) & ~logits.isnan().any(1)
+    """bool [N]; a NaN counts as the largest, and is wrong."""
+    largest, classes = logits.max(1)
+    return (classes == target) & (largest == largest)
 
 
 def _means(sums: dict[str, Sequence]) -> dict[str, float]:
-    return {name: float(total) / count if count else float("nan") for name, (total, count) in sums.items()}
+    return {name: float(total) / float(count) if count else float("nan") for name, (total, count) in sums.items()}
 
 
 def _check_fits(path: str | Path, model: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

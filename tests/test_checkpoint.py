@@ -53,6 +53,15 @@ def test_whatever_is_written_is_read_as_it_was(value, tmp_path):
     assert read_checkpoint(tmp_path / "c.pt")["history"] == value
 
 
+def test_checksums_are_written_where_others_are_not(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        write_checkpoint(tmp_path / "c.pt", PAYLOAD)
+        assert read_checkpoint(tmp_path / "c.pt")["epoch"] == 3 and not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
 def test_a_link_stays_one(tmp_path):
     (tmp_path / "large").mkdir()
     link = tmp_path / "c.pt"

@@ -380,3 +380,12 @@ def test_exporting_leaves_no_trace():
     optimizer = wrap(head)
     torch.export.export(head, (torch.randn(4, 5),), strict=False)
     assert optimizer.layers[0].features.take() == (None, 0)
+
+
+def test_a_successor_keeps_its_hooks():
+    head = make_head()
+    first = wrap(head)
+    second = wrap(head)
+    first.detach()
+    train(head, second, head_steps(2))
+    assert second.diagnostics()["layers"]["head"]["steps"] == 2

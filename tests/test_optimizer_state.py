@@ -134,6 +134,15 @@ FOREIGN = {
 }
 
 
+def test_adamw_takes_the_state_of_adam():
+    for make, other in ((torch.optim.Adam, torch.optim.AdamW), (torch.optim.Adam, torch.optim.Adam)):
+        source, head = make_head(), make_head()
+        saved, optimizer = wrap(source, make), wrap(head, other)
+        train(source, saved, head_steps(3))
+        optimizer.load_state_dict(saved.state_dict())
+        train(head, optimizer, head_steps(1))
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_foreign_state_is_refused(name):
     change, error = FOREIGN[name]

@@ -18,7 +18,7 @@ from helpers import (
     momentum_sgd,
     noisy_model,
 )
-from torch.utils.data import DataLoader, DistributedSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
 import mla_fast as mla
 from mla_fast.callbacks import TensorBoard, flatten
@@ -357,7 +357,21 @@ def loaders():
         sampler = WeightedRandomSampler([1.0, 2.0] * 10, 20, generator=torch.Generator().manual_seed(6))
         return DataLoader(rows(), 4, sampler=sampler)
 
+    class Lazy(RandomSampler):
+        """Accelerate's kind: a generator of its own from the first look on, seeded anew in each."""
+
+        epoch = 0
+
+        def __iter__(self):
+            self.generator = self.generator or torch.Generator()
+            self.generator.manual_seed(7 + self.epoch)
+            return super().__iter__()
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
     return {
+        "lazy": lambda: DataLoader(data := rows(), 4, sampler=Lazy(data)),
         "weighted": weighted,
         "shuffled": lambda: DataLoader(rows(), 4, shuffle=True),
         "generator": lambda: DataLoader(rows(), 4, shuffle=True, generator=torch.Generator().manual_seed(5)),
@@ -388,6 +402,7 @@ def test_a_run_that_was_stopped_anywhere_goes_on_to_the_last_bit(tmp_path, kind)
         if path.exists():
             trainer.resume(path)
             trainer.evaluate(loaders()[kind]() if kind == "shuffled" else [whole(dtype=torch.float32)])  # draws a number
+            trainer.save(path)
         stop_after(batches, trainer)
         with contextlib.suppress(Stopped):
             run(trainer)
@@ -405,7 +420,10 @@ def test_an_epoch_goes_on_with_the_loader_it_was_begun_with():
         trainer.fit(loaders()["shuffled"](), 1)
     del trainer._train_on
     said = "^loader: expected the one that this epoch was begun with .*another Trainer.*"
-    for loader, error in ((loaders()["generator"](), "as many generators"), (DataLoader(rows(8), 4), "which had at least 3")):
+    for loader, error in (
+        (loaders()["generator"](), "with a generator where that had one"),
+        (DataLoader(rows(8), 4), "which had at least 3"),
+    ):
         with pytest.raises(ValueError, match=said + error):
             trainer.fit(loader, 1)
     assert len(trainer.fit(loaders()["shuffled"](), 1)) == 1
