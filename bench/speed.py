@@ -116,7 +116,7 @@ def step_times(found: Throughput) -> str:
 
 
 def step_ratios(found: Throughput) -> str:
-    """What one way takes for the other's 1, with the 20th and 80th percentiles of the rounds and what is asked for."""
+    """What one way takes for the other's 1, with its 95 % interval and what is asked for."""
     columns = list(dict.fromkeys((case, threads) for threads, case, _ in found.comparisons))
     rows = []
     for what in dict.fromkeys(what for *_, what in found.comparisons):
@@ -126,7 +126,7 @@ def step_ratios(found: Throughput) -> str:
 
 
 def read_steps(found: Throughput) -> str:
-    """What was asked for: met, missed, or unclear where the bound lies within the spread."""
+    """What was asked for: met, missed, or unclear where the bound lies within the ratio's interval."""
     asked = {key: r for key, r in found.comparisons.items() if r["target"]}
     said = []
     for verdict in ("met", "unclear", "missed"):
@@ -154,7 +154,7 @@ def _ratio(record: Record | None) -> str:
     if record is None:
         return "-"
     asked = f", {record['target']}: {record['verdict']}" if record["target"] else ""
-    return f"{record['ratio']:.2f} ({record['p20']:.2f}–{record['p80']:.2f}){asked}"
+    return f"{record['ratio']:.2f} ({record['low']:.2f}–{record['high']:.2f}){asked}"
 
 
 def _number(value: float | None, digits: int) -> str:
