@@ -31,7 +31,7 @@ class MultimodalModel(nn.Module):
     they write to, such as the memory of CUDA graphs (``torch.compile(mode="reduce-overhead")``).
 
     Raises ValueError for a modality it does not have, and where an encoder's features do not fit the head; TypeError where
-    they are no floating tensor.
+    they are no floating tensor. An encoder's own error says in a note (Python 3.11 and later) whose it is and what it was given.
     """
 
     streams = False  # of a model that was pickled without it, too
@@ -81,7 +81,8 @@ class MultimodalModel(nn.Module):
         if modality not in encoders:
             raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
         N, encoder = count("inputs", modality, inputs), encoders[modality]
-        features = (encoder if torch.is_grad_enabled() else bare(encoder))(inputs)
+        run = encoder if torch.is_grad_enabled() else bare(encoder)
+        features = run(inputs) if torch.compiler.is_compiling() else _run(run, inputs, modality)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a floating tensor from the encoder of {modality!r}, got {got}")
@@ -156,6 +157,15 @@ class MultimodalModel(nn.Module):
         if tuple(inputs) == self.modalities:
             return present
         return present[:, [self.modalities.index(m) for m in inputs]]
+
+
+def _run(encoder: nn.Module, inputs: Inputs, modality: str) -> Tensor:
+    try:
+        return encoder(inputs)
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"in the encoder of {modality!r}, which was given {outline(inputs)}")
+        raise
 
 
 def bare(part: nn.Module) -> nn.Module:

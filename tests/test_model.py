@@ -1,6 +1,7 @@
 """``MultimodalModel``: its parts together are what they are one by one."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -222,3 +223,17 @@ def test_an_encoder_that_is_replaced_is_looked_at_anew():
     assert model.shared_parameters and copy.deepcopy(model).shared_parameters
     model.encoders["image"] = nn.Linear(6, 5)
     assert not model.shared_parameters
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+def test_an_encoders_own_error_says_whose_it_is():
+    model, batch = make_model(), make_inputs() | {"image": torch.ones(6, 7)}
+    optimizer, target = mla.MLAOptimizer(torch.optim.SGD(model.parameters()), model.head), torch.zeros(6, dtype=torch.int64)
+    for call in (
+        lambda: model(batch),
+        lambda: model.predict(batch),
+        lambda: mla.alternating_step(model, optimizer, (batch, target)),
+    ):
+        with pytest.raises(RuntimeError, match="cannot be multiplied") as raised:
+            call()
+        assert raised.value.__notes__ == ["in the encoder of 'image', which was given torch.float32 [6, 7]"]
