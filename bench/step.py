@@ -103,7 +103,7 @@ def estimate(of: Callable, *samples: list[float]) -> Ratio:
     rounds = np.array(samples)  # [ways, rounds]
     drawn = np.random.default_rng(0).integers(rounds.shape[1], size=(RESAMPLED, rounds.shape[1]))
     low, high = np.quantile(of(*np.median(rounds[:, drawn], axis=-1)), (0.025, 0.975))
-    p20, p80 = np.quantile(of(*rounds), (0.2, 0.8))
+    _, p20, p80 = summary(of(*rounds).tolist())
     return Ratio(*map(float, (of(*np.median(rounds, axis=-1)), low, high, p20, p80)))
 
 

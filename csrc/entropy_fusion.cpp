@@ -165,7 +165,6 @@ MLA_INLINE void weigh(const std::vector<TileRows<T>>& tile, T* weights) {
       store<B>(w, e);
       total += e;
     }
-    total = total == T(0) ? vec_t<T, B>{} + T(1) : total;  // nothing present
     for (size_t m = 0; m < tile.size(); ++m) {
       const vec_t<T, B> e = load<B>(weights + m * TILE + r);
       store<B>(weights + m * TILE + r, e == T(0) ? e : e / total);

@@ -89,7 +89,8 @@ def entropy_fusion_kernel(
         e_all = tl.where(cols == m, e[:, None], e_all)
         w_all = tl.where(cols == m, w[:, None], w_all)
 
-    w_all = tl.where(w_all == 0, 0.0, w_all / tl.where(total == 0, 1.0, total)[:, None])
+    total = tl.where(total == 0, 1.0, total)[:, None]  # nothing present
+    w_all = tl.where(w_all == 0, 0.0, w_all / total)
     at = n[:, None].to(tl.int64) * M + cols
     inside = (n < N)[:, None] & (cols < M)
     tl.store(weights_ptr + at, w_all, mask=inside)
@@ -97,7 +98,7 @@ def entropy_fusion_kernel(
     out = fused_ptr + n[:, None].to(tl.int64) * C
     if ONE_READ:
         c = tl.arange(0, BLOCK_C)[None, :]
-        fused = fused / tl.where(total == 0, 1.0, total)[:, None]
+        fused = fused / total
         tl.store(tl.multiple_of(out + c, (1, ALIGN)), fused.to(fused_ptr.dtype.element_ty), mask=(n < N)[:, None] & (c < C))
     else:
         for begin in range(0, C, BLOCK_C):

@@ -141,8 +141,7 @@ class DispatchPlan:
             if count(label, name, x) != self.N:
                 raise ValueError(f"{label}[{name!r}]: expected [{self.N}, …] to match present, got {outline(x)}")
             for t in leaves(x):
-                if t.device != self.present.device:
-                    self._check_tensor(f"{label}[{name!r}]", t)
+                self._check_tensor(f"{label}[{name!r}]", t)
         return values
 
     def _named(self, values: Sequence[Inputs]) -> Iterator[tuple[str | int, Inputs]]:

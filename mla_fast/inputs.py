@@ -30,10 +30,14 @@ def count(argument: str, name: str | int, x: Inputs) -> int:
     return N
 
 
-def counts(inputs: Mapping[str, Inputs]) -> dict[str, int]:
-    """N of each modality, or TypeError or ValueError."""
+def check_by_modality(inputs: Mapping[str, Inputs]) -> None:
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs: expected a dict by modality, got {outline(inputs)}")
+
+
+def counts(inputs: Mapping[str, Inputs]) -> dict[str, int]:
+    """N of each modality, or TypeError or ValueError."""
+    check_by_modality(inputs)
     return {modality: count("inputs", modality, x) for modality, x in inputs.items()}
 
 

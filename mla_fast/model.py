@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.fusion import Fused, entropy_fusion
-from mla_fast.inputs import Inputs, count, counts, leaves, outline
+from mla_fast.inputs import Inputs, check_by_modality, count, counts, leaves, outline
 from mla_fast.streams import side_by_side
 
 
@@ -110,8 +110,7 @@ class MultimodalModel(nn.Module):
 
     def forward(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """Logits [N, C] of each modality in `inputs`; N may differ between them. ``predict`` does not come by here."""
-        if not isinstance(inputs, Mapping):
-            raise TypeError(f"inputs: expected a dict by modality, got {outline(inputs)}")
+        check_by_modality(inputs)
         return {modality: self.head(self.features(modality, x)) for modality, x in inputs.items()}
 
     @torch.no_grad()

@@ -126,7 +126,7 @@ class Trainer:
         self.config: dict[str, Any] | None = None
         # Of the epoch that is going on: batches trained on, their losses, and the random states that the first was drawn with.
         self._batches = 0
-        self._losses: dict[str, tuple[Tensor, int]] = {}  # sum and number of each modality's
+        self._losses: dict[str, list] = {}  # sum, in float64, and number of each modality's
         self._data_states: dict[str, Any] | None = None
         self._resumed = False
         self._random_states: dict[str, Any] | None = None  # to begin with, whatever has been drawn since resume
@@ -241,7 +241,7 @@ class Trainer:
         ) as bar:
             while group := list(itertools.islice(batches, self.accumulate * (len(loader) if unpaired else 1))):
                 for modality, loss in self._train_on([unpack_batch(self.model, b, self.device) for b in group]).items():
-                    self._losses[modality] = _plus(self._losses.get(modality), loss)
+                    _add(self._losses, modality, loss if modality in self._losses else loss.double(), 1)
                 before, self._batches = self._batches, self._batches + len(group)
                 if save is not None and every is not None and self._batches // every > before // every:
                     save()
@@ -319,21 +319,20 @@ class Trainer:
             plan = dispatch(here, tuple(inputs))
             logits = self.model.packed_logits(inputs, None if present is None else plan)
             parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
-            some = None if present is None else here.any(1)
+            some = here.any(1)
             _add(samples, "all", 0, N)
             for modality, z, y in zip(inputs, parts, targets, strict=True):
                 _add(loss, modality, F.cross_entropy(z, y, reduction="sum"), len(y))
                 _add(correct, modality, _right(z, y).sum(), len(y))
             average = sum(plan.unpack(list(parts)))  # as good as the mean for the largest class
             for name, z in (("average", average), ("fused", plan.fuse(logits).logits)):
-                right = _right(z, target)
-                _add(correct, name, *((right.sum(), N) if some is None else ((right & some).sum(), some.sum())))
+                _add(correct, name, (_right(z, target) & some).sum(), some.sum())
         samples = self._over_ranks(samples, ["all"])
         loss = self._over_ranks(loss, self.model.modalities)
         correct = self._over_ranks(correct, (*self.model.modalities, "average", "fused"))
         return {"samples": int(samples["all"][1]) if samples else 0, "loss": _means(loss), "accuracy": _means(correct)}
 
-    def _over_ranks(self, sums: dict[str, Sequence], names: Sequence[str]) -> dict[str, Sequence]:
+    def _over_ranks(self, sums: dict[str, list], names: Sequence[str]) -> dict[str, list]:
         """Sums and counts of all ranks together, of which some may have seen none of the names."""
         group = self.optimizer.process_group
         if group is None:
@@ -385,12 +384,11 @@ class Trainer:
 
     def _parts(self) -> dict[str, Any]:
         """What has a state beside the model."""
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": scaler}
 
     def _kinds(self) -> dict[str, str]:
         wrapped = {**self._parts(), "optimizer": self.optimizer.optimizer}
-        if self.scaler is not None and not self.scaler.is_enabled():
-            wrapped["scaler"] = None
         return {name: "none" if part is None else type(part).__name__ for name, part in wrapped.items()}
 
     def _load_parts(self, path: str | Path, saved: dict[str, Any]) -> None:
@@ -432,7 +430,7 @@ class Trainer:
         self._batches = saved["batches"]
         if rank < len(saved["ranks"]):
             own = saved["ranks"][rank]
-            self._losses = {modality: (total.to(self.device), number) for modality, (total, number) in own["losses"].items()}
+            self._losses = {modality: [total.to(self.device), number] for modality, (total, number) in own["losses"].items()}
             self._data_states, self._resumed = own["data"], own["data"] is not None
             self._random_states = own["random"]
             set_random_states(own["random"])
@@ -503,18 +501,13 @@ def _add(sums: dict[str, list], key: str, value: Tensor | int, count: Tensor | i
     total[0], total[1] = total[0] + value, total[1] + count
 
 
-def _plus(summed: tuple[Tensor, int] | None, loss: Tensor) -> tuple[Tensor, int]:
-    """(sum, number) with one more, in float64."""
-    return (loss.double(), 1) if summed is None else (summed[0] + loss, summed[1] + 1)
-
-
 def _right(logits: Tensor, target: Tensor) -> Tensor:
     """bool [N]; a NaN counts as the largest, and is wrong."""
     largest, classes = logits.max(1)
     return (classes == target) & (largest == largest)
 
 
-def _means(sums: dict[str, Sequence]) -> dict[str, float]:
+def _means(sums: dict[str, list]) -> dict[str, float]:
     return {name: float(total) / float(count) if count else float("nan") for name, (total, count) in sums.items()}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import itertools
 import os
 
@@ -341,8 +342,9 @@ def test_inputs_of_several_tensors():
             assert trainers[1].evaluate([parts])[name] == pytest.approx(values, nan_ok=True)
         for expected, got in zip(trainers[0].predict(whole), trainers[1].predict(parts), strict=True):
             torch.testing.assert_close(got, expected)
-    plain = mla.MultimodalModel.forward(trainers[1].model, {"audio": split(whole[0], torch.ones(8, dtype=torch.bool))["audio"]})
-    torch.testing.assert_close(plain["audio"], trainers[0].model({"audio": whole[0]["audio"]})["audio"])
+    everywhere = split(whole[0], torch.ones(8, dtype=torch.bool))["audio"]
+    logits = [t.model({"audio": x})["audio"] for t, x in zip(trainers, (whole[0]["audio"], everywhere), strict=True)]
+    torch.testing.assert_close(*logits)
     with pytest.raises(ValueError, match=r"^inputs\['audio'\]: expected tensors of the same N, got \("):
         trainers[1].fit([({"audio": (torch.ones(8, 1), torch.ones(7, 3))}, whole[1])], epochs=9)
     with pytest.raises(TypeError, match=r"^inputs\['audio'\]: expected a tensor .*, got \(torch.float32 \[8, 1\], NoneType\)"):
@@ -441,18 +443,12 @@ def two_groups():
     return mla.Trainer(trainer.model, optimizer, scheduler=cosine(optimizer), progress=False)
 
 
-def with_a_shorter_schedule():
-    def two(optimizer):
-        return lr_scheduler.SequentialLR(optimizer, [lr_scheduler.ConstantLR(optimizer) for _ in range(2)], [1])
-
-    return make_trainer(scheduler=two)
-
-
 def test_a_part_that_does_not_fit_takes_back_those_that_do(tmp_path):
-    def three(optimizer):
-        return lr_scheduler.SequentialLR(optimizer, [lr_scheduler.ConstantLR(optimizer) for _ in range(3)], [1, 2])
+    def in_sequence(count, optimizer):
+        schedulers = [lr_scheduler.ConstantLR(optimizer) for _ in range(count)]
+        return lr_scheduler.SequentialLR(optimizer, schedulers, list(range(1, count)))
 
-    source, trainer = make_trainer(scheduler=three), with_a_shorter_schedule()
+    source, trainer = (make_trainer(scheduler=functools.partial(in_sequence, count)) for count in (3, 2))
     source.fit(loader(), epochs=3, checkpoint=tmp_path / "c.pt")
     trainer.fit(loader(), epochs=1)
     before = copy.deepcopy(state(trainer))
