@@ -73,8 +73,9 @@ kernels-check: $(READY)
 
 # On a machine with a GPU, with its own Python, torch and triton; nothing is downloaded. GPU_PYTHON may name another Python.
 gpu-check:
-	@echo "==> build, test and measure on this machine's GPU; results go to bench/results/"
-	PYTHON=$(GPU_PYTHON) bash .ci/gpu-check
+	@echo "==> build, test and measure on this machine's GPU, in two parts of some minutes; results go to bench/results/"
+	PYTHON=$(GPU_PYTHON) bash .ci/gpu-check first
+	PYTHON=$(GPU_PYTHON) bash .ci/gpu-check second
 
 # After gpu-check, whose build it runs from.
 tune:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -70,11 +71,23 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext):
         if ext.name != "mla_fast._C_cuda":
+            self.compiler.compile = _in_parallel(self.compiler.compile)
             return super().build_extension(ext)
         target = self.get_ext_fullpath(ext.name)
         if self.force or newer_group(ext.sources + ext.depends, target):
             self.mkpath(os.path.dirname(target))
             self.spawn(nvcc_command(ext, target, self.include_dirs))
+
+
+def _in_parallel(compile):
+    """A compiler's ``compile`` that runs one process for each source: torch's headers take most of the time of each."""
+
+    def compile_all(sources, **options):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = pool.map(lambda source: compile([source], **options), sources)
+            return [path for paths in objects for path in paths]
+
+    return compile_all
 
 
 def extensions():

@@ -18,6 +18,7 @@ from mla_fast.projection import ProjectionSettings, make_projection
 pytestmark = pytest.mark.skipif(ops.TRITON_MISSING is not None, reason=f"triton: {ops.TRITON_MISSING}")
 f64 = torch.float64
 ALPHA = 0.7
+LIBRARY = torch.ops.mla_fast_interpreted if ops.INTERPRETED else torch.ops.mla_fast
 needs_cuda = pytest.mark.skipif(ops.INTERPRETED, reason="needs a GPU")
 
 
@@ -181,20 +182,19 @@ def test_masked_classes_at_the_beginning_of_a_row(least, C):
 
 
 def test_registration():
-    library = torch.ops.mla_fast_interpreted if ops.INTERPRETED else torch.ops.mla_fast
     s, alpha = 7, torch.tensor(1.0, dtype=f64)
     (P, pending, slot), x_bar, grad = state(s, 1), torch.rand(s), torch.randn(3, s)
-    opcheck(library.rls_project_.default, (P, x_bar, grad, alpha))
-    opcheck(library.rls_project_.default, (P, x_bar, grad, alpha, pending, slot, torch.zeros(1), True))
-    opcheck(library.rls_project_.default, (P, x_bar, grad, alpha, torch.zeros(2, s), torch.zeros(2, dtype=torch.int32)))
-    opcheck(library.rls_fold_.default, (P, pending))
-    opcheck(library.linear_cross_entropy.default, (torch.randn(4, s), torch.tensor([0, 2, 1, 1]), grad, torch.randn(3), 4.0))
-    opcheck(library.window_project.default, (x_bar[None], grad, alpha))
-    opcheck(library.window_step_.default, (torch.rand(3, s), 1, x_bar, grad, alpha, torch.zeros(1)))
+    opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha))
+    opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, pending, slot, torch.zeros(1), True))
+    opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, torch.zeros(2, s), torch.zeros(2, dtype=torch.int32)))
+    opcheck(LIBRARY.rls_fold_.default, (P, pending))
+    opcheck(LIBRARY.linear_cross_entropy.default, (torch.randn(4, s), torch.tensor([0, 2, 1, 1]), grad, torch.randn(3), 4.0))
+    opcheck(LIBRARY.window_project.default, (x_bar[None], grad, alpha))
+    opcheck(LIBRARY.window_step_.default, (torch.rand(3, s), 1, x_bar, grad, alpha, torch.zeros(1)))
     logits = torch.randn(2, 4, 5, requires_grad=True)
-    opcheck(library.entropy_fusion.default, ([logits], None, None))
-    opcheck(library.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
-    opcheck(library.entropy_fusion.default, ([torch.randn(3, 5)], None, torch.tensor([[0, 2], [-1, 1]])))
+    opcheck(LIBRARY.entropy_fusion.default, ([logits], None, None))
+    opcheck(LIBRARY.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
+    opcheck(LIBRARY.entropy_fusion.default, ([torch.randn(3, 5)], None, torch.tensor([[0, 2], [-1, 1]])))
 
 
 @pytest.mark.parametrize("M,N,C", [(1, 1, 1), (2, 5, 101), (3, 33, 6), (5, 2, 9000)])
@@ -259,7 +259,7 @@ def test_linear_cross_entropy(N, s, C, with_bias):
 def test_what_all_logits_have_in_common_is_not_in_the_loss(offset):
     features, target = torch.ones(5, 1), torch.tensor([0, 3, 1, 2, 0])
     weight = offset + torch.randint(-300, 300, (4, 1)) / 128
-    loss, *_ = torch.ops.mla_fast_interpreted.linear_cross_entropy(features, target, weight, None, 5.0)
+    loss, *_ = LIBRARY.linear_cross_entropy(features, target, weight, None, 5.0)
     right = torch.nn.functional.cross_entropy((features @ weight.T).double(), target)
     assert abs(loss.item() - right.item()) < 1e-6 * right.item()
 
