@@ -6,7 +6,7 @@ They import triton and torch, nothing of ours. With TRITON_INTERPRET=1, set befo
 from . import launch
 from .cross_entropy import linear_cross_entropy
 from .entropy_fusion import entropy_fusion, entropy_fusion_backward
-from .rls_project import rls_fold_, rls_project_
+from .rls_project import rls_fold_, rls_project_, rls_step_
 from .window_project import window_project, window_step_
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "linear_cross_entropy",
     "rls_fold_",
     "rls_project_",
+    "rls_step_",
     "window_project",
     "window_step_",
 ]

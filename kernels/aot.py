@@ -2,10 +2,11 @@
 
 The launchers themselves run, on tensors without storage and with a driver that names the target but launches nothing: what is
 compiled is what they would launch. Asserts that nothing spills, that shared memory fits, and that no row of launch.json was left
-out. Not in an interpreted process.
+out; prints for each configuration what bounds it. Not in an interpreted process.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import re
@@ -39,28 +40,54 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Compiled(NamedTuple):
-    """One kernel for one target: bytes of spilled registers and of shared memory."""
+    """One kernel for one target: bytes of spilled registers and of shared memory; where they are known, registers a thread and
+    the warp instructions of the longest loop (of the kernel, if it has none) for each KB that they load.
+
+    first: the first case to use some row of launch.json.
+    """
 
     kernel: str
     case: str
+    first: bool
     spill: int
     shared: int
+    warps: int
+    registers: int | None
+    per_kb: float | None
+
+    @property
+    def programs(self) -> int | None:
+        """How many an SM of Hopper has room for: 64 K registers, 227 KB of shared memory (1 KB more for each), 64 warps."""
+        if self.registers is None:
+            return None
+        granted = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(65536 // granted, 227 * 1024 // (self.shared + 1024), 64 // self.warps, 32)
 
 
-def check(target: str) -> list[Compiled]:
-    """Compiles all cases for the target. Raises AssertionError for one that spills or does not fit."""
+def check(target: str, only: str = "") -> list[Compiled]:
+    """Compiles all cases for the target, or those whose names match. Raises AssertionError if one spills or does not fit."""
     results, compiled, used = [], [], set()
     with _compiling_for(target, compiled, used):
         for name, case in _cases():
+            if not re.search(only, name):
+                continue
             compiled.clear()
+            before = len(used)
             case()
-            results += [Compiled(kernel, name, _spilled(target, b), b.metadata.shared) for kernel, b in compiled]
+            for kernel, binary in compiled:
+                registers, per_kb = _evidence(binary) if target == "sm_90" else (None, None)
+                meta = binary.metadata
+                first = len(used) > before or kernel not in {r.kernel for r in results}
+                spill = _spilled(target, binary)
+                results.append(Compiled(kernel, name, first, spill, meta.shared, meta.num_warps, registers, per_kb))
     # A float64 P is for comparing, not for speed; Triton 3.6 spills its products on sm_100.
-    fast = [r for r in results if not (r.kernel == "rls_read_kernel" and "float64" in r.case)]
+    fast = [r for r in results if not (r.kernel.startswith("rls") and "float64" in r.case)]
     wrong = [f"{r.kernel} for {r.case} spills {r.spill} bytes" for r in fast if r.spill]
     limit = SHARED_LIMIT[target]
     wrong += [f"{r.kernel} for {r.case} needs {r.shared} of {limit} bytes of shared memory" for r in results if r.shared > limit]
     assert not wrong, f"{target}: " + "; ".join(wrong)
+    if only:
+        return results
     rows = {(op, i) for op, table in launch.TABLE.items() if isinstance(table, list) for i in range(len(table))}
     assert rows == used, f"rows of launch.json that no case compiles: {sorted(rows - used)}"
     return results
@@ -81,7 +108,7 @@ def _cases():
         return functools.partial(rls_project_, P, x, G, alpha, pending, empty(2, dtype=torch.int32), **options)
 
     for s in (512, 1024, 4096, 8192):
-        for C in (6, 31, 101, 1000):
+        for C in (6, 16, 31, 101, 1000):
             yield f"rls s={s} C={C}", rls(s, C, launch.pending_rows(s), torch.float32)
     for s, C, R in ((513, 6, 1), (513, 101, 1), (4097, 101, 4), (1, 1, 1)):
         yield f"rls s={s} C={C}, unaligned", rls(s, C, R, torch.float32, found_inf=found_inf)
@@ -188,12 +215,45 @@ def _spilled(target: str, binary) -> int:
         return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
+def _evidence(binary) -> tuple[int, float | None]:
+    """(registers a thread, warp instructions for each KB loaded) by the machine code."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(binary.asm["cubin"])
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    lines = sass.splitlines()
+    labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"([.]L_x_\d+):", line))}
+    branches = ((re.search(r"BRA.*`[(]([.]L_x_\d+)[)]", line), at) for at, line in enumerate(lines))
+    loops = [lines[labels[b[1]] : at + 1] for b, at in branches if b and labels.get(b[1], at) < at]
+    names = (
+        re.search(r"/[*][0-9a-f]{4,5}[*]/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", line)
+        for line in max(loops, key=len, default=lines)
+    )
+    count = collections.Counter(name[1] for name in names if name)
+    loads = {name: n for name, n in count.items() if name.startswith(("LDG.", "LDGSTS"))}
+    kb = sum(n * 32 * next((b / 8 for b in (128, 64) if f".{b}" in name), 4) for name, n in loads.items()) / 1024
+    return int(re.search(r"REG:(\d+)", usage)[1]), count.total() / kb if kb else None
+
+
+def table(results: list[Compiled]) -> str:
+    """What bounds the first launch that uses each configuration."""
+    lines = ["| kernel | case | registers | programs/SM | shared, B | instructions/KB |", "|---|---|---:|---:|---:|---:|"]
+    for r in (r for r in results if r.first and r.registers is not None):
+        per_kb = "" if r.per_kb is None else f"{r.per_kb:.0f}"
+        lines.append(f"| {r.kernel} | {r.case} | {r.registers} | {r.programs} | {r.shared} | {per_kb} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="compile every kernel and shipped configuration, without a GPU")
     parser.add_argument("--targets", default=",".join(TARGETS), help="of " + ", ".join(TARGETS))
-    for target in parser.parse_args().targets.split(","):
+    parser.add_argument("--only", default="", help="cases whose names match this regular expression")
+    arguments = parser.parse_args()
+    for target in arguments.targets.split(","):
         start = time.perf_counter()
-        results = check(target)
+        results = check(target, arguments.only)
         shared = max(results, key=lambda r: r.shared)
         kernels = len({r.kernel for r in results})
         print(
@@ -202,6 +262,8 @@ def main() -> None:
             f"{time.perf_counter() - start:.0f} s",
             flush=True,
         )
+        if target == "sm_90":
+            print(table(results), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ TABLE = json.loads(Path(__file__).with_name("launch.json").read_text())
 # fma(−u_i, u_j, p) is the same for (i, j) and (j, i), so fusing multiplications with additions keeps P symmetric.
 OPTIONS = {"enable_fp_fusion": True}
 HIP = torch.version.hip is not None
+INTERPRETED = triton.knobs.runtime.interpret
 MAX_BLOCK_C = 128
 MAX_SPLITS = 16
 UNROLLED = 8  # modalities that entropy fusion goes through; of more it would keep some in memory
@@ -99,28 +100,36 @@ def pending_rows(s: int) -> int:
 
 
 def block_c(C: int) -> int:
-    """Rows of G that one program multiplies; tensor cores want 16 at least."""
+    """Rows of G that one program multiplies on tensor cores, which want 16 at least."""
     return min(max(triton.next_power_of_2(C), 16), MAX_BLOCK_C)
 
 
-def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, int, int]:
-    """(configuration, rows of P to a split, splits): enough programs to occupy the GPU, whole blocks of rows in each split."""
+def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, bool, int, int]:
+    """(configuration, whether x̄ is one more of few rows of G, columns of P to a split, splits): enough programs to occupy the
+    GPU, whole blocks of columns in each split."""
     row = _row("rls_read", s=s, C=C)
-    config = {"BLOCK_C": block_c(C), **_config(row)}
-    if itemsize > 4:  # twice the shared memory
+    few, config = row.get("few", False), _config(row)
+    config["BLOCK_C"] = triton.next_power_of_2(C + 1) if few else block_c(C)
+    if itemsize > 4 or HIP:  # twice the shared memory, or a third of it
         config["STAGES"] = 2
-    columns = triton.cdiv(s, config["BLOCK_COLS"]) * triton.cdiv(max(C, 1), config["BLOCK_C"])
-    wanted = min(max(row["programs"] // columns, 1), MAX_SPLITS)
-    split_rows = triton.cdiv(triton.cdiv(s, wanted), config["BLOCK_ROWS"]) * config["BLOCK_ROWS"]
-    return config, split_rows, triton.cdiv(s, split_rows)
+    if s % 4 and not few:  # numbers are loaded one by one, each with an address of its own in a register
+        config |= {"BLOCK_I": 16, "STAGES": 2}
+    blocks = triton.cdiv(s, config["BLOCK_J"]) * max(triton.cdiv(C, config["BLOCK_C"]), 1)
+    wanted = min(max(row["programs"] // blocks, 1), MAX_SPLITS)
+    split_cols = triton.cdiv(triton.cdiv(s, wanted), config["BLOCK_I"]) * config["BLOCK_I"]
+    return config, few, split_cols, triton.cdiv(s, split_cols)
 
 
-def rls_finish_config(s: int, R: int) -> dict:
-    return _fitted("rls_finish", s, s=s, R=R)
+def rls_finish_config(s: int) -> dict:
+    return _fitted("rls_finish", s, s=s)
 
 
-def rls_fold_config(s: int) -> dict:
-    return _config(_row("rls_fold", s=s))
+def rls_fold_config(s: int) -> tuple[dict, int]:
+    """(configuration, programs)."""
+    row = _row("rls_fold", s=s)
+    config = _config(row)
+    tiles = triton.cdiv(s, config["BLOCK_ROWS"]) * triton.cdiv(s, config["BLOCK_COLS"])
+    return config, min(tiles, row["programs"])
 
 
 def window_config(s: int, J: int) -> dict:
@@ -140,7 +149,11 @@ def fusion_config(op: str, C: int, M: int, itemsize: int) -> dict:
     return {"BLOCK_C": BLOCK_C, "BLOCK_N": min(elements // BLOCK_C, 32 * config["num_warps"]), **config}
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """P never gets less than float32's accuracy: three TF32 products on tensor cores carry it (AMD's have no such mode). The
-    compiler adds each block's sum outside of the tensor cores, whose own long sums would truncate."""
-    return "tf32x3" if dtype == torch.float32 and not HIP else "ieee"
+def splits_tf32(dtype: torch.dtype) -> bool:
+    """Whether a product in this dtype is made of three in TF32, which AMD's tensor cores do not have."""
+    return dtype == torch.float32 and not HIP
+
+
+def dependent_launch() -> bool:
+    """Whether a kernel may be launched before the one it waits for has ended: on NVIDIA GPUs from Hopper on."""
+    return not HIP and not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 90

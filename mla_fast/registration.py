@@ -19,6 +19,8 @@ SCHEMAS = (
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "rls_project_(Tensor(a!) P, Tensor x_bar, Tensor grad, Tensor alpha, Tensor(b!)? pending=None, Tensor(c!)? slot=None, "
     "Tensor? found_inf=None, bool project_first=False) -> Tensor",
+    "rls_step_(Tensor(a!) P, Tensor x_bar, Tensor(b!) grad, Tensor alpha, Tensor(c!) pending, Tensor(d!)? slot=None, "
+    "Tensor? found_inf=None, bool project_first=False) -> Tensor",
     "rls_fold_(Tensor(a!) P, Tensor(b!) pending, Tensor(c!)? slot=None) -> ()",
     "window_project(Tensor means, Tensor grad, Tensor alpha) -> Tensor",
     "window_step_(Tensor(a!) means, int own, Tensor x_bar, Tensor grad, Tensor alpha, Tensor? found_inf=None) -> Tensor",
@@ -115,6 +117,10 @@ def _register(library: str) -> None:
 
     for name, grad_at in (("rls_project_", 2), ("window_project", 1), ("window_step_", 3)):
         torch.library.register_fake(f"{library}::{name}", like_grad(grad_at))
+
+    @torch.library.register_fake(f"{library}::rls_step_")
+    def _(P, x_bar, grad, alpha, pending, slot=None, found_inf=None, project_first=False):
+        return P.new_empty(torch.library.get_ctx().new_dynamic_size())
 
     @torch.library.register_fake(f"{library}::rls_fold_")
     def _(P, pending, slot=None):

@@ -102,6 +102,37 @@ def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
         assert torch.equal(folded(P, pending, slot), before)
 
 
+@pytest.mark.parametrize("s,C,R", [(1, 1, 1), (63, 7, 4), (65, 8, 1), (130, 17, 4)])
+def test_a_step_in_place_is_the_step(s, C, R, narrow_blocks):
+    """To the last bit, with the squares of what it leaves; and nothing moves where found_inf is set."""
+    from mla_fast import kernels
+
+    (P, pending, slot), (P_too, pending_too, slot_too) = state(s, R), state(s, R)
+    alpha, found_inf = torch.tensor(ALPHA, dtype=f64), torch.zeros(1)
+    for step in range(R + 3):
+        found_inf.fill_(step == R)
+        x_bar, grad = torch.rand(s), torch.randn(C, s)
+        projected = kernels.rls_project_(P, x_bar, grad, alpha, pending, slot, found_inf)
+        squares = kernels.rls_step_(P_too, x_bar, grad_too := grad.clone(), alpha, pending_too, slot_too, found_inf)
+        assert torch.equal(grad_too, projected) and torch.equal(P_too, P) and torch.equal(grad_too, grad) == (step == R)
+        torch.testing.assert_close(squares.sum().double(), projected.double().square().sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 63, 513])
+def test_rows_of_P_begin_at_multiples_of_16_bytes(size):
+    """Whatever the size; what is saved knows nothing of it."""
+    padded = make_projection(ProjectionSettings(alpha=ALPHA), size, torch.float32, here(), "triton")
+    plain = make_projection(ProjectionSettings(alpha=ALPHA), size, f64, here(), "reference")
+    assert padded.P.stride(0) % 4 == 0
+    for _ in range(3):
+        x_bar, grad = torch.rand(size), torch.randn(2, size)
+        assert relative(padded(grad, x_bar, None, None), plain(grad.double(), x_bar.double(), None, None)) < 2e-6
+    saved = padded.tensors()["P"]
+    assert saved.is_contiguous() and relative(saved, plain.matrix()) < 1e-6
+    padded.load_state_dict({**padded.state_dict(), "tensors": {"P": 2 * saved}})
+    assert torch.equal(padded.matrix(), 2 * saved) and padded.P.stride(0) % 4 == 0
+
+
 def one_of_each(s=100, C=17, N=9):
     """Every kernel on several programs; all that it leaves behind."""
     from mla_fast import kernels
@@ -187,6 +218,7 @@ def test_registration():
     opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha))
     opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, pending, slot, torch.zeros(1), True))
     opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, torch.zeros(2, s), torch.zeros(2, dtype=torch.int32)))
+    opcheck(LIBRARY.rls_step_.default, (P, x_bar, grad.clone(), alpha, pending, slot, torch.zeros(1), True))
     opcheck(LIBRARY.rls_fold_.default, (P, pending))
     opcheck(LIBRARY.linear_cross_entropy.default, (torch.randn(4, s), torch.tensor([0, 2, 1, 1]), grad, torch.randn(3), 4.0))
     opcheck(LIBRARY.window_project.default, (x_bar[None], grad, alpha))
@@ -294,7 +326,7 @@ def test_a_short_training_is_that_of_the_reference_backend(projection, order, ta
 def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
     from mla_fast import kernels
 
-    assert [kernels.launch.pending_rows(s) for s in (1, 4095, 4096, 8192)] == [1, 1, 4, 4]
+    assert [kernels.launch.pending_rows(s) for s in (1, 4096, 8191, 8192)] == [1, 1, 1, 4]
     monkeypatch.setattr(kernels.launch, "pending_rows", lambda s: 4)
     deferred = make_projection(ProjectionSettings(alpha=ALPHA), 9, torch.float32, here(), "triton")
     plain = make_projection(ProjectionSettings(alpha=ALPHA), 9, f64, here(), "reference")
