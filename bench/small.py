@@ -16,7 +16,10 @@ def main() -> None:
             ops.rls_step("triton", P, torch.rand(s), torch.randn(C, s), alpha, pending, slot, torch.ones(1))
             ops.rls_fold("triton", P, pending, slot)
             mla.rls_project_(P, torch.rand(s), torch.randn(C, s).bfloat16(), alpha)
-        ops.window_step_("triton", torch.rand(3, 33), 1, torch.rand(33), torch.randn(6, 33), alpha)
+        for K, s in ((3, 33), (9, 33), (3, 2100)):
+            means = torch.rand(K, s)
+            gram = ops.window_gram("triton", means)
+            ops.window_step_("triton", means, gram, 1, torch.rand(s), torch.randn(6, s), alpha)
         for C in (6, 9001):
             ops.linear_cross_entropy(torch.randn(5, 33), torch.arange(5), torch.randn(C, 33), torch.randn(C), 5)
         for shape in ((3, 5, 7), (2, 3, 9001)):
