@@ -35,7 +35,7 @@ SIZES = {
     "rls_read": [{"s": s, "C": C} for s in (1024, 4096) for C in (6, 31, 101)],
     "rls_finish": [{"s": 1024, "R": 1}, {"s": 4096, "R": 1}, {"s": 4096, "R": 4}],
     "rls_fold": [{"s": 4096}],
-    "window": [{"s": 1024, "J": J} for J in (2, 3, 12)],
+    "window": [{"s": s, "J": 2} for s in (1024, 8192)],
     "cross_entropy": [{"C": C} for C in (101, 32000)],
     "entropy_fusion": [{"C": C} for C in (101, 1000, 4096, 8192, 32000)],
 }

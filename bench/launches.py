@@ -24,9 +24,10 @@ def calls(s: int = 512, C: int = 31, N: int = 64, M: int = 3) -> dict[str, tuple
     """(launches, call) by operator."""
     P, x, G, alpha = torch.empty(s, s), torch.empty(s), torch.empty(C, s), torch.ones((), dtype=torch.float64)
     pending, means, logits = torch.empty(1, s), torch.empty(M, s), [torch.empty(N, C) for _ in range(M)]
+    gram = torch.empty(M, M, dtype=torch.float64)
     return {
         "rls_project_": (2, lambda: kernels.rls_project_(P, x, G, alpha, pending)),
-        "window_step_": (1, lambda: kernels.window_step_(means, 1, x, G, alpha)),
+        "window_step_": (1, lambda: kernels.window_step_(means, gram, 1, x, G, alpha)),
         "entropy_fusion": (1, lambda: kernels.entropy_fusion(logits)),
     }
 

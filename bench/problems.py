@@ -159,7 +159,14 @@ class Window:
         return step, gate
 
     def ours(self, means: Tensor) -> Step:
-        return lambda: ops.window_step_(self.backend, means, 0, self.x, self.G, self.alpha)
+        gram, projected = ops.window_gram(self.backend, means), torch.empty_like(self.G)
+
+        def step():  # the copy, which a step of the optimizer has no need of, is in the time
+            projected.copy_(self.G)
+            ops.window_step_(self.backend, means, gram, 0, self.x, projected, self.alpha)
+            return projected
+
+        return step
 
     def functional(self, means: Tensor) -> Step:
         def step():

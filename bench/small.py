@@ -25,9 +25,9 @@ def rls(s: int, C: int, R: int) -> None:
     mla.rls_project_(P, torch.rand(s), torch.randn(C, s).bfloat16(), 1.0)
 
 
-def window() -> None:
-    alpha = torch.tensor(1.0, dtype=torch.float64)
-    ops.window_step_("triton", torch.rand(3, 33), 1, torch.rand(33), torch.randn(6, 33), alpha)
+def window(K: int, s: int) -> None:
+    means, alpha = torch.rand(K, s), torch.tensor(1.0, dtype=torch.float64)
+    ops.window_step_("triton", means, ops.window_gram("triton", means), 1, torch.rand(s), torch.randn(6, s), alpha)
 
 
 def head(C: int) -> None:
@@ -55,7 +55,7 @@ def dispatch(*shape: int) -> None:
 
 def cases() -> Iterator[tuple[Callable[..., None], tuple]]:
     yield from ((rls, sizes) for sizes in ((33, 6, 1), (65, 130, 1), (33, 6, 2), (512, 6, 1), (512, 101, 1), (1024, 101, 4)))
-    yield window, ()
+    yield from ((window, sizes) for sizes in ((3, 33), (9, 33), (3, 2100)))
     yield from ((head, (C,)) for C in (6, 9001))
     for case in (fusion, dispatch):
         yield from ((case, shape) for shape in ((3, 5, 7), (2, 3, 9001), (3, 64, 101)))

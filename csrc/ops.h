@@ -41,7 +41,14 @@ void rls_fold_(Tensor P, Tensor pending, std::optional<Tensor> slot);
 
 Tensor window_project(Tensor means, Tensor grad, Tensor alpha);
 
-Tensor window_step_(Tensor means, int64_t own, Tensor x_bar, Tensor grad, Tensor alpha, std::optional<Tensor> found_inf);
+Tensor window_step_(
+    Tensor means,
+    Tensor gram,
+    int64_t own,
+    Tensor x_bar,
+    Tensor grad,
+    Tensor alpha,
+    std::optional<Tensor> found_inf);
 
 std::tuple<Tensor, Tensor, Tensor> entropy_fusion(
     std::vector<Tensor> logits,

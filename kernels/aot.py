@@ -125,7 +125,8 @@ def _cases():
             means = empty(J, s, dtype=torch.promote_types(dtype, torch.float32))
             G = empty(6, s, dtype=dtype)
             yield f"window J={J} s={s} {dtype}", functools.partial(window_project, means, G, alpha)
-        yield f"window step {dtype}", functools.partial(window_step_, means, 1, means[0], G, alpha, found_inf)
+            gram, step = empty(J, J, dtype=torch.float64), f"window step K={J} s={s} {dtype}"
+            yield step, functools.partial(window_step_, means, gram, 0, means[0], G, alpha, found_inf)
     for C in (1, 6, 101, 1000, 32000):
         target = empty(64, dtype=torch.int64)
         yield f"head C={C}", functools.partial(linear_cross_entropy, empty(64, 512), target, empty(C, 512), empty(C), 64.0)

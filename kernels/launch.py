@@ -46,7 +46,7 @@ class Launch:
     """
 
     def __init__(self, kernel, **constants):
-        self.kernel, self.constants = kernel, {**constants, **OPTIONS}
+        self.kernel, self.constants = kernel, {**OPTIONS, **constants}
         self.variants = {}
 
     def __call__(self, grid: tuple[int, ...], *args):
@@ -132,8 +132,11 @@ def rls_fold_config(s: int) -> tuple[dict, int]:
     return config, min(tiles, row["programs"])
 
 
-def window_config(s: int, J: int) -> dict:
-    return {"J_PAD": triton.next_power_of_2(max(J, 1)), **_fitted("window", s, s=s, J=J)}
+def window_config(s: int, J: int, itemsize: int) -> dict:
+    """Blocks by s alone, and up to four means at a time: products of means must not depend on how many there are."""
+    config, J_PAD = _fitted("window", s, s=s), triton.next_power_of_2(max(J, 1))
+    BLOCK = max(config.pop("BLOCK") * 4 // itemsize, 1)
+    return {"J_PAD": J_PAD, "J_TILE": min(J_PAD, 4), "BLOCK": BLOCK, "ONE_READ": s <= BLOCK and J_PAD <= 4, **config}
 
 
 def cross_entropy_config(C: int) -> dict:

@@ -271,16 +271,44 @@ def window_project(means: Tensor, grad: Tensor, alpha: float | Tensor, *, backen
 
 
 def window_step_(
-    backend: str, means: Tensor, own: int, x_bar: Tensor, grad: Tensor, alpha: Tensor, found_inf: Tensor | None = None
+    backend: str,
+    means: Tensor,
+    gram: Tensor,
+    own: int,
+    x_bar: Tensor,
+    grad: Tensor,
+    alpha: Tensor,
+    found_inf: Tensor | None = None,
 ) -> Tensor:
-    """``window_project`` from all rows of means [K, s] but `own`, the row of the modality at hand, which then becomes x_bar
-    unless found_inf is set; without checks."""
+    """``window_project`` of grad [C, s], in place, from all rows of means [K, s] but `own`, the row of the modality at hand,
+    which then becomes x_bar; all stay as they are where found_inf is set. Without checks.
+
+    gram, float64 [K, K], holds the products of the means. The kernels keep it up to date, so that a step need not form it; the
+    other backends leave it alone. Returns [n] numbers whose sum is ‖grad‖² afterwards.
+    """
+    if not grad.is_contiguous():
+        squares = window_step_(backend, means, gram, own, x_bar, contiguous := grad.contiguous(), alpha, found_inf)
+        grad.copy_(contiguous)
+        return squares
     if backend != "reference":
-        return _operator("window_step_", backend, means.device)(means, own, x_bar, grad, alpha, found_inf)
+        return _operator("window_step_", backend, means.device)(means, gram, own, x_bar, grad, alpha, found_inf)
     others = torch.cat([means[:own], means[own + 1 :]])
     projected = reference.project(grad, reference.window_projection(others, alpha))
-    means[own] = x_bar if found_inf is None else torch.where(found_inf == 0, x_bar, means[own])
-    return projected
+    if found_inf is not None:
+        projected, x_bar = torch.where(found_inf == 0, projected, grad), torch.where(found_inf == 0, x_bar, means[own])
+    grad.copy_(projected)
+    means[own] = x_bar
+    return grad.square().sum(1)
+
+
+def window_gram(backend: str, means: Tensor) -> Tensor:
+    """The gram that steps would have left with these means [K, s], to the last bit; zeros where the backend has no use for it."""
+    gram = torch.zeros(len(means), len(means), dtype=torch.float64, device=means.device)
+    if backend == "triton":
+        means, nothing = means.clone(), means.new_empty(0, means.shape[1])
+        for own in range(len(means)):
+            window_step_(backend, means, gram, own, means[own].clone(), nothing, alpha_tensor(1.0, means.device))
+    return gram
 
 
 def _unrolled() -> int:

@@ -214,6 +214,7 @@ class WindowProjection(Projection):
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
         self._buffer = torch.zeros(self.CAPACITY, size, dtype=dtype, device=device)
+        self._products = torch.zeros(self.CAPACITY, self.CAPACITY, dtype=torch.float64, device=device)
         self.rows: dict[str | None, int] = {}
 
     @property
@@ -221,17 +222,28 @@ class WindowProjection(Projection):
         """The latest x̄ of each modality [K, s]."""
         return self._buffer[: len(self.rows)]
 
+    @property
+    def gram(self) -> Tensor:
+        """Their products [K, K], where the backend keeps them."""
+        return self._products[: len(self.rows), : len(self.rows)]
+
     def _row(self, modality: str | None) -> int:
         """Its row of `means`; a new one holds zeros, and a mean of zero projects nothing away."""
         if modality not in self.rows:
             if len(self.rows) == len(self._buffer):
-                self._buffer = torch.cat([self._buffer, torch.zeros_like(self._buffer)])
+                self._grow()
             self.rows[modality] = len(self.rows)
         return self.rows[modality]
 
+    def _grow(self) -> None:
+        rows = len(self._buffer)
+        self._buffer = torch.nn.functional.pad(self._buffer, (0, 0, 0, rows))
+        self._products = torch.nn.functional.pad(self._products, (0, rows, 0, rows))
+
     def _project(self, grad, x_bar, modality, found_inf):
-        own = self._row(modality)
-        return ops.window_step_(self.backend, self.means, own, x_bar, grad, self.alpha(), found_inf)
+        own, grad = self._row(modality), grad.clone(memory_format=torch.contiguous_format)
+        ops.window_step_(self.backend, self.means, self.gram, own, x_bar, grad, self.alpha(), found_inf)
+        return grad
 
     def _others(self) -> Tensor:
         return self.means[[row for name, row in self.rows.items() if name != self.modality]]
@@ -255,6 +267,8 @@ class WindowProjection(Projection):
     def _load(self, tensors, state):
         self.rows = {name: row for row, name in enumerate(state["modalities"])}
         self._buffer = tensors["means"].to(self._buffer.device, copy=True)
+        self._products = self._products.new_zeros(len(self._buffer), len(self._buffer))
+        self.gram.copy_(ops.window_gram(self.backend, self.means))
 
     def check(self, tensors: dict[str, Tensor]) -> None:
         means = tensors.get("means")

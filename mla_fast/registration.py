@@ -23,7 +23,8 @@ SCHEMAS = (
     "Tensor? found_inf=None, bool project_first=False) -> Tensor",
     "rls_fold_(Tensor(a!) P, Tensor(b!) pending, Tensor(c!)? slot=None) -> ()",
     "window_project(Tensor means, Tensor grad, Tensor alpha) -> Tensor",
-    "window_step_(Tensor(a!) means, int own, Tensor x_bar, Tensor grad, Tensor alpha, Tensor? found_inf=None) -> Tensor",
+    "window_step_(Tensor(a!) means, Tensor(b!) gram, int own, Tensor x_bar, Tensor(c!) grad, Tensor alpha, "
+    "Tensor? found_inf=None) -> Tensor",
     "entropy_fusion(Tensor[] logits, Tensor? present, Tensor? slot) -> (Tensor, Tensor, Tensor)",
     "entropy_fusion_backward(Tensor[] logits, Tensor? present, Tensor weights, Tensor entropy, Tensor? grad_fused, "
     "Tensor? grad_weights, Tensor? grad_entropy, Tensor? slot) -> Tensor[]",
@@ -115,12 +116,17 @@ def _register(library: str) -> None:
     def like_grad(grad_at):
         return lambda *arguments: torch.empty_like(arguments[grad_at], memory_format=torch.contiguous_format)
 
-    for name, grad_at in (("rls_project_", 2), ("window_project", 1), ("window_step_", 3)):
+    for name, grad_at in (("rls_project_", 2), ("window_project", 1)):
         torch.library.register_fake(f"{library}::{name}", like_grad(grad_at))
 
     @torch.library.register_fake(f"{library}::rls_step_")
     def _(P, x_bar, grad, alpha, pending, slot=None, found_inf=None, project_first=False):
         return P.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+    @torch.library.register_fake(f"{library}::window_step_")
+    def _(means, gram, own, x_bar, grad, alpha, found_inf=None):
+        wide = torch.promote_types(torch.promote_types(means.dtype, grad.dtype), torch.float32)
+        return grad.new_empty(grad.shape[0], dtype=wide)
 
     @torch.library.register_fake(f"{library}::rls_fold_")
     def _(P, pending, slot=None):

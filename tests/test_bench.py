@@ -91,7 +91,7 @@ def test_main_measures_the_rest_and_fails_when_ours_does(monkeypatch, tmp_path, 
     assert "× eager" in capsys.readouterr().out
 
     window_step = ops.window_step_
-    monkeypatch.setattr(ops, "window_step_", lambda *arguments: 1.01 * window_step(*arguments))
+    monkeypatch.setattr(ops, "window_step_", lambda *arguments: (window_step(*arguments), arguments[5].mul_(1.01)))
     with pytest.raises(SystemExit, match="window s=9 C=3 M=3: ours: GateError"):
         run(monkeypatch, "--output", output)
     again = [json.loads(line) for line in output.read_text().splitlines()][len(records) :]
@@ -252,11 +252,11 @@ def test_where_the_deferred_form_begins():
 def test_an_installed_row_is_the_one_that_is_launched(monkeypatch):
     launch = pytest.importorskip("mla_fast.kernels.launch")
     monkeypatch.setitem(launch.TABLE, "window", list(launch.TABLE["window"]))
-    before = launch.window_config(1024, 2)
+    before = launch.window_config(1024, 2, 4)
     row = next(candidates.variants("window", launch.TABLE["window"][0], 0))
     try:
         tune.install(launch, "window", 0, row)
-        assert launch.window_config(1024, 2) != before
+        assert launch.window_config(1024, 2, 4) != before
     finally:
         tune.install(launch, "window", 0, json.loads(candidates.PATH.read_text())["window"][0])
 

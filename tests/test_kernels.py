@@ -48,6 +48,12 @@ def narrow_blocks(monkeypatch):
     kernels.launch.forget()
 
 
+def window_state(K, s, dtype=torch.float32):
+    """Means [K, s] and their products."""
+    means = torch.rand(K, s, dtype=dtype)
+    return means, means.double() @ means.double().T
+
+
 def folded(P, pending, slot):
     P, pending, slot = (None if t is None else t.clone() for t in (P, pending, slot))
     ops.rls_fold("triton", P, pending, slot)
@@ -149,8 +155,8 @@ def one_of_each(s=100, C=17, N=9):
             left.append(ops.rls_step("triton", P, normal(s), normal(classes, s), alpha, pending, slot).clone())
         ops.rls_fold("triton", P, pending, slot)
         left += [P, pending]
-    means = normal(4, s)
-    left += [ops.window_step_("triton", means, 1, normal(s), normal(C, s), alpha), means]
+    means, gram, grad = normal(4, s), normal(4, 4).double(), normal(C, s)
+    left += [ops.window_step_("triton", means, gram, 1, normal(s), grad, alpha), means, gram, grad]
     left.append(ops.window_project(means, normal(C, s), ALPHA, backend="triton"))
     left += kernels.linear_cross_entropy(normal(N, s), torch.arange(N), normal(C, s), None, N)
     for classes in (C, 4100):
@@ -159,6 +165,56 @@ def one_of_each(s=100, C=17, N=9):
         sum((part * normal(*part.shape)).sum() for part in fused).backward()
         left += [*(part.detach() for part in fused), logits.grad]
     return left
+
+
+@pytest.mark.parametrize("K,s,C", [(1, 1, 1), (2, 63, 6), (3, 513, 2), (5, 40, 0), (7, 1100, 1), (2, 2100, 1), (4, 2100, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_a_window_step_in_place(K, s, C, dtype):
+    """Against the reference in float64; what it must not read is NaN, and what it must not write stays."""
+    own, alpha, eps = K - 1, torch.tensor(ALPHA, dtype=f64), torch.finfo(dtype).eps
+    means, gram = window_state(K, s, dtype)
+    means[own], gram[own], gram[:, own] = torch.nan, torch.nan, torch.nan
+    x_bar, grad = torch.rand(s, dtype=dtype), torch.randn(C, s, dtype=dtype)
+    before = [t.clone() for t in (means, gram, grad)]
+    squares = ops.window_step_("triton", means, gram, own, x_bar, grad, alpha, torch.ones(1))
+    for now, then in zip((means, gram, grad), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    assert relative(squares.sum(), grad.double().square().sum()) < 4 * eps or C == 0
+    expected = reference.project(grad.double(), reference.window_projection(means[:own].double(), ALPHA))
+    squares = ops.window_step_("triton", means, gram, own, x_bar, grad, alpha, torch.zeros(1))
+    assert C == 0 or (relative(grad, expected) < 20 * eps and relative(squares.sum(), expected.square().sum()) < 20 * eps)
+    exact = means.double() @ means.double().T
+    assert torch.equal(means[own], x_bar) and torch.equal(gram[own], gram[:, own]) and relative(gram, exact) < 1e-13
+
+
+def test_products_of_means_do_not_depend_on_how_many_there_are():
+    """So a state whose products are formed anew when it is loaded goes on as if it had not been saved."""
+    means, _ = window_state(9, 300)
+    whole = ops.window_gram("triton", means)
+    for K in (1, 2, 4, 5):
+        assert torch.equal(ops.window_gram("triton", means[:K]), whole[:K, :K])
+
+
+def test_more_modalities_than_there_is_room_for():
+    window, exact = (make_projection(ProjectionSettings("window"), 5, f64, here(), b) for b in ("triton", "reference"))
+    window._buffer, window._products = window._buffer[:2], window._products[:2, :2]
+    for t in range(12):
+        grad, x_bar = torch.randn(2, 5, dtype=f64), torch.rand(5, dtype=f64)
+        arguments = grad, x_bar, f"modality {t % 6}", None
+        assert relative(window(*arguments), exact(*arguments)) < 1e-13
+    assert relative(window.gram, window.means @ window.means.T) < 1e-15 and len(window._buffer) == 8
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_sums_of_pairs_as_they_are_compiled(dtype):
+    """The interpreter sums in float64 instead."""
+    large = torch.randn(1, 4096, dtype=dtype) * 10 ** torch.randint(8, (4096,))
+    means = torch.cat([large, -large.flip(1)]).view(2, -1)
+    products = ops.window_gram("triton", means)
+    exact = [math.fsum((a * b).tolist()) for a, b in zip(means.double()[[0, 0, 1]], means.double()[[0, 1, 1]], strict=True)]
+    for got, want in zip((products[0, 0], products[0, 1], products[1, 1]), exact, strict=True):
+        assert abs(got.item() - want) < 1e-12 * abs(exact[0])
 
 
 @pytest.mark.skipif(not ops.INTERPRETED, reason="a GPU runs programs in an order of its own")
@@ -222,7 +278,7 @@ def test_registration():
     opcheck(LIBRARY.rls_fold_.default, (P, pending))
     opcheck(LIBRARY.linear_cross_entropy.default, (torch.randn(4, s), torch.tensor([0, 2, 1, 1]), grad, torch.randn(3), 4.0))
     opcheck(LIBRARY.window_project.default, (x_bar[None], grad, alpha))
-    opcheck(LIBRARY.window_step_.default, (torch.rand(3, s), 1, x_bar, grad, alpha, torch.zeros(1)))
+    opcheck(LIBRARY.window_step_.default, (*window_state(3, s), 1, x_bar, grad, alpha, torch.zeros(1)))
     logits = torch.randn(2, 4, 5, requires_grad=True)
     opcheck(LIBRARY.entropy_fusion.default, ([logits], None, None))
     opcheck(LIBRARY.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
@@ -376,9 +432,10 @@ def seen(call):
     call()
     return known(launched), list(through_triton)
 
-s, C, N = 64, 6, 16
+s, C, N = 512, 6, 16
 P, x, G, alpha = torch.empty(s, s), torch.empty(s), torch.empty(C, s), torch.ones((), dtype=torch.float64)
 slot, means, z = torch.zeros(2, dtype=torch.int32), torch.empty(3, s), [torch.empty(N, C) for _ in range(3)]
+gram = torch.empty(3, 3, dtype=torch.float64)
 small, present, rows = torch.empty(N, 3), torch.ones(N, 3, dtype=torch.bool), torch.zeros(N, 3, dtype=torch.int64)
 backward = kernels.entropy_fusion_backward
 for pending in (None, torch.empty(1, s), torch.empty(4, s)):
@@ -390,8 +447,8 @@ for call in (
     lambda: kernels.rls_fold_(P, torch.empty(4, s), slot),
     lambda: kernels.linear_cross_entropy(G, torch.zeros(C, dtype=torch.int64), G, None, 6),
     lambda: kernels.window_project(means, G, alpha),
-    lambda: kernels.window_step_(means, 1, x, G, alpha),
-    lambda: kernels.window_step_(means, 1, x, G, alpha, torch.zeros(1)),
+    lambda: kernels.window_step_(means, gram, 1, x, G, alpha),
+    lambda: kernels.window_step_(means, gram, 1, x, G, alpha, torch.zeros(1)),
     lambda: kernels.entropy_fusion(z),
     lambda: kernels.entropy_fusion(z, present),
     lambda: kernels.entropy_fusion(z[:1], None, rows),
@@ -401,7 +458,7 @@ for call in (
     (first, compiled), (second, again) = seen(call), seen(call)
     assert first == second and len(first) == len(compiled) == 1 and not again, (compiled, again)
 
-plain = lambda x, G, means=means: seen(lambda: kernels.window_step_(means, 1, x, G, alpha))
+plain = lambda x, G, means=means: seen(lambda: kernels.window_step_(means, gram, 1, x, G, alpha))
 (usual, again), (other, compiled) = plain(x, G), plain(x.bfloat16(), G)
 assert not again and compiled and other[0][4] != usual[0][4], "another dtype is another variant"
 crooked = torch.empty(C * s + 1)[1:].view(C, s)

@@ -193,7 +193,8 @@ def test_registration(dtype):
     opcheck(torch.ops.mla_fast.rls_project_.default, (P, x_bar, grad, alpha, pending, slot, torch.zeros(1), True))
     opcheck(torch.ops.mla_fast.rls_fold_.default, (P, pending, slot))
     opcheck(torch.ops.mla_fast.window_project.default, (x_bar[None], grad, alpha))
-    opcheck(torch.ops.mla_fast.window_step_.default, (torch.rand(3, 7, dtype=dtype), 1, x_bar, grad, alpha, torch.zeros(1)))
+    means, gram = torch.rand(3, 7, dtype=dtype), torch.zeros(3, 3, dtype=torch.float64)
+    opcheck(torch.ops.mla_fast.window_step_.default, (means, gram, 1, x_bar, grad, alpha, torch.zeros(1)))
     logits = torch.randn(2, 4, 5, dtype=dtype, requires_grad=True)
     opcheck(torch.ops.mla_fast.entropy_fusion.default, ([logits], None, None))
     opcheck(torch.ops.mla_fast.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
@@ -314,14 +315,15 @@ def test_autograd_learns_that_P_has_changed():
 def test_direct_callers_are_kept_within_bounds():
     op = torch.ops.mla_fast
     P, x, G, alpha = torch.eye(4), torch.ones(4), torch.ones(2, 4), torch.ones((), dtype=torch.float64)
-    z, w = torch.randn(2, 3, 5), torch.rand(3, 2)
+    z, w, gram = torch.randn(2, 3, 5), torch.rand(3, 2), torch.zeros(2, 2, dtype=torch.float64)
     for call in (
         lambda: op.rls_project_(P, x[None].expand(5, 4), G, alpha),
         lambda: op.rls_project_(P, x, G, torch.ones(0, dtype=torch.float64)),
         lambda: op.rls_project_(P, x, G, alpha, None, None, torch.zeros(0)),
         lambda: op.rls_project_(P, x, G, alpha, torch.zeros(2, 4)),
-        lambda: op.window_step_(torch.zeros(2, 4), 2, x, G, alpha),
-        lambda: op.window_step_(torch.zeros(2, 4), 0, x.double(), G, alpha),
+        lambda: op.window_step_(torch.zeros(2, 4), gram, 2, x, G, alpha),
+        lambda: op.window_step_(torch.zeros(2, 4), gram, 0, x.double(), G, alpha),
+        lambda: op.window_step_(torch.zeros(2, 4), gram, 0, x, torch.ones(4, 2).T, alpha),
         lambda: op.window_project(x[None], G, torch.ones(2, dtype=torch.float64)),
         lambda: op.entropy_fusion_backward([z], None, w[:2], w, None, None, None, None),
         lambda: op.entropy_fusion_backward([z], None, w, w, torch.rand(2, 5), None, None, None),
