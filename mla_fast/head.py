@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,7 +122,9 @@ class HeadLayer:
     ):
         self.name, self.module, self.has_bias, self.backend = name, module, has_bias, backend
         self.dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        self.norms: tuple[Tensor, Tensor, Tensor] | None = None  # of G, G P and x̄ in the last step
+        # Of the last step, nothing of it added up before somebody asks: ‖G‖² and ‖x̄‖² as they were measured, ‖ΔW‖² where that is
+        # what was projected, and parts of ‖G P‖² if there was a projection.
+        self.squares: tuple[Tensor | tuple[float, float], Tensor | None, Tensor | None] | None = None
         self.projection = self.new_projection(settings)
         self.features = FeatureMean(name, module.in_features, self.dtype, process_group)
         unwatch(module)  # by an optimizer that this one replaces
@@ -149,12 +152,13 @@ class HeadLayer:
         return make_projection(settings, size, self.dtype, self.module.weight.device, self.backend)
 
     def state_dict(self) -> dict[str, Any]:
-        norms = torch.full((3,), float("nan")) if self.norms is None else torch.stack(self.norms)
+        norms = torch.tensor(self.norms(), dtype=self.dtype, device=self.module.weight.device)
         return {"name": self.name, "weight": list(self.module.weight.shape), "norms": norms, **self.projection.state_dict()}
 
     def adopt(self, projection: Projection, saved: dict[str, Any]) -> None:
         self.projection = projection
-        self.norms = tuple(saved["norms"].to(self.projection.alpha().device, self.dtype).unbind())
+        grad, kept, x_bar = saved["norms"].double().square()
+        self.squares = (grad.item(), x_bar.item()), None, kept
 
     def restored(self, settings: ProjectionSettings, saved: dict[str, Any]) -> Projection:
         """A projection that continues from a saved state; ValueError if it does not fit this layer."""
@@ -184,12 +188,12 @@ class HeadLayer:
         return joined.clone() if copy and joined is weight else joined.detach()
 
     def measured(self, x_bar: Tensor) -> HeadStep:
-        """The step to be taken, with the norms by which to tell whether all of it is finite."""
+        """The step to be taken."""
         grad, bias = self.gradient(), self.module.bias
         if self.with_bias:
             x_bar = torch.cat([x_bar, x_bar.new_ones(1)])
         free = [local(bias.grad)] if self.has_bias and not self.with_bias and bias.grad is not None else []
-        return HeadStep(self, x_bar, grad, torch._foreach_norm([grad, x_bar, *free]))
+        return HeadStep(self, x_bar, grad, free)
 
     def backward(self, features: Tensor, target: Tensor, total: float) -> tuple[Tensor, Tensor, HeadStep]:
         """(loss, ∂L/∂features, the step to be taken) of the layer by itself as the head, as autograd would have it; the gradients
@@ -199,17 +203,32 @@ class HeadLayer:
         loss, gradient, weight.grad, grad_bias, x_bar, norms = ops.linear_cross_entropy(features, target, weight, bias, total)
         if bias is not None:
             bias.grad = grad_bias
-        return loss, gradient, self.measured(x_bar) if self.with_bias else HeadStep(self, x_bar, weight.grad, norms.unbind())
+        step = self.measured(x_bar)
+        if not self.with_bias:
+            step.norms = norms
+        return loss, gradient, step
 
-    def project(self, step: HeadStep, change: Tensor, modality: str | None, found_inf: Tensor | None) -> Tensor:
-        """`change`, the step's G or the update that came of it, projected; P moves."""
-        projected = self.projection(change, step.x_bar, modality, found_inf)
-        before = step.norms[0] if change is step.grad else torch.linalg.vector_norm(change)
-        self.norms = (before, before if projected is change else torch.linalg.vector_norm(projected), step.norms[1])
-        return projected
+    def project(self, step: HeadStep, change: Tensor, modality: str | None) -> bool:
+        """Projects `change`, the step's G or the update that came of it, in place; P moves. False where it is left as it was."""
+        before = None if change is step.grad else ops.square_sum(change)
+        dense = change.contiguous()
+        kept = self.projection(dense, step.x_bar, modality, step.skip)
+        if dense is not change:
+            change.copy_(dense)
+        self.squares = step.squares, before, kept
+        return kept is not None
+
+    def norms(self) -> tuple[float, float, float]:
+        """‖G‖, ‖G P‖ and ‖x̄‖ in the last step; waits for the device."""
+        if self.squares is None:
+            return (math.nan,) * 3
+        measured, before, kept = self.squares
+        grad, x_bar = map(float, measured)
+        grad = grad if before is None else float(before)
+        return math.sqrt(grad), math.sqrt(grad if kept is None else float(kept.sum())), math.sqrt(x_bar)
 
     def diagnostics(self) -> dict[str, Any]:
-        grad, kept, x_bar = (t.item() for t in self.norms) if self.norms else (float("nan"),) * 3
+        grad, kept, x_bar = self.norms()
         P_norm, P_trace = self.projection.norm_and_trace()
         return {
             "steps": self.projection.step,
@@ -224,18 +243,34 @@ class HeadLayer:
         """`joined` into the parameters, or into their gradients."""
         weight, bias = self.module.weight, self.module.bias
         s = self.module.in_features
-        local(weight.grad if gradient else weight).copy_(joined[:, :s] if self.with_bias else joined)
+        part, target = joined[:, :s] if self.with_bias else joined, local(weight.grad if gradient else weight)
+        if part is not target:  # it was projected where it is
+            target.copy_(part)
         if self.with_bias and bias.grad is not None:  # it may have been frozen since
             local(bias.grad if gradient else bias).copy_(joined[:, s])
 
 
-class HeadStep(NamedTuple):
-    """A step of one layer: x̄ [s] and G [C, s] (with the bias's column where it is projected too), ‖G‖, ‖x̄‖ and the rest's."""
+@dataclass(slots=True, eq=False)
+class HeadStep:
+    """A step of one layer: x̄ [s] and G [C, s] (with the bias's column where it is projected too), the bias's gradient where it is
+    not, and what is found out about them before anything moves."""
 
     layer: HeadLayer
     x_bar: Tensor
     grad: Tensor
-    norms: Sequence[Tensor]
+    free: list[Tensor]
+    norms: Tensor | None = None  # of G, x̄ and the free bias's gradient, if these are known already
+    squares: Tensor | tuple[float, float] = (math.nan, math.nan)  # ‖G‖² and ‖x̄‖²
+    skip: Tensor | None = None  # float32 [1] on a device, not 0 where this layer takes no projected step
+
+    def finite(self) -> bool:
+        """Whether all of it is, and its norms; on the host, which knows ‖G‖² and ‖x̄‖² afterwards."""
+        if self.norms is None:
+            norms = [norm.item() for norm in torch._foreach_norm([self.grad, self.x_bar, *self.free])]
+        else:
+            norms = self.norms.tolist()
+        self.squares = norms[0] * norms[0], norms[1] * norms[1]
+        return math.isfinite(sum(norms))
 
 
 def unwatch(module: nn.Module, features: FeatureMean | None = None) -> None:
