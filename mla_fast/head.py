@@ -33,6 +33,7 @@ class FeatureMean:
         self.name, self.in_features, self.dtype, self.process_group = name, in_features, dtype, process_group
         self.mean: Tensor | None = None
         self.rows = 0
+        self.weights: Tensor | None = None  # [N] of the rows of features [N, …], with sum 1; None: all count alike
         self.travelling: list[tuple[dist.Work, Tensor]] = []  # sums [s + 1] over the ranks, the number of rows last
 
     @property
@@ -68,7 +69,11 @@ class FeatureMean:
 
     def _count(self, features: Tensor) -> None:
         rows = features.reshape(-1, self.in_features)
-        mean = rows.mean(0, dtype=self.dtype) if len(rows) else rows.sum(0, dtype=self.dtype)
+        if self.weights is not None:
+            by_sample = features.reshape(len(self.weights), -1, self.in_features).mean(1, dtype=self.dtype)
+            mean = self.weights.to(self.dtype) @ by_sample
+        else:
+            mean = rows.mean(0, dtype=self.dtype) if len(rows) else rows.sum(0, dtype=self.dtype)
         self.rows += len(rows)
         self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, len(rows) / max(self.rows, 1))
 
@@ -95,7 +100,7 @@ class FeatureMean:
         if self.process_group not in ("auto", None):
             raise TypeError("process_group: an MLAOptimizer with a group of its own cannot be copied or pickled")
         # Without what has been collected: copies of parameters have no gradients either.
-        return {**self.__dict__, "mean": None, "rows": 0, "travelling": []}
+        return {**self.__dict__, "mean": None, "rows": 0, "weights": None, "travelling": []}
 
 
 def world() -> dist.ProcessGroup | None:

@@ -57,8 +57,9 @@ class MLAOptimizer(torch.optim.Optimizer):
     nothing here waits for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is
     fused: the encoders' gradients are then the caller's to guard, and a count of steps that it keeps on the CPU (Adam's) goes on.
 
-    A step can be captured in a CUDA graph: take one with every modality before, give learning rate and alpha as tensors if they
-    are to change between replays, and capture anew after ``load_state_dict``. ``steps`` in diagnostics does not count replays.
+    ``GraphedStep`` captures whole batches in CUDA graphs. Who captures a step by hand takes one with every modality before, gives
+    learning rate and alpha as tensors if they are to change between replays, and captures anew after ``load_state_dict``;
+    ``steps`` in diagnostics does not count such replays.
 
     Drop gradients with this optimizer's ``zero_grad``, which drops the features collected with them; the model's own leaves
     those of a step that was never taken to be counted in the next x̄. ``torch.autograd.grad`` through the head counts features as
@@ -483,11 +484,13 @@ class Snapshot:
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
     """By step hooks, its own or every optimizer's, by a profiler, or by torch.compile, which need not look into this."""
-    if torch.compiler.is_compiling():
-        return True
+    return bool(torch.compiler.is_compiling() or has_hooks(optimizer) or torch.autograd._profiler_enabled())
+
+
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Around its step, its own or every optimizer's."""
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    every = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    return bool(own or every or torch.autograd._profiler_enabled())
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 _HOOKED = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__

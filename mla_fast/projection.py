@@ -62,6 +62,7 @@ class Projection:
         self.modality: str | None = None  # of the last step
         # 1 until a step has been taken, where only the device knows which are and the first one is not projected.
         self.first: Tensor | None = None
+        self.scheduled: dict[int, Tensor] = {}  # α by step, of those that a CUDA graph is being made of
         if isinstance(settings.alpha, Tensor) and settings.alpha.device != device:
             raise ValueError(f"alpha: expected a tensor on {device} like the head, got {settings.alpha.device}")
         self._alpha_value = settings.alpha_at(0)
@@ -71,11 +72,32 @@ class Projection:
         """α of the current step, 0-d float64 on the device."""
         if isinstance(self.settings.alpha, Tensor):
             return self._alpha
+        if self.step in self.scheduled:
+            return self.scheduled[self.step]
         value = self.settings.alpha_at(self.step)
         if value != self._alpha_value:
             self._alpha.fill_(value)
             self._alpha_value = value
         return self._alpha
+
+    def schedule(self, count: int) -> Tensor | None:
+        """Where the next `count` steps are to find their α, for a CUDA graph of them; None where it does not depend on the step.
+        ``fill`` writes there before each replay, and ``scheduled`` is emptied once they are captured."""
+        if not callable(self.settings.alpha):
+            return None
+        alphas = torch.empty(count, dtype=torch.float64, device=self._alpha.device)
+        self.scheduled = {self.step + i: alpha for i, alpha in enumerate(alphas.unbind())}
+        return alphas
+
+    def fill(self, alphas: Tensor | None) -> None:
+        """Writes α of the steps to come."""
+        if alphas is not None:
+            values = [self.settings.alpha_at(self.step + i) for i in range(len(alphas))]
+            alphas.copy_(torch.tensor(values, dtype=torch.float64), non_blocking=True)
+
+    def layout(self) -> tuple:
+        """What of the state a captured step takes as given, beside the object itself."""
+        return ()
 
     def __call__(self, grad: Tensor, x_bar: Tensor, modality: str | None, skip: Tensor | None) -> Tensor | None:
         """Projects G [C, s], contiguous, in place. Returns partial sums that add up to ‖G P‖², or None where G is as it was.
@@ -237,6 +259,9 @@ class WindowProjection(Projection):
     def _project(self, grad, x_bar, modality, skip):
         own = self._row(modality)
         return ops.window_project_step_(self.backend, self.means, own, x_bar, grad, self.alpha(), skip)
+
+    def layout(self):
+        return len(self.rows), self._buffer.data_ptr()
 
     def _others(self) -> Tensor:
         return self.means[[row for name, row in self.rows.items() if name != self.modality]]
