@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mla_fast.alternating import Rows, can_step_together, check_belong, rows_by_modality, steps_together, unpack_batch
+from mla_fast.alternating import Rows, alternating_step, can_step_together, check_belong, steps_together, unpack_batch
 from mla_fast.inputs import Inputs, moved
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer, has_hooks
@@ -56,6 +56,10 @@ class GraphedStep:
         check_belong(model, optimizer)
         if optimizer.device.type not in DEVICES:
             raise ValueError(f"model: expected on a GPU for CUDA graphs, got on {optimizer.device}")
+        if not can_step_together(model):
+            raise ValueError(
+                "model: expected one that alternating_step takes, got one that shares parameters or has its own forward"
+            )
         if any(group.get("capturable") is False for group in optimizer.param_groups):
             kind = type(optimizer.optimizer).__name__
             raise ValueError(f"optimizer: expected {kind}(…, capturable=True) for CUDA graphs, got capturable=False")
@@ -63,6 +67,9 @@ class GraphedStep:
         self._recorder = Recorder(optimizer.device)
         self._kinds: dict[Any, int | _Captured] = {}  # eager steps so far, or the graph
         self._constants: list[Any] | None = None  # what the graphs take as given
+        self._parts: list[nn.Module] = []
+        self._modules: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] = []
         self._rates: list[_Rate | None] = []  # learning rates that the graphs read, by group
         self._refused: str | None = None  # why nothing can be captured at all
         self._said: set[str] = set()
@@ -117,9 +124,7 @@ class GraphedStep:
         if self._refused is not None:
             return self._refused
         if self.optimizer.process_group is not None:
-            return "several processes train together; their gradients are exchanged step by step"
-        if not can_step_together(self.model):
-            return "encoders and head share parameters, or the model has a forward of its own"
+            return "several processes train together, which agree on every batch"
         if has_hooks(self.optimizer):
             return "the optimizer has step hooks, which no replay would call; remove them"
         if torch.is_autocast_enabled(self.optimizer.device.type):
@@ -133,11 +138,8 @@ class GraphedStep:
         return None
 
     def _eager(self, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> dict[str, Tensor]:
-        device = self.optimizer.device
-        inputs, target = {modality: moved(x, device) for modality, x in inputs.items()}, moved(target, device)
-        rows = rows_by_modality(self.model, inputs, target, None if present is None else moved(present, device))
-        totals = {modality: len(part.target) for modality, part in rows.items() if len(part.target)}
-        return steps_together(self.model, self.optimizer, rows, totals, self.amp)
+        parts = _Parts(inputs, present, target).to(self.optimizer.device)
+        return alternating_step(self.model, self.optimizer, (parts.inputs, parts.target, parts.present), amp=self.amp)
 
     def _step(self, parts: _Parts) -> Tensor:
         """The losses [M] of one step of each modality."""
@@ -210,8 +212,11 @@ class GraphedStep:
         """Drops all graphs where something that they take as given has changed: settings, state, parameters, modes."""
         optimizer, device = self.optimizer, self.optimizer.device
         projections = [layer.projection for layer in optimizer.layers]
-        now = [optimizer.settings, self.model.streams, *((p.data_ptr(), p.requires_grad) for p in self.model.parameters())]
-        now += [module.training for module in self.model.modules()]
+        parts = [*self.model.encoders.values(), self.model.head]
+        if parts != self._parts:  # going through the modules takes longer than all else here
+            self._parts, self._modules, self._parameters = parts, list(self.model.modules()), list(self.model.parameters())
+        now = [optimizer.settings, self.model.streams, *((p.data_ptr(), p.requires_grad) for p in self._parameters)]
+        now += [module.training for module in self._modules]
         now += [id(optimizer.state), *map(id, projections), *(p.layout() for p in projections)]
         for group in optimizer.param_groups:
             names = [name for name in group if name != "params" and not (name == "lr" and _reads_rate(group, device))]

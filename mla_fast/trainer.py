@@ -141,7 +141,6 @@ class Trainer:
         """None, and a warning, where the settings leave nothing to capture."""
         if self.optimizer.device.type not in graph.DEVICES:
             raise ValueError(f"cuda_graph: expected False where the model is on {self.optimizer.device}, got True")
-        step = GraphedStep(self.model, self.optimizer, amp=self.amp)
         asked = {
             "scaler": self.scaler is not None,
             "clip_norm": self.clip_norm is not None,
@@ -149,10 +148,15 @@ class Trainer:
             "accumulate": self.accumulate > 1,
             "in_turn": self.in_turn,
         }
-        if (name := next((name for name, given in asked.items() if given), None)) is not None:
-            step.say(f"{name} was given, for which modalities take their steps one after another")
-            return None
-        return step
+        reasons = [
+            f"{name} was given, for which modalities take their steps one after another" for name, given in asked.items() if given
+        ]
+        if not can_step_together(self.model):
+            reasons.append("parts of the model share parameters, or it has a forward of its own")
+        if not reasons:
+            return GraphedStep(self.model, self.optimizer, amp=self.amp)
+        warnings.warn(f"cuda_graph: steps are taken eagerly: {reasons[0]}", stacklevel=3)
+        return None
 
     def fit(
         self,
