@@ -8,7 +8,23 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PROJECTIONS, head_steps, here, make_model, make_steps, momentum_sgd, relative, train
+from helpers import (
+    PROJECTIONS,
+    adam,
+    everything,
+    fused_sgd,
+    head_steps,
+    here,
+    make_head,
+    make_model,
+    make_steps,
+    momentum_sgd,
+    on_device,
+    relative,
+    spoil,
+    train,
+    wrap,
+)
 from torch.library import opcheck
 
 import mla_fast as mla
@@ -91,11 +107,11 @@ def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
         ops.rls_step("triton", P, torch.rand(s), torch.randn(C, s), alpha, pending, slot, found_inf)
     before = folded(P, pending, slot)
     x_bar, grad = torch.rand(s), torch.randn(C, s)
-    for spoil in (torch.nan, torch.inf, -torch.inf):
+    for value in (torch.nan, torch.inf, -torch.inf):
         if what == "found_inf":
             found_inf.fill_(1)
         else:
-            (x_bar if what == "x_bar" else grad[-1])[s // 2] = spoil
+            (x_bar if what == "x_bar" else grad[-1])[s // 2] = value
         returned = ops.rls_step("triton", P, x_bar, grad, alpha, pending, slot, found_inf)
         torch.testing.assert_close(returned, grad, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(folded(P, pending, slot), before)
@@ -338,6 +354,27 @@ def test_a_short_training_is_that_of_the_reference_backend(projection, order, ta
         parameters.append([p.detach() for p in model.parameters()])
     for reference_p, triton_p in zip(*parameters, strict=True):
         assert relative(triton_p, reference_p) < 1e-12
+
+
+@pytest.mark.parametrize("make", [momentum_sgd, adam, fused_sgd])
+@pytest.mark.parametrize("projection,target", [("rls", "gradient"), ("rls", "update"), ("window", "gradient")])
+def test_bad_steps_on_a_device(monkeypatch, projection, target, make):
+    """With the first step and one later on that are not finite, against the reference backend, which tests without a kernel."""
+    on_device(monkeypatch)
+    left = []
+    for backend in ("reference", "triton"):
+        head = make_head()
+        optimizer = wrap(head, make, projection=projection, target=target, backend=backend)
+        for number, step in enumerate(head_steps(5)):
+            if number in (0, 3):
+                spoil(head, optimizer, ("features", "bias")[number % 2], torch.nan, step)
+                optimizer.step(modality=step[0])
+            else:
+                train(head, optimizer, [step])
+        report = optimizer.diagnostics()
+        assert report["skipped_nonfinite"] == 2
+        left.append((everything(head, optimizer), report["layers"]["head"]["gradient_kept"]))
+    torch.testing.assert_close(*left, rtol=1e-5, atol=1e-6)
 
 
 def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
