@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 from . import launch
 from .cross_entropy import linear_cross_entropy
 from .entropy_fusion import entropy_fusion, entropy_fusion_backward
+from .head_step import head_check_, head_restore_
 from .rls_project import rls_fold_, rls_project_
 from .window_project import window_project, window_step_
 
@@ -127,6 +128,9 @@ def _cases():
             yield f"window J={J} s={s} {dtype}", functools.partial(window_project, means, G, alpha)
             gram, step = empty(J, J, dtype=torch.float64), f"window step K={J} s={s} {dtype}"
             yield step, functools.partial(window_step_, means, gram, 0, means[0], G, alpha, found_inf)
+    for dtype in DTYPES:
+        for C, s, layers, states in ((6, 512, 1, 0), (101, 513, 1, 1), (1000, 8192, 2, 2)):
+            yield from _head_steps(empty, C, s, layers, states, dtype)
     for C in (1, 6, 101, 1000, 32000):
         target = empty(64, dtype=torch.int64)
         yield f"head C={C}", functools.partial(linear_cross_entropy, empty(64, 512), target, empty(C, 512), empty(C), 64.0)
@@ -135,6 +139,18 @@ def _cases():
             yield from _fusions(empty, C, dtype)
     for C in (6, 1000):
         yield from _fusions(empty, C, torch.float32, launch.UNROLLED)
+
+
+def _head_steps(empty, C, s, layers, states, dtype):
+    """states: tensors of the optimizer's for each parameter; 0: it is fused, and nothing is kept."""
+    account, one, wide = empty(2, dtype=torch.int32), empty(1), torch.promote_types(dtype, torch.float32)
+    looked_at = layers * [empty(C, s, dtype=wide), empty(s, dtype=wide)] + layers * [empty(C, dtype=dtype)]
+    kept = (1 + states) * layers * [empty(C, s, dtype=dtype), empty(C, dtype=dtype)] if states else []
+    first, found_inf = ([], one) if states == 1 else (layers * [one], None)
+    name = f"head step C={C} s={s} {dtype}, {layers} layers, {len(kept)} kept"
+    yield name, functools.partial(head_check_, looked_at, layers, account, first, found_inf, kept, kept)
+    if kept:
+        yield name, functools.partial(head_restore_, kept, kept[: 2 * layers], one)
 
 
 def _fusions(empty, C, dtype, M=3):

@@ -6,6 +6,7 @@ from mla_fast.checkpoint import CheckpointError
 from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.distributed import distribute
 from mla_fast.fusion import Fused, entropy_fusion
+from mla_fast.graph import GraphedStep
 from mla_fast.model import MultimodalModel
 from mla_fast.ops import rls_project_, window_project
 from mla_fast.optimizer import MLAOptimizer
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "DispatchPlan",
     "Fused",
+    "GraphedStep",
     "MLAOptimizer",
     "MultimodalModel",
     "Trainer",

@@ -20,10 +20,12 @@ from mla_fast.optimizer import MLAOptimizer
 
 
 class Rows(NamedTuple):
-    """What one modality has in a batch: inputs [n, …] and target int64 [n]."""
+    """What one modality has in a batch: inputs [n, …] and target int64 [n], and where not all rows count alike, weights [n] whose
+    sum is 1."""
 
     inputs: Inputs
     target: Tensor
+    weights: Tensor | None = None
 
 
 def alternating_step(
@@ -79,11 +81,13 @@ def steps_together(
     losses, outputs, gradients, bad_steps = {}, [], [], []
     with torch.no_grad():
         for modality, total in totals.items():
-            h, target, step = features[modality], rows[modality].target, None
-            if plain is not None and h.dtype == plain.dtype:
+            h, target, step, weights = features[modality], rows[modality].target, None, rows[modality].weights
+            if plain is not None and h.dtype == plain.dtype and weights is None:
                 losses[modality], gradient, step = plain.backward(h.detach(), target, total)
             else:
-                losses[modality], gradient = _head_backward(model.head, h.detach(), target, total, autocast(optimizer, amp))
+                with _weighted(optimizer, weights):
+                    casting = autocast(optimizer, amp)
+                    losses[modality], gradient = _head_backward(model.head, h.detach(), target, total, weights, casting)
             measured = optimizer.measure(modality, step)
             bad = measured.empty or measured.bad
             if bad is not True and h.requires_grad:
@@ -141,7 +145,7 @@ def steps_in_turn(
         parts = [rows[modality] for rows in batches if modality in rows]
         if optimizer.process_group is None:
             parts = [part for part in parts if len(part.target)]
-        for i, (x, y) in enumerate(parts):
+        for i, (x, y, _) in enumerate(parts):
             with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
                 with autocast(optimizer, amp):
                     loss = mean_loss(model({modality: x})[modality], y, total)
@@ -175,14 +179,31 @@ def _unsynchronized(model: MultimodalModel, modality: str) -> Iterator[None]:
 
 @torch.enable_grad()
 def _head_backward(
-    head: nn.Module, features: Tensor, target: Tensor, total: float, casting: contextlib.AbstractContextManager
+    head: nn.Module,
+    features: Tensor,
+    target: Tensor,
+    total: float,
+    weights: Tensor | None,
+    casting: contextlib.AbstractContextManager,
 ) -> tuple[Tensor, Tensor]:
     """(loss, ∂L/∂features), the head's gradients left in ``.grad``; the forward pass within `casting`."""
     features.requires_grad_()
     with casting:
-        loss = mean_loss(head(features.clone()), target, total)  # a head may change its inputs in place
+        loss = mean_loss(head(features.clone()), target, total, weights)  # a head may change its inputs in place
     loss.backward()
     return loss.detach(), features.grad
+
+
+@contextlib.contextmanager
+def _weighted(optimizer: MLAOptimizer, weights: Tensor | None) -> Iterator[None]:
+    """In x̄, rows count by these weights."""
+    for layer in optimizer.layers:
+        layer.features.weights = weights
+    try:
+        yield
+    finally:
+        for layer in optimizer.layers:
+            layer.features.weights = None
 
 
 def _encoder_step(optimizer: MLAOptimizer, bad: list[Tensor]) -> None:
@@ -227,8 +248,8 @@ def row_totals(model: MultimodalModel, optimizer: MLAOptimizer, batches: list[di
     """
     rows_of = dict.fromkeys(model.modalities, 0)
     for rows in batches:
-        for modality, (_, target) in rows.items():
-            rows_of[modality] += len(target)
+        for modality, part in rows.items():
+            rows_of[modality] += len(part.target)
     group = optimizer.process_group
     if group is None:
         return {modality: count for modality, count in rows_of.items() if count}
@@ -248,8 +269,11 @@ def row_totals(model: MultimodalModel, optimizer: MLAOptimizer, batches: list[di
     return {modality: total / size for modality, total in zip(rows_of, totals, strict=True) if total}
 
 
-def mean_loss(logits: Tensor, target: Tensor, total: float) -> Tensor:
-    """These rows' share of the mean cross-entropy over `total` rows (eq. 2)."""
+def mean_loss(logits: Tensor, target: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
+    """These rows' share of the mean cross-entropy over `total` rows (eq. 2); with weights [n], their weighted sum."""
+    if weights is not None:
+        each = F.cross_entropy(logits, target, reduction="none")
+        return (each * weights.to(each.dtype)).sum()
     if len(target) == total:
         return F.cross_entropy(logits, target)
     return F.cross_entropy(logits, target, reduction="sum") / total

@@ -9,9 +9,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,6 +246,100 @@ def rls_fold(backend: str, P: Tensor, pending: Tensor, slot: Tensor | None = Non
     pending.zero_()
     if slot is not None:
         slot.zero_()
+
+
+def rls_step_(
+    backend: str,
+    P: Tensor,
+    x_bar: Tensor,
+    grad: Tensor,
+    alpha: Tensor,
+    pending: Tensor | None,
+    slot: Tensor | None,
+    found_inf: Tensor | None,
+    project_first: bool,
+) -> Tensor:
+    """``rls_step`` with grad [C, s] becoming the projected gradient; returns partial sums of its squares."""
+    if backend == "triton":
+        op = _operator("rls_step_", backend, P.device)
+        return op(P, x_bar, grad, alpha, pending, slot, found_inf, project_first)
+    projected = rls_step(backend, P, x_bar, grad, alpha, pending, slot, found_inf, project_first)
+    return square_sum(grad.copy_(projected))
+
+
+def square_sum(t: Tensor) -> Tensor:
+    """Σ t², in one operation."""
+    flat = t.reshape(-1)
+    return torch.dot(flat, flat)
+
+
+def not_finite(
+    looked_at: list[Tensor], found_inf: Tensor | None, all_reduce: Callable[[Tensor], Any] | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """(float32 [], 1 where a tensor or its norm is not finite or found_inf is not 0; the norms). all_reduce takes the maximum
+    over the ranks, in place."""
+    norms = list(torch._foreach_norm(looked_at))
+    total = torch.stack(norms).sum()
+    bad = torch.nan_to_num(total - total, nan=1.0)
+    if found_inf is not None:
+        bad = bad.logical_or(found_inf.reshape(()))
+    bad = bad.to(torch.float32)
+    if all_reduce is not None:
+        all_reduce(bad)
+    return bad, norms
+
+
+def head_check_(
+    backend: str,
+    looked_at: list[Tensor],
+    layers: int,
+    account: Tensor,
+    first: list[Tensor],
+    found_inf: Tensor | None,
+    kept: list[Tensor],
+    all_reduce: Callable[[Tensor], Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """What a head's step begins with where nobody waits for the device: (bad float32 [], squares [2 · layers], skip float32
+    [layers], copies of kept).
+
+    looked_at: G and x̄ of each layer in turn, then whatever else must be finite; squares are the sums of theirs. bad is
+    ``not_finite``'s; account int32 [2] counts it. skip is bad, or with first (float32 [] of each layer, 1 until a step has been
+    taken) max(bad, first), and first becomes first · bad.
+    """
+    copies = [torch.empty_like(t) for t in kept]
+    if backend == "triton" and all_reduce is None and _one_launch(kept, copies, len(looked_at)):
+        op = _operator("head_check_", backend, account.device)
+        return *op(looked_at, layers, account, first, found_inf, kept, copies), copies
+    bad, norms = not_finite(looked_at, found_inf, all_reduce)
+    account[0].add_(bad.to(torch.int32))
+    skip = bad.expand(layers)
+    if first:
+        skip = torch.stack([torch.maximum(bad, f) for f in first])
+        torch._foreach_mul_(first, bad)
+    if kept:
+        torch._foreach_copy_(copies, kept)
+    squares = torch.stack(norms[: 2 * layers]).square() if layers else bad.new_empty(0)
+    return bad, squares, skip, copies
+
+
+def head_restore_(backend: str, tensors: list[Tensor], copies: list[Tensor], bad: Tensor) -> None:
+    """Where bad [] is 1, the first of the tensors become their copies again, and the others zeros."""
+    dense = [t for t in tensors[len(copies) :] if t.is_contiguous()]
+    old = tensors[: len(copies)]
+    if backend == "triton" and len(old) + len(dense) == len(tensors) and _one_launch(old, copies, len(dense)):
+        _operator("head_restore_", backend, bad.device)(tensors, copies, bad)
+        return
+    good = bad == 0
+    for t, before in itertools.zip_longest(tensors, copies):
+        torch.where(good, t, torch.zeros_like(t) if before is None else before.to(t.dtype), out=t)
+
+
+def _one_launch(tensors: list[Tensor], copies: list[Tensor], more: int = 0) -> bool:
+    """The kernels go through them all in one launch, and through each as through a stretch of memory."""
+    from mla_fast.kernels.head_step import MAX_TENSORS
+
+    alike = all(t.stride() == c.stride() and t.shape == c.shape for t, c in zip(tensors, copies, strict=True))
+    return alike and len(tensors) + more <= MAX_TENSORS
 
 
 def window_project(means: Tensor, grad: Tensor, alpha: float | Tensor, *, backend: str = "auto") -> Tensor:

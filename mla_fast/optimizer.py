@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from mla_fast import ops
 from mla_fast.head import HeadLayer, HeadStep, local, trainable_linears, unwatch
 from mla_fast.projection import Projection, ProjectionSettings
 
@@ -56,8 +57,9 @@ class MLAOptimizer(torch.optim.Optimizer):
     nothing here waits for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is
     fused: the encoders' gradients are then the caller's to guard, and a count of steps that it keeps on the CPU (Adam's) goes on.
 
-    A step can be captured in a CUDA graph: take one with every modality before, give learning rate and alpha as tensors if they
-    are to change between replays, and capture anew after ``load_state_dict``. ``steps`` in diagnostics does not count replays.
+    ``GraphedStep`` captures whole batches in CUDA graphs. Who captures a step by hand takes one with every modality before, gives
+    learning rate and alpha as tensors if they are to change between replays, and captures anew after ``load_state_dict``;
+    ``steps`` in diagnostics does not count such replays.
 
     Drop gradients with this optimizer's ``zero_grad``, which drops the features collected with them; the model's own leaves
     those of a step that was never taken to be counted in the next x̄. ``torch.autograd.grad`` through the head counts features as
@@ -96,8 +98,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         self.modality: str | None = None  # of a step that is not told; for wrappers that do not pass it on
         self.skipped = {"nonfinite": 0, "empty": 0}
         self._measured: Measured | None = None
-        # Steps that only the device knows it skipped; changed in place, for a captured step finds it where it was.
-        self._bad_on_device = torch.zeros((), dtype=torch.float32, device=self.layers[0].module.weight.device)
+        # Steps that only the device knows it skipped, and a counter of the kernel's; a captured step finds it where it was.
+        self._account = torch.zeros(2, dtype=torch.int32, device=self.layers[0].module.weight.device)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -106,7 +108,7 @@ class MLAOptimizer(torch.optim.Optimizer):
     @property
     def device(self) -> torch.device:
         """The head's."""
-        return self._bad_on_device.device
+        return self._account.device
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -177,14 +179,14 @@ class MLAOptimizer(torch.optim.Optimizer):
         torch.clear_autocast_cache()  # which holds the weights as they were, for as long as the caller's autocast goes on
 
     def _take_step(self, modality: str | None) -> None:
-        modality, steps, empty, bad = self._measured or self.measure(modality)
+        modality, steps, empty, bad, snapshot = self._measured or self.measure(modality)
         self._measured = None
         if empty:
             self.skipped["empty"] += 1
         elif bad is True:
             self._skip_nonfinite()
         else:
-            self._step_projected(steps, modality, None if bad is False else bad)
+            self._step_projected(steps, modality, None if bad is False else bad, snapshot)
 
     def measure(self, modality: str | None, step: HeadStep | None = None) -> Measured:
         """What the next step is to do, which is settled now: x̄ and the gradients of the head, and whether they are finite.
@@ -202,8 +204,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         if means and self.settings.projection == "window" and modality is None:
             raise ValueError('modality: expected a name, step(modality="…"): projection="window" keeps one mean for each')
         steps = [layer.measured(x_bar) for layer, x_bar in means.items() if x_bar is not None] if step is None else [step]
-        bad = self._bad(steps, idle) if steps or idle else False
-        self._measured = Measured(modality, steps, bool(means) and not steps, bad)
+        bad, snapshot = self._bad(steps, idle) if steps or idle else (False, None)
+        self._measured = Measured(modality, steps, bool(means) and not steps, bad, snapshot)
         return self._measured
 
     def _means(self) -> tuple[dict[HeadLayer, Tensor | None], list[Tensor]]:
@@ -230,24 +232,38 @@ class MLAOptimizer(torch.optim.Optimizer):
             means[layer] = None if known and rows == 0 else x_bar
         return means, idle
 
-    def _bad(self, steps: list[HeadStep], idle: list[Tensor]) -> bool | Tensor:
-        """Whether x̄ or G is not finite (or their norms are not) or torch.amp found an overflow: 0-d float32 on a device, which
-        nobody waits for. idle: the x̄ of frozen layers."""
-        norms = [norm for step in steps for norm in step.norms]
-        if idle:
-            norms += torch._foreach_norm(idle)
-        found_inf = getattr(self, "found_inf", None)
-        sharded = any(step.layer.sharded for step in steps)
-        if self._on_host(norms[0]) and found_inf is None and not sharded:
-            return not math.isfinite(sum(norm.item() for norm in norms))
-        total = torch.stack(norms).sum()
-        bad = torch.nan_to_num(total - total, nan=1.0)  # in two launches, where ~isfinite takes six
-        if found_inf is not None:
-            bad = bad.logical_or(found_inf.reshape(()))
-        bad = bad.to(torch.float32)
-        if sharded:  # each rank has seen its own rows of G
-            dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.process_group)
-        return bool(bad) if self._on_host(bad) else bad
+    def _bad(self, steps: list[HeadStep], idle: list[Tensor]) -> tuple[bool | Tensor, Snapshot | None]:
+        """Whether x̄ or G is not finite (or their norms are not) or torch.amp found an overflow; float32 [] on a device, which
+        nobody waits for, and what takes the step back there. idle: the x̄ of frozen layers."""
+        found_inf, sharded = getattr(self, "found_inf", None), any(step.layer.sharded for step in steps)
+        if self._on_host(steps[0].x_bar if steps else idle[0]):
+            finite = [step.finite() for step in steps] + [math.isfinite(x_bar.norm()) for x_bar in idle]
+            bad = not all(finite) or (found_inf is not None and bool(found_inf))
+            return bool(self._largest_over_ranks(torch.tensor([float(bad)]))) if sharded else bad, None
+        looked_at = [t for step in steps for t in (step.grad, step.x_bar)] + [t for step in steps for t in step.free] + idle
+        first = [step.layer.projection.first for step in steps if step.layer.projection.first is not None]
+        snapshot = None
+        if steps and not self._step_supports_amp_scaling:  # a fused optimizer takes no step where found_inf is set
+            snapshot = Snapshot(self.optimizer, [p for step in steps for p in step.layer.module.parameters()])
+        bad, squares, skip, copies = ops.head_check_(
+            self.layers[0].projection.backend,
+            looked_at,
+            len(steps),
+            self._account,
+            first,
+            found_inf,
+            [] if snapshot is None else list(snapshot.before.values()),
+            self._largest_over_ranks if sharded else None,  # each rank has seen its own rows of G
+        )
+        for i, step in enumerate(steps):
+            step.squares, step.skip = squares[2 * i : 2 * i + 2], skip[i : i + 1]
+        if snapshot is not None:
+            snapshot.copies = copies
+        return bad, snapshot
+
+    def _largest_over_ranks(self, bad: Tensor) -> Tensor:
+        dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.process_group)
+        return bad
 
     @staticmethod
     def _on_host(t: Tensor) -> bool:
@@ -259,56 +275,52 @@ class MLAOptimizer(torch.optim.Optimizer):
             warnings.warn("step skipped: the head's features or gradient are not finite (counted in diagnostics())", stacklevel=7)
         self.skipped["nonfinite"] += 1
 
-    def _step_projected(self, steps: list[HeadStep], modality: str | None, bad: Tensor | None) -> None:
+    def _step_projected(self, steps: list[HeadStep], modality: str | None, bad: Tensor | None, snapshot: Snapshot | None) -> None:
         for step in steps:
             step.layer.projection.alpha()  # a callable's bad value is refused before anything moves
         if self._projects_gradients:
-            self._project_gradients(steps, modality, bad)
-            self._step_wrapped(steps, bad)
+            self._project_gradients(steps, modality)
+            self._step_wrapped(bad, snapshot)
         else:
             before = [step.layer.values(copy=True) for step in steps]
-            self._step_wrapped(steps, bad)
+            self._step_wrapped(bad, snapshot)
             for step, old in zip(steps, before, strict=True):
                 layer = step.layer
-                layer.write(old.add_(layer.project(step, layer.values() - old, modality, bad)), gradient=False)
+                change = layer.values() - old
+                layer.project(step, change, modality)
+                layer.write(old.add_(change), gradient=False)
 
     @property
     def _projects_gradients(self) -> bool:
         return self.settings.target == "gradient" or self.settings.projection == "none"
 
     @staticmethod
-    def _project_gradients(steps: list[HeadStep], modality: str | None, bad: Tensor | None) -> None:
+    def _project_gradients(steps: list[HeadStep], modality: str | None) -> None:
         for step in steps:
-            projected = step.layer.project(step, step.grad, modality, bad)
-            if projected is not step.grad:
-                step.layer.write(projected, gradient=True)
+            if step.layer.project(step, step.grad, modality):
+                step.layer.write(step.grad, gradient=True)
 
     def project_measured(self) -> None:
         """Projects the gradient of the step that ``measure`` found now, while it is in the caches, if that is what the step would
         begin with; a hook before the step may want it as it is, and autocast is for the step to keep away."""
-        modality, steps, _, bad = self._measured
+        modality, steps, _, bad, _ = self._measured
         undisturbed = not _is_watched(self) and not torch.is_autocast_enabled(self.device.type)
         if bad is False and self._projects_gradients and undisturbed:
-            self._project_gradients(steps, modality, None)
+            self._project_gradients(steps, modality)
             self._measured = self._measured._replace(steps=[])
 
-    def _step_wrapped(self, steps: list[HeadStep], bad: Tensor | None) -> None:
+    def _step_wrapped(self, bad: Tensor | None, snapshot: Snapshot | None) -> None:
         """The wrapped optimizer's step. `bad`, if given, is read on the device: nothing of the head moves where it is 1."""
         inner = self.optimizer
         _start_momentum(inner)
         amp = {name: getattr(self, name) for name in _AMP if hasattr(self, name)}
-        restore = None
-        if bad is not None:
-            self._bad_on_device.add_(bad)
-            if self._step_supports_amp_scaling:
-                amp["found_inf"] = bad
-            elif steps:
-                restore = _Snapshot(inner, [p for step in steps for p in step.layer.module.parameters()])
+        if bad is not None and self._step_supports_amp_scaling:
+            amp["found_inf"] = bad
         _set_amp(inner, amp)  # which also removes what a step that raised has left
         _bare_step(inner)()
         _set_amp(inner, {})
-        if restore is not None:
-            restore.where(bad)
+        if snapshot is not None:
+            snapshot.restore(self.layers[0].projection.backend, bad)
 
     def detach(self) -> None:
         """Takes this optimizer's hooks off the head, for what cannot go with them: torch.jit.script, quantization, training with
@@ -329,8 +341,8 @@ class MLAOptimizer(torch.optim.Optimizer):
 
     def _counted(self) -> dict[str, int]:
         """`skipped`, with what the device has counted since the last time."""
-        self.skipped["nonfinite"] += int(self._bad_on_device.item())
-        self._bad_on_device.zero_()
+        self.skipped["nonfinite"] += int(self._account[0].item())
+        self._account.zero_()
         return dict(self.skipped)
 
     def state_dict(self) -> dict[str, Any]:
@@ -370,7 +382,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         if isinstance(settings.alpha, Tensor):
             settings.alpha.fill_(mla["settings"]["alpha"])
         self.skipped = dict(mla["skipped"])
-        self._bad_on_device.zero_()
+        self._account.zero_()
         for layer, projection, saved in zip(self.layers, restored, mla["layers"], strict=True):
             layer.adopt(projection, saved)
 
@@ -384,7 +396,7 @@ class MLAOptimizer(torch.optim.Optimizer):
         return ProjectionSettings(**{**saved, "alpha": self.settings.alpha})
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("optimizer", "settings", "layers", "modality", "skipped", "_bad_on_device")
+        kept = ("optimizer", "settings", "layers", "modality", "skipped", "_account")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -420,7 +432,8 @@ class Measured(NamedTuple):
     modality: str | None
     steps: list[HeadStep]
     empty: bool
-    bad: bool | Tensor  # not finite; 0-d float32 on a device, which nobody waits for
+    bad: bool | Tensor  # not finite; float32 [] on a device, which nobody waits for
+    snapshot: Snapshot | None  # of what a step may change, where only the device knows whether it is bad
 
 
 class Projections:
@@ -444,14 +457,13 @@ class Projections:
         self._optimizer._adopt(*self._optimizer._restored(state_dict), state_dict)
 
 
-class _Snapshot:
-    """What an optimizer step may change about some parameters, kept so that the device can take it back."""
+class Snapshot:
+    """What an optimizer step may change about some parameters, whose copies take it back where the device says so."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]):
         self.optimizer, self.parameters = optimizer, parameters
-        tensors = self._tensors()
-        self.before = {key: torch.empty_like(t) for key, t in tensors.items()}
-        torch._foreach_copy_(list(self.before.values()), list(tensors.values()))  # one launch, if of one dtype
+        self.before = self._tensors()
+        self.copies: list[Tensor] = []  # of these
 
     def _tensors(self) -> dict[tuple[Tensor, str | None], Tensor]:
         """By parameter and name in its state, since an optimizer may put a new tensor there."""
@@ -462,21 +474,23 @@ class _Snapshot:
             tensors |= {(p, name): local(t) for name, t in state.items() if isinstance(t, Tensor) and t.device == device}
         return tensors
 
-    def where(self, bad: Tensor) -> None:
+    def restore(self, backend: str, bad: Tensor) -> None:
         """Takes the step back where bad is 1; state that the step created becomes zero."""
-        good = bad == 0
-        for key, t in self._tensors().items():
-            before = self.before.get(key)
-            torch.where(good, t, torch.zeros_like(t) if before is None else before.to(t.dtype), out=t)
+        tensors = self._tensors()
+        copies = {key: copy for key, copy in zip(self.before, self.copies, strict=True) if key in tensors}
+        created = [t for key, t in tensors.items() if key not in copies]
+        ops.head_restore_(backend, [*(tensors[key] for key in copies), *created], list(copies.values()), bad)
 
 
 def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
     """By step hooks, its own or every optimizer's, by a profiler, or by torch.compile, which need not look into this."""
-    if torch.compiler.is_compiling():
-        return True
+    return bool(torch.compiler.is_compiling() or has_hooks(optimizer) or torch.autograd._profiler_enabled())
+
+
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Around its step, its own or every optimizer's."""
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    every = _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-    return bool(own or every or torch.autograd._profiler_enabled())
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 _HOOKED = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__

@@ -1,7 +1,7 @@
 """What the head remembers of the other modalities: the projection P, its state and its step (eq. 5 and the window).
 
 One object for each ``nn.Linear`` of the head. It is called once per step with that layer's G [C, s] (or update ΔW) and the
-batch's x̄ [s], moves its state and returns the projected G.
+batch's x̄ [s], projects G in place and moves its state.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class Projection:
         self.dtype = dtype
         self.step = 0
         self.modality: str | None = None  # of the last step
+        # 1 until a step has been taken, where only the device knows which are and the first one is not projected.
+        self.first: Tensor | None = None
+        self.scheduled: dict[int, Tensor] = {}  # α by step, of those that a CUDA graph is being made of
         if isinstance(settings.alpha, Tensor) and settings.alpha.device != device:
             raise ValueError(f"alpha: expected a tensor on {device} like the head, got {settings.alpha.device}")
         self._alpha_value = settings.alpha_at(0)
@@ -69,20 +72,45 @@ class Projection:
         """α of the current step, 0-d float64 on the device."""
         if isinstance(self.settings.alpha, Tensor):
             return self._alpha
+        if self.step in self.scheduled:
+            return self.scheduled[self.step]
         value = self.settings.alpha_at(self.step)
         if value != self._alpha_value:
             self._alpha.fill_(value)
             self._alpha_value = value
         return self._alpha
 
-    def __call__(self, grad: Tensor, x_bar: Tensor, modality: str | None, found_inf: Tensor | None) -> Tensor:
-        """The projected G. With found_inf ≠ 0 no tensor of the state moves; the step is counted all the same."""
-        projected = self._project(grad, x_bar, modality, found_inf)
-        self.step, self.modality = self.step + 1, modality
-        return projected
+    def schedule(self, count: int) -> Tensor | None:
+        """Where the next `count` steps are to find their α, for a CUDA graph of them; None where it does not depend on the step.
+        ``fill`` writes there before each replay, and ``scheduled`` is emptied once they are captured."""
+        if not callable(self.settings.alpha):
+            return None
+        alphas = torch.empty(count, dtype=torch.float64, device=self._alpha.device)
+        self.scheduled = {self.step + i: alpha for i, alpha in enumerate(alphas.unbind())}
+        return alphas
 
-    def _project(self, grad: Tensor, x_bar: Tensor, modality: str | None, found_inf: Tensor | None) -> Tensor:
-        return grad
+    def fill(self, alphas: Tensor | None) -> None:
+        """Writes α of the steps to come."""
+        if alphas is not None:
+            values = [self.settings.alpha_at(self.step + i) for i in range(len(alphas))]
+            alphas.copy_(torch.tensor(values, dtype=torch.float64), non_blocking=True)
+
+    def layout(self) -> tuple:
+        """What of the state a captured step takes as given, beside the object itself."""
+        return ()
+
+    def __call__(self, grad: Tensor, x_bar: Tensor, modality: str | None, skip: Tensor | None) -> Tensor | None:
+        """Projects G [C, s], contiguous, in place. Returns partial sums that add up to ‖G P‖², or None where G is as it was.
+
+        skip: float32 [1] on the device; where it is not 0 neither G nor a tensor of the state moves. The step is counted all the
+        same.
+        """
+        squares = self._project(grad, x_bar, modality, skip)
+        self.step, self.modality = self.step + 1, modality
+        return squares
+
+    def _project(self, grad: Tensor, x_bar: Tensor, modality: str | None, skip: Tensor | None) -> Tensor | None:
+        return None
 
     def matrix(self) -> Tensor:
         """P [s, s] as the next step of the same modality would find it."""
@@ -121,23 +149,23 @@ class _MatrixProjection(Projection):
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
         self.P = torch.eye(size, dtype=dtype, device=device)
-        # 1 until a step has been taken, where only the device knows which are.
-        self.first = torch.ones((), dtype=torch.float32, device=device)
+        if settings.order == "update_first":
+            self.first = torch.ones((), dtype=torch.float32, device=device)
 
-    def _project(self, grad, x_bar, modality, found_inf):
-        """Algorithm 1: the first step is neither projected nor enters P, as if it were not finite."""
-        project_first = self.settings.order == "project_first"
-        if not project_first and found_inf is not None:
-            found_inf, bad = torch.maximum(found_inf, self.first), found_inf
-            self.first.mul_(bad.reshape(()))
-        elif self.step == 0 and not project_first:
+    def _project(self, grad, x_bar, modality, skip):
+        """Algorithm 1: the first step is neither projected nor enters P. On a device `skip` says so."""
+        if skip is None and self.step == 0 and self.first is not None:
             self.first.zero_()
-            return grad
-        return self._step(grad, x_bar, found_inf, project_first)
+            return None
+        return self._step(grad, x_bar, skip)
 
-    def _step(self, grad: Tensor, x_bar: Tensor, found_inf: Tensor | None, project_first: bool) -> Tensor:
-        """G projected and P moved; G itself and P as it is where found_inf ≠ 0."""
+    def _step(self, grad: Tensor, x_bar: Tensor, skip: Tensor | None) -> Tensor:
+        """G projected in place and P moved, neither where skip ≠ 0; the sum of squares of G P, or parts of it."""
         raise NotImplementedError
+
+    @property
+    def project_first(self) -> bool:
+        return self.first is None
 
     def matrix(self) -> Tensor:
         return self.P
@@ -151,7 +179,8 @@ class _MatrixProjection(Projection):
 
     def _load(self, tensors, state):
         self.P.copy_(tensors["P"])
-        self.first.fill_(state["step"] == 0)
+        if self.first is not None:
+            self.first.fill_(state["step"] == 0)
 
     def check(self, tensors: dict[str, Tensor]) -> None:
         P = tensors.get("P")
@@ -175,8 +204,9 @@ class RLSProjection(_MatrixProjection):
             self.pending = torch.zeros(rows, size, dtype=dtype, device=device)
             self.slot = torch.zeros(2, dtype=torch.int32, device=device)
 
-    def _step(self, grad, x_bar, found_inf, project_first):
-        return ops.rls_step(self.backend, self.P, x_bar, grad, self.alpha(), self.pending, self.slot, found_inf, project_first)
+    def _step(self, grad, x_bar, skip):
+        waiting = self.pending, self.slot
+        return ops.rls_step_(self.backend, self.P, x_bar, grad, self.alpha(), *waiting, skip, self.project_first)
 
     def matrix(self) -> Tensor:
         if self.pending is not None:
@@ -193,13 +223,13 @@ class RLSProjection(_MatrixProjection):
 class OfficialProjection(_MatrixProjection):
     """The released code's arithmetic, for comparing with its numbers; plain torch, never fast."""
 
-    def _step(self, grad, x_bar, found_inf, project_first):
+    def _step(self, grad, x_bar, skip):
         updated = reference.official_update(self.P, x_bar, self.alpha().to(self.dtype))
-        projected = reference.official_project(grad, self.P if project_first else updated)
-        if found_inf is not None:
-            updated, projected = torch.where(found_inf == 0, updated, self.P), torch.where(found_inf == 0, projected, grad)
+        projected = reference.official_project(grad, self.P if self.project_first else updated)
+        if skip is not None:
+            updated, projected = torch.where(skip == 0, updated, self.P), torch.where(skip == 0, projected, grad)
         self.P.copy_(updated)  # a captured step finds it where it was
-        return projected
+        return ops.square_sum(grad.copy_(projected))
 
 
 class WindowProjection(Projection):
@@ -240,10 +270,12 @@ class WindowProjection(Projection):
         self._buffer = torch.nn.functional.pad(self._buffer, (0, 0, 0, rows))
         self._products = torch.nn.functional.pad(self._products, (0, rows, 0, rows))
 
-    def _project(self, grad, x_bar, modality, found_inf):
-        own, grad = self._row(modality), grad.clone(memory_format=torch.contiguous_format)
-        ops.window_step_(self.backend, self.means, self.gram, own, x_bar, grad, self.alpha(), found_inf)
-        return grad
+    def _project(self, grad, x_bar, modality, skip):
+        own = self._row(modality)
+        return ops.window_step_(self.backend, self.means, self.gram, own, x_bar, grad, self.alpha(), skip)
+
+    def layout(self):
+        return len(self.rows), self._buffer.data_ptr()
 
     def _others(self) -> Tensor:
         return self.means[[row for name, row in self.rows.items() if name != self.modality]]

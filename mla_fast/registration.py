@@ -17,6 +17,9 @@ from mla_fast import reference
 SCHEMAS = (
     "linear_cross_entropy(Tensor features, Tensor target, Tensor weight, Tensor? bias, float total) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "head_check_(Tensor[] looked_at, int layers, Tensor(a!) account, Tensor(b!)[] first, Tensor? found_inf, Tensor[] kept, "
+    "Tensor(c!)[] snapshot) -> (Tensor, Tensor, Tensor)",
+    "head_restore_(Tensor(a!)[] tensors, Tensor[] snapshot, Tensor bad) -> ()",
     "rls_project_(Tensor(a!) P, Tensor x_bar, Tensor grad, Tensor alpha, Tensor(b!)? pending=None, Tensor(c!)? slot=None, "
     "Tensor? found_inf=None, bool project_first=False) -> Tensor",
     "rls_step_(Tensor(a!) P, Tensor x_bar, Tensor(b!) grad, Tensor alpha, Tensor(c!) pending, Tensor(d!)? slot=None, "
@@ -112,6 +115,16 @@ def _register(library: str) -> None:
     def _(features, target, weight, bias, total):
         (N, s), C = features.shape, len(weight)
         return tuple(features.new_empty(shape) for shape in ((), (N, s), (C, s), (C,), (s,), (3,)))
+
+    @torch.library.register_fake(f"{library}::head_check_")
+    def _(looked_at, layers, account, first, found_inf, kept, snapshot):
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in looked_at) else torch.float32
+        sizes = ((), torch.float32), (2 * layers, wide), (layers, torch.float32)
+        return tuple(account.new_empty(n, dtype=dtype) for n, dtype in sizes)
+
+    @torch.library.register_fake(f"{library}::head_restore_")
+    def _(tensors, snapshot, bad):
+        return None
 
     def like_grad(grad_at):
         return lambda *arguments: torch.empty_like(arguments[grad_at], memory_format=torch.contiguous_format)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mla_fast import graph
 from mla_fast.alternating import (
     can_step_together,
     check_belong,
@@ -38,6 +39,7 @@ from mla_fast.distributed import (
     rank_and_size,
 )
 from mla_fast.fusion import Fused
+from mla_fast.graph import GraphedStep
 from mla_fast.head import FROZEN
 from mla_fast.inputs import Inputs, counts, moved, outline
 from mla_fast.model import MultimodalModel
@@ -67,6 +69,8 @@ class Trainer:
         callbacks: called with a copy of each epoch's record; ``mla_fast.callbacks`` has one for TensorBoard.
         in_turn: take every step with a backward pass of its own, for wrapped optimizers whose step is more than one of each
             parameter by itself.
+        cuda_graph: replay CUDA graphs of whole batches; see ``GraphedStep``. What it cannot capture (a scaler, clipping,
+            accumulation, ranks, batches of several loaders) is trained on eagerly, with a warning that says so.
 
     Batches are trained on by ``alternating_step``, or in turn where scaler, accumulate, clip_norm, backward or a model that it
     refuses ask for it: the same steps, one backward pass for each.
@@ -88,6 +92,7 @@ class Trainer:
         backward: Callable[[Tensor], Any] | None = None,
         callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
         in_turn: bool = False,
+        cuda_graph: bool = False,
     ):
         check_belong(model, optimizer)
         if optimizer.process_group is not None and not is_distributed(model):
@@ -121,6 +126,7 @@ class Trainer:
         self.amp, self.scaler, self.accumulate, self.clip_norm = amp, scaler, accumulate, clip_norm
         self.backward, self.callbacks = backward, tuple(callbacks)
         self.in_turn = in_turn or bool(scaler or clip_norm or backward)
+        self._graphed = self._graphed_step() if cuda_graph else None
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.config: dict[str, Any] | None = None
@@ -130,6 +136,27 @@ class Trainer:
         self._data_states: dict[str, Any] | None = None
         self._resumed = False
         self._random_states: dict[str, Any] | None = None  # to begin with, whatever has been drawn since resume
+
+    def _graphed_step(self) -> GraphedStep | None:
+        """None, and a warning, where the settings leave nothing to capture."""
+        if self.optimizer.device.type not in graph.DEVICES:
+            raise ValueError(f"cuda_graph: expected False where the model is on {self.optimizer.device}, got True")
+        asked = {
+            "scaler": self.scaler is not None,
+            "clip_norm": self.clip_norm is not None,
+            "backward": self.backward is not None,
+            "accumulate": self.accumulate > 1,
+            "in_turn": self.in_turn,
+        }
+        reasons = [
+            f"{name} was given, for which modalities take their steps one after another" for name, given in asked.items() if given
+        ]
+        if not can_step_together(self.model):
+            reasons.append("parts of the model share parameters, or it has a forward of its own")
+        if not reasons:
+            return GraphedStep(self.model, self.optimizer, amp=self.amp)
+        warnings.warn(f"cuda_graph: steps are taken eagerly: {reasons[0]}", stacklevel=3)
+        return None
 
     def fit(
         self,
@@ -240,7 +267,7 @@ class Trainer:
             disable=None if self.progress else True,
         ) as bar:
             while group := list(itertools.islice(batches, self.accumulate * (len(loader) if unpaired else 1))):
-                for modality, loss in self._train_on([unpack_batch(self.model, b, self.device) for b in group]).items():
+                for modality, loss in self._train_on(group).items():
                     _add(self._losses, modality, loss if modality in self._losses else loss.double(), 1)
                 before, self._batches = self._batches, self._batches + len(group)
                 if save is not None and every is not None and self._batches // every > before // every:
@@ -292,8 +319,13 @@ class Trainer:
             if generator is not None and state is not None:
                 generator.set_state(state)
 
-    def _train_on(self, batches: list[tuple[dict[str, Inputs], Tensor, Tensor | None]]) -> dict[str, Tensor]:
+    def _train_on(self, group: list[tuple]) -> dict[str, Tensor]:
         """One step of each modality; the mean losses."""
+        if self._graphed is not None and len(group) == 1:
+            return self._graphed(group[0])
+        if self._graphed is not None:
+            self._graphed.say("the modalities come from loaders of their own")
+        batches = [unpack_batch(self.model, b, self.device) for b in group]
         rows = [rows_by_modality(self.model, *batch) for batch in batches]
         totals = row_totals(self.model, self.optimizer, rows)
         each_once = sum(map(len, rows)) == len({modality for r in rows for modality in r})

@@ -8,7 +8,23 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PROJECTIONS, head_steps, here, make_model, make_steps, momentum_sgd, relative, train
+from helpers import (
+    PROJECTIONS,
+    adam,
+    everything,
+    fused_sgd,
+    head_steps,
+    here,
+    make_head,
+    make_model,
+    make_steps,
+    momentum_sgd,
+    on_device,
+    relative,
+    spoil,
+    train,
+    wrap,
+)
 from torch.library import opcheck
 
 import mla_fast as mla
@@ -98,11 +114,11 @@ def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
         ops.rls_step("triton", P, torch.rand(s), torch.randn(C, s), alpha, pending, slot, found_inf)
     before = folded(P, pending, slot)
     x_bar, grad = torch.rand(s), torch.randn(C, s)
-    for spoil in (torch.nan, torch.inf, -torch.inf):
+    for value in (torch.nan, torch.inf, -torch.inf):
         if what == "found_inf":
             found_inf.fill_(1)
         else:
-            (x_bar if what == "x_bar" else grad[-1])[s // 2] = spoil
+            (x_bar if what == "x_bar" else grad[-1])[s // 2] = value
         returned = ops.rls_step("triton", P, x_bar, grad, alpha, pending, slot, found_inf)
         torch.testing.assert_close(returned, grad, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(folded(P, pending, slot), before)
@@ -132,7 +148,9 @@ def test_rows_of_P_begin_at_multiples_of_16_bytes(size):
     assert padded.P.stride(0) % 4 == 0
     for _ in range(3):
         x_bar, grad = torch.rand(size), torch.randn(2, size)
-        assert relative(padded(grad, x_bar, None, None), plain(grad.double(), x_bar.double(), None, None)) < 2e-6
+        exact = grad.double()
+        padded(grad, x_bar, None, None), plain(exact, x_bar.double(), None, None)
+        assert relative(grad, exact) < 2e-6
     saved = padded.tensors()["P"]
     assert saved.is_contiguous() and relative(saved, plain.matrix()) < 1e-6
     padded.load_state_dict({**padded.state_dict(), "tensors": {"P": 2 * saved}})
@@ -158,6 +176,14 @@ def one_of_each(s=100, C=17, N=9):
     means, gram, grad = normal(4, s), normal(4, 4).double(), normal(C, s)
     left += [ops.window_step_("triton", means, gram, 1, normal(s), grad, alpha), means, gram, grad]
     left.append(ops.window_project(means, normal(C, s), ALPHA, backend="triton"))
+    account, first, kept = torch.zeros(2, dtype=torch.int32), [torch.ones(())], [normal(90, s), normal(7)]
+    for found_inf in (None, torch.ones(())):
+        copies = [torch.empty_like(t) for t in kept]
+        left += kernels.head_check_([normal(90, s), normal(s), normal(C)], 1, account, first, found_inf, kept, copies)
+        left += [account.clone(), first[0].clone(), *copies]
+    changed = [normal(90, s), normal(7), normal(5000)]
+    kernels.head_restore_(changed, copies, torch.ones(()))
+    left += changed
     left += kernels.linear_cross_entropy(normal(N, s), torch.arange(N), normal(C, s), None, N)
     for classes in (C, 4100):
         logits, present = normal(3, N, classes).requires_grad_(), normal(N, 3) > 0
@@ -200,8 +226,9 @@ def test_more_modalities_than_there_is_room_for():
     window._buffer, window._products = window._buffer[:2], window._products[:2, :2]
     for t in range(12):
         grad, x_bar = torch.randn(2, 5, dtype=f64), torch.rand(5, dtype=f64)
-        arguments = grad, x_bar, f"modality {t % 6}", None
-        assert relative(window(*arguments), exact(*arguments)) < 1e-13
+        projected = grad.clone()
+        window(projected, x_bar, f"modality {t % 6}", None), exact(grad, x_bar, f"modality {t % 6}", None)
+        assert relative(projected, grad) < 1e-13
     assert relative(window.gram, window.means @ window.means.T) < 1e-15 and len(window._buffer) == 8
 
 
@@ -279,10 +306,51 @@ def test_registration():
     opcheck(LIBRARY.linear_cross_entropy.default, (torch.randn(4, s), torch.tensor([0, 2, 1, 1]), grad, torch.randn(3), 4.0))
     opcheck(LIBRARY.window_project.default, (x_bar[None], grad, alpha))
     opcheck(LIBRARY.window_step_.default, (*window_state(3, s), 1, x_bar, grad, alpha, torch.zeros(1)))
+    account, first, kept, one = torch.zeros(2, dtype=torch.int32), [torch.ones(())], [grad.clone(), torch.rand(3)], torch.ones(())
+    looked_at, copies = [grad, x_bar, torch.rand(3).bfloat16()], [torch.empty_like(t) for t in kept]
+    opcheck(LIBRARY.head_check_.default, (looked_at, 1, account, first, one, kept, [c.zero_() for c in copies]))
+    opcheck(LIBRARY.head_check_.default, (looked_at, 0, account, [], None, [], []))
+    opcheck(LIBRARY.head_restore_.default, ([*kept, torch.rand(4)], copies, one))
     logits = torch.randn(2, 4, 5, requires_grad=True)
     opcheck(LIBRARY.entropy_fusion.default, ([logits], None, None))
     opcheck(LIBRARY.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
     opcheck(LIBRARY.entropy_fusion.default, ([torch.randn(3, 5)], None, torch.tensor([[0, 2], [-1, 1]])))
+
+
+@pytest.mark.parametrize("C,s", [(1, 1), (0, 5), (3, 63), (9, 513)])
+@pytest.mark.parametrize("dtype", [torch.float32, f64, torch.bfloat16])
+def test_the_check_is_what_the_reference_says(C, s, dtype):
+    """Several layers, and what is not finite in each of the tensors in turn."""
+    wide = torch.promote_types(dtype, torch.float32)
+    looked_at = [torch.randn(shape).to(wide) for shape in ((C, s), (s,), (2, 3), (3,))]
+    looked_at += [torch.randn(C).to(dtype), torch.rand(6).to(dtype)]
+    kept = [torch.randn(C, s).to(dtype), torch.randn(5, 4).T, torch.arange(3), torch.tensor(7.0)]
+    state = {
+        backend: (torch.zeros(2, dtype=torch.int32), [torch.ones(()), torch.zeros(())]) for backend in ("reference", "triton")
+    }
+    bads = [(at, value, None) for at in range(len(looked_at)) for value in (torch.nan, -torch.inf)]
+    for at, value, found_inf in [(None, 0, None), *bads, (None, 0, torch.zeros(1)), (None, 0, torch.ones(1))]:
+        spoiled = [t.clone() for t in looked_at]
+        if at is not None and spoiled[at].numel():
+            spoiled[at].view(-1)[-1] = value
+        results = []
+        for backend, (account, first) in state.items():
+            bad, squares, skip, copies = ops.head_check_(backend, spoiled, 2, account, first, found_inf, kept)
+            assert all(torch.equal(c, t) and c.stride() == t.stride() for c, t in zip(copies, kept, strict=True))
+            results.append((bad, skip, account, *first, squares.nan_to_num(posinf=torch.nan)))
+        torch.testing.assert_close(*results, equal_nan=True, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [0.0, 1.0])
+def test_a_step_is_taken_back_where_the_device_says_so(bad):
+    kept = [torch.randn(90, 60), torch.randn(3).bfloat16(), torch.tensor(3.0)]
+    changed = [t + 1 for t in kept]
+    after = [t.clone() for t in changed]
+    ops.head_restore_("triton", changed + [torch.ones(5000)], kept, torch.tensor(bad))
+    assert all(torch.equal(t, expected) for t, expected in zip(changed, kept if bad else after, strict=True))
+    widened, created = torch.zeros(3), torch.ones(5, dtype=torch.int64)  # state of another dtype than it had
+    ops.head_restore_("triton", [widened, created], kept[1:2], torch.tensor(bad))
+    assert torch.equal(widened, bad * kept[1].float()) and bool(created.any()) is not bool(bad)
 
 
 @pytest.mark.parametrize("M,N,C", [(1, 1, 1), (2, 5, 101), (3, 33, 6), (5, 2, 9000)])
@@ -379,6 +447,27 @@ def test_a_short_training_is_that_of_the_reference_backend(projection, order, ta
         assert relative(triton_p, reference_p) < 1e-12
 
 
+@pytest.mark.parametrize("make", [momentum_sgd, adam, fused_sgd])
+@pytest.mark.parametrize("projection,target", [("rls", "gradient"), ("rls", "update"), ("window", "gradient")])
+def test_bad_steps_on_a_device(monkeypatch, projection, target, make):
+    """With the first step and one later on that are not finite, against the reference backend, which tests without a kernel."""
+    on_device(monkeypatch)
+    left = []
+    for backend in ("reference", "triton"):
+        head = make_head()
+        optimizer = wrap(head, make, projection=projection, target=target, backend=backend)
+        for number, step in enumerate(head_steps(5)):
+            if number in (0, 3):
+                spoil(head, optimizer, ("features", "bias")[number % 2], torch.nan, step)
+                optimizer.step(modality=step[0])
+            else:
+                train(head, optimizer, [step])
+        report = optimizer.diagnostics()
+        assert report["skipped_nonfinite"] == 2
+        left.append((everything(head, optimizer), report["layers"]["head"]["gradient_kept"]))
+    torch.testing.assert_close(*left, rtol=1e-5, atol=1e-6)
+
+
 def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
     from mla_fast import kernels
 
@@ -388,7 +477,9 @@ def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
     plain = make_projection(ProjectionSettings(alpha=ALPHA), 9, f64, here(), "reference")
     for t in range(11):
         x_bar, grad = torch.rand(9), torch.randn(2, 9)
-        assert relative(deferred(grad, x_bar, None, None), plain(grad.double(), x_bar.double(), None, None)) < 2e-6
+        exact = grad.double()
+        deferred(grad, x_bar, None, None), plain(exact, x_bar.double(), None, None)
+        assert relative(grad, exact) < 2e-6
         if t % 3 == 2:
             saved = deferred.tensors()["P"]
             assert relative(saved, plain.matrix()) < 1e-6 and not deferred.pending.any() and not deferred.slot.any()
@@ -446,6 +537,8 @@ for pending in (None, torch.empty(1, s), torch.empty(4, s)):
 for call in (
     lambda: kernels.rls_fold_(P, torch.empty(4, s), slot),
     lambda: kernels.linear_cross_entropy(G, torch.zeros(C, dtype=torch.int64), G, None, 6),
+    lambda: kernels.head_check_([G, x], 1, slot, [x[0]], None, [G, x], [P[:C], z[0].view(-1)[:s]]),
+    lambda: kernels.head_restore_([G, x], [P[:C]], x[0]),
     lambda: kernels.window_project(means, G, alpha),
     lambda: kernels.window_step_(means, gram, 1, x, G, alpha),
     lambda: kernels.window_step_(means, gram, 1, x, G, alpha, torch.zeros(1)),

@@ -410,37 +410,51 @@ def test_a_compiled_step_breaks_where_torch_optim_does(projection, target, monke
 
 
 class Launches(TorchDispatchMode):
-    """Counts what would be launched on a GPU: every operation but views and allocations."""
+    """Counts what would be launched on a GPU: every operation but views and allocations, and Triton's kernels for operators."""
 
-    FREE = {"alias", "detach", "empty", "empty_like", "reshape", "select", "slice", "t", "unbind", "view"}
+    FREE = {"alias", "detach", "empty", "empty_like", "expand", "new_empty", "reshape", "select", "slice", "t", "unbind", "view"}
 
-    def __init__(self):
+    def __init__(self, monkeypatch):
         super().__init__()
-        self.count = 0
+        self.names = []
+        from mla_fast.kernels import launch
+
+        run = launch.Launch.__call__
+        monkeypatch.setattr(launch.Launch, "__call__", lambda own, *args: (self.note(own.kernel.fn.__name__), run(own, *args)))
+
+    def note(self, name):
+        self.names.append(name)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__
-        self.count += name not in self.FREE and not name.startswith("_record_function")
+        if not (name in self.FREE or name.startswith("_record_function") or op.namespace.startswith("mla_fast")):
+            self.note(name)
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
-@pytest.mark.parametrize("target,extra", [("gradient", 0), ("update", 4)])
-@pytest.mark.parametrize("make,guard", [(fused_sgd, 0), (momentum_sgd, 6)])  # what undoes a step that is not finite
-@pytest.mark.parametrize("projection,launches", [("none", 7), ("window", 10), ("rls", 12)])
-def test_what_a_step_launches_on_a_gpu(projection, launches, make, guard, target, extra, monkeypatch):
-    """Beyond what the wrapped optimizer by itself does. `_foreach_norm` and `rls_project_` are two kernels each."""
+@pytest.mark.skipif(ops.TRITON_MISSING is not None, reason=str(ops.TRITON_MISSING))
+@pytest.mark.parametrize("target,extra", [("gradient", 0), ("update", 5)])  # W_old, ΔW, ‖ΔW‖², W_old + ΔW P, and back
+@pytest.mark.parametrize("make,restore", [(fused_sgd, 0), (momentum_sgd, 1)])
+@pytest.mark.parametrize("projection,launches", [("none", 2), ("window", 3), ("rls", 4)])
+def test_what_a_step_launches_on_a_gpu(projection, launches, make, restore, target, extra, monkeypatch):
+    """Beyond what the wrapped optimizer by itself does: x̄, the check, the projection, and what undoes a step that is bad."""
     on_device(monkeypatch)
     counted = []
     for wrapped in (False, True):
         head = make_head(8)
-        optimizer = wrap(head, make, projection=projection, target=target) if wrapped else make(head.parameters())
+        settings = {"projection": projection, "target": target, "backend": "triton"}
+        optimizer = wrap(head, make, **settings) if wrapped else make(head.parameters())
+        counter = Launches(monkeypatch)
         for modality, x, y in head_steps(4, 8):
-            with Launches() as counter:
+            counter.names.clear()
+            with counter:
                 backward(head, optimizer, modality, x, y)
                 optimizer.step(**({"modality": modality} if wrapped else {}))
-        counted.append(counter.count)
-    assert counted[1] - counted[0] <= launches + guard + (projection != "none") * extra
+        counted.append(counter.names)
+        monkeypatch.undo()
+        on_device(monkeypatch)
+    assert len(counted[1]) - len(counted[0]) == launches + restore + (projection != "none") * extra, counted
+    assert launches + restore <= 5
 
 
 def test_alpha_may_be_a_tensor_that_changes_in_place():

@@ -16,6 +16,15 @@ def make(projection="rls", size=7, dtype=torch.float64, backend="reference", **s
     return make_projection(ProjectionSettings(projection, **settings), size, dtype, here(), backend)
 
 
+def projected(projection, grad, *step):
+    """What a step makes of G, which stays as it is."""
+    own = grad.clone()
+    squares = projection(own, *step)
+    total = (grad.square() if squares is None else squares).sum()
+    torch.testing.assert_close(total, own.square().sum(), rtol=1e-5, atol=1e-12)
+    return own
+
+
 def draws(seed=0):
     """An endless supply of (G [3, size], x̄ [size]), float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +73,7 @@ def test_ten_thousand_updates(dtype, C, unseen, backend):
     grads, coordinates = normal(generator, 10_000, C, s, dtype=dtype), normal(generator, 10_000, s - unseen, dtype=dtype)
     for t in range(10_000):
         x_bar = basis @ coordinates[t]
-        assert torch.equal(lazy(grads[t], x_bar, None, None), plain(grads[t], x_bar, None, None))
+        assert torch.equal(projected(lazy, grads[t], x_bar, None, None), projected(plain, grads[t], x_bar, None, None))
         if t % 500 == 499:
             P = lazy.matrix()
             assert torch.equal(P, plain.P) and torch.equal(P, P.T)
@@ -81,7 +90,7 @@ def test_official_is_the_released_arithmetic(order):
         before, skip = P, order == "update_first" and t == 0
         P = P if skip else reference.official_update(P, x_bar, 0.1)
         expected = grad if skip else reference.official_project(grad, before if order == "project_first" else P)
-        torch.testing.assert_close(projection(grad, x_bar, None, None), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(projected(projection, grad, x_bar, None, None), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(projection.matrix(), P, rtol=1e-12, atol=1e-12)
 
 
@@ -92,7 +101,7 @@ def test_window_projects_away_the_others_alone(backend):
         grad, x_bar = draw(7)
         others = [mean for name, mean in means.items() if name != modality]
         P = reference.window_projection(torch.stack(others) if others else grad[:0], 0.3)
-        torch.testing.assert_close(projection(grad, x_bar, modality, None), grad @ P, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(projected(projection, grad, x_bar, modality, None), grad @ P, rtol=1e-12, atol=1e-12)
         means[modality] = x_bar
         torch.testing.assert_close(projection.matrix(), P, rtol=1e-12, atol=1e-12)
 
@@ -129,24 +138,10 @@ def test_found_inf_leaves_the_state(name, poison, backend):
     assert projection.step == 6
 
 
-@pytest.mark.parametrize("name", ["rls", "official"])
-def test_a_bad_first_step_leaves_the_next_one_unprojected(name, backend):
-    """Where only the device knows that it was bad; afterwards all is as on the host, which would not have taken it."""
-    projection, clean = (make(name, backend=backend) for _ in range(2))
-    draw, nothing = draws(), torch.full((3, 7), torch.nan, dtype=torch.float64)
-    projection(nothing, nothing[0], None, torch.ones(1))
-    for t in range(4):
-        grad, x_bar = draw(7)
-        projected = projection(grad, x_bar, None, torch.zeros(1))
-        assert torch.equal(projected, clean(grad, x_bar, None, None))
-        assert torch.equal(projected, grad) == (t == 0)
-    assert torch.equal(projection.matrix(), clean.matrix())
-
-
 def test_found_inf_on_a_new_modality_projects_nothing_away(backend):
     projection, (grad, x_bar) = make("window", backend=backend), draws()(7)
     projection(grad, x_bar * torch.nan, "audio", torch.ones(1))
-    assert torch.equal(projection(grad, x_bar, "image", torch.zeros(1)), grad)
+    assert torch.equal(projected(projection, grad, x_bar, "image", torch.zeros(1)), grad)
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
@@ -158,7 +153,7 @@ def test_a_saved_state_continues_to_the_last_bit(name, backend):
     draw = draws(seed=1)
     for modality in ("image", "text", "audio", "image"):
         grad, x_bar = draw(7)
-        assert torch.equal(projection(grad, x_bar, modality, None), fresh(grad, x_bar, modality, None))
+        assert torch.equal(projected(projection, grad, x_bar, modality, None), projected(fresh, grad, x_bar, modality, None))
     assert torch.equal(projection.matrix(), fresh.matrix())
 
 

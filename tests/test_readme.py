@@ -136,8 +136,8 @@ def test_a_cuda_graph():
     optimizer = mla.MLAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True), model.head)
     twin = surroundings()["model"].cuda()
     twin_optimizer = mla.MLAOptimizer(torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, fused=True), twin.head)
-    names |= {"optimizer": optimizer, "static_inputs": inputs, "static_target": target}
-    exec(compile(example("A CUDA graph"), str(README), "exec"), names)
-    for _ in range(4):  # three before the capture, one replay
+    names |= {"model": model, "optimizer": optimizer, "loader": [(inputs, target)] * 6}
+    exec(compile(example("CUDA graphs"), str(README), "exec"), names)
+    for _ in range(6):
         mla.alternating_step(twin, twin_optimizer, (inputs, target))
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)

@@ -174,6 +174,22 @@ def test_device_path_takes_a_bad_step_back(monkeypatch, make, projection, target
     assert [o.diagnostics()["skipped_nonfinite"] for o in optimizers] == [5, 0]
 
 
+@pytest.mark.parametrize("projection", ["rls", "official"])
+def test_device_path_leaves_the_step_after_a_bad_first_one_unprojected(monkeypatch, projection, backend):
+    """Afterwards all is as on the host, which would not have taken it."""
+    on_device(monkeypatch)
+    heads = [make_head() for _ in range(2)]
+    optimizers = [wrap(head, projection=projection, backend=backend) for head in heads]
+    spoil(heads[0], optimizers[0], "features", torch.nan, head_steps(1, seed=16)[0])
+    optimizers[0].step(modality="audio")
+    for step in head_steps(4):
+        for head, optimizer in zip(heads, optimizers, strict=True):
+            train(head, optimizer, [step])
+        assert_bitwise(*(on_device_the_same(everything(h, o)) for h, o in zip(heads, optimizers, strict=True)))
+        kept = optimizers[0].diagnostics()["layers"]["head"]["gradient_kept"]
+        assert (abs(kept - 1) < 1e-6) == (optimizers[1].layers[0].projection.step == 1)
+
+
 @pytest.mark.parametrize("projection,order,target", [*product(PROJECTIONS, ORDERS, TARGETS)])
 @pytest.mark.parametrize("make", INNER)
 def test_device_path_is_the_host_path_to_the_last_bit(monkeypatch, make, projection, order, target, backend):

@@ -1,0 +1,54 @@
+"""What a CUDA graph asks of torch: a stream to warm up and to capture on, one pool of memory, and to know who waits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Recorder:
+    """Runs functions eagerly on a side stream, or records them there; their graphs share one pool of memory."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def eager(self, function: Callable[[], Tensor]) -> tuple[Tensor, str]:
+        """(what it returns, where it waited for the device, if it did)."""
+        here, before = torch.cuda.current_stream(self.device), torch.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(here)
+        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(self.stream):
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = function()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+                here.wait_stream(self.stream)
+        waited = ""
+        for w in caught:
+            if "synchronizing CUDA operation" in str(w.message):
+                waited = f"{w.filename}:{w.lineno}"
+            # The one is about set_sync_debug_mode, the other about steps outside of a graph.
+            elif "prototype feature" not in str(w.message) and "capturable=True" not in str(w.message):
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        return result, waited
+
+    def capture(self, function: Callable[[], Tensor]) -> Recorded:
+        """Records it; RuntimeError for what cannot be recorded."""
+        return Recorded(function, self.stream, self.pool)
+
+
+class Recorded:
+    """A function as a CUDA graph; each replay writes to `outputs`."""
+
+    def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream, pool: tuple[int, int]):
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, as a loader's that pins memory, may do as they like meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.outputs = function()
+
+    def replay(self) -> None:
+        self.graph.replay()
