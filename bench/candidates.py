@@ -36,7 +36,7 @@ SIZES = {
     "rls_finish": [{"s": 1024, "R": 1}, {"s": 4096, "R": 1}, {"s": 4096, "R": 4}],
     "rls_fold": [{"s": 4096}],
     "window": [{"s": s, "J": 2} for s in (1024, 8192)],
-    "cross_entropy": [{"C": C} for C in (101, 32000)],
+    "cross_entropy": [{"C": C} for C in (101, 4096, 32000)],
     "entropy_fusion": [{"C": C} for C in (101, 1000, 4096, 8192, 32000)],
 }
 SIZES["entropy_fusion_backward"] = SIZES["entropy_fusion"]

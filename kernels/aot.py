@@ -100,7 +100,7 @@ def _cases():
             yield f"window J={J} s={s} {dtype}", functools.partial(window_project, means, G, alpha)
             gram, step = empty(J, J, dtype=torch.float64), f"window step K={J} s={s} {dtype}"
             yield step, functools.partial(window_step_, means, gram, 0, means[0], G, alpha, found_inf)
-    for C in (1, 6, 101, 1000, 32000):
+    for C in (1, 6, 101, 1000, 4096, 32000):
         target = empty(64, dtype=torch.int64)
         yield f"head C={C}", functools.partial(linear_cross_entropy, empty(64, 512), target, empty(C, 512), empty(C), 64.0)
     for C in (1, 6, 101, 1000, 4096, 8192, 32000):
