@@ -78,7 +78,7 @@ def _sums_of_tile(z, dtype: tl.constexpr):
 @triton.jit
 def _exp_quotient(T, S):
     """exp(T / S) / S for T ≤ 0 < S to an ulp, without the rounding of T / S: an error of the weights, times logits that differ by
-    60, is one of the fused logits. In pairs of float32; the argument is reduced to |r| ≤ log(2) / 2, since the GPU's own exp would
+    60, is one of the fused logits. In pairs of float32; the argument is reduced to |r| ≤ log(2) / 2, since a GPU's own exp would
     round its product with log2(e)."""
     q = T / S
     if T.dtype == tl.float64:
