@@ -15,12 +15,12 @@ PATH = (Path(_kernels.origin).parent if _kernels else Path(__file__).resolve().p
 # Groups of parameters that are varied together, and their values.
 AXES: dict[str, list[tuple[tuple[str, ...], list[tuple[int, ...]]]]] = {
     "rls_read": [
-        (("BLOCK_ROWS", "BLOCK_COLS"), [*product((16, 32, 64), (32, 64, 128))]),
-        (("num_warps",), [(4,), (8,)]),
+        (("BLOCK_J", "BLOCK_I"), [*product((8, 16, 32, 64, 128), (16, 32, 64, 128, 256))]),
+        (("num_warps",), [(2,), (4,), (8,)]),
         (("STAGES",), [(2,), (3,), (4,)]),
         (("programs",), [(64,), (128,), (256,), (512,), (1024,)]),
     ],
-    "rls_finish": [(("BLOCK", "num_warps"), [*product((256, 512, 1024, 2048), (2, 4, 8))])],
+    "rls_finish": [(("BLOCK", "BLOCK_C", "num_warps"), [*product((64, 128, 256), (4, 8, 16), (2, 4, 8))])],
     "rls_fold": [(("BLOCK_ROWS", "BLOCK_COLS", "num_warps"), [*product((32, 64, 128), (32, 64, 128), (4, 8))])],
     "window": [(("BLOCK", "num_warps"), [*product((128, 256, 512, 1024, 2048), (2, 4, 8))])],
     "cross_entropy": [(("BLOCK", "num_warps"), [*product((256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16))])],
@@ -32,11 +32,11 @@ AXES: dict[str, list[tuple[tuple[str, ...], list[tuple[int, ...]]]]] = {
 AXES["entropy_fusion_backward"] = AXES["entropy_fusion"]
 # What the rows are measured at: each at the first of these sizes that it serves.
 SIZES = {
-    "rls_read": [{"s": s, "C": C} for s in (1024, 4096) for C in (6, 31, 101)],
-    "rls_finish": [{"s": 1024, "R": 1}, {"s": 4096, "R": 1}, {"s": 4096, "R": 4}],
+    "rls_read": [{"s": s, "C": C} for s in (1024, 4096, 8192) for C in (6, 16, 31, 101)],
+    "rls_finish": [{"s": 1024}, {"s": 4096}],
     "rls_fold": [{"s": 4096}],
     "window": [{"s": s, "J": 2} for s in (1024, 8192)],
-    "cross_entropy": [{"C": C} for C in (101, 32000)],
+    "cross_entropy": [{"C": C} for C in (101, 4096, 32000)],
     "entropy_fusion": [{"C": C} for C in (101, 1000, 4096, 8192, 32000)],
 }
 SIZES["entropy_fusion_backward"] = SIZES["entropy_fusion"]

@@ -49,8 +49,8 @@ def rls(s: int, C: int, cold: bool) -> Callable[[], object]:
 def window(s: int, C: int, M: int) -> Callable[[], object]:
     source = {"device": CUDA, "generator": random(CUDA)}
     means, x, G = torch.rand(M, s, **source) / s**0.5, torch.rand(s, **source) / s**0.5, torch.randn(C, s, **source)
-    alpha = ops.alpha_tensor(1.0, CUDA)
-    return lambda: ops.window_step_("triton", means, 0, x, G, alpha)
+    alpha, gram = ops.alpha_tensor(1.0, CUDA), ops.window_gram("triton", means)
+    return lambda: ops.window_step_("triton", means, gram, 0, x, G, alpha)
 
 
 def fusion(M: int, N: int, C: int) -> Callable[[], object]:

@@ -33,12 +33,19 @@ COMPARED = (
     ("ours rls", "ours streams rls"),
     ("ours rls", "joint concat"),
     ("ours window", "joint concat"),
+    ("ours graph rls", "ours rls"),
+    ("ours graph rls", "joint concat"),
+    ("ours graph window", "joint concat"),
+    ("ours graph rls", "graph joint concat"),
+    ("ours graph rls", "graph plain loop"),
     ("released", "ours rls"),
 )
 AT_MOST = {
     ("resnets", "ours in turn rls", PLAIN): 1.03,
     ("resnets", "ours in turn window", PLAIN): 1.01,
     ("resnets", "ours rls", "joint concat"): 1.05,
+    ("resnets", "ours graph rls", "joint concat"): 1.0,
+    ("mlps", "ours graph rls", "joint concat"): 1.0,
 }
 AT_LEAST = {("mlps", "ours in turn rls", "ours rls"): 1.3}
 

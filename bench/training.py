@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mla_fast as mla
-from bench.providers import Provider, check
+from bench.providers import Provider, capture, check
 from bench.reference_loop import PaperLoop, ReleasedLoop
 from mla_fast.baselines import Concat
 from mla_fast.encoders import MLP, ResNet18
@@ -97,6 +97,12 @@ def together(projection: str, model: mla.MultimodalModel, streams: bool = False)
     return lambda inputs, target: mla.alternating_step(model, optimizer, (inputs, target))
 
 
+def graphed(projection: str, model: mla.MultimodalModel) -> Train:
+    """As a user asks for it: the first steps eager, then a CUDA graph that a batch is copied to."""
+    step = mla.GraphedStep(model, wrapped(model, projection))
+    return lambda inputs, target: step((inputs, target))
+
+
 def joint(model: Concat) -> Train:
     optimizer = sgd(model)
 
@@ -175,6 +181,27 @@ class Training:
         for part, bound in self.workload.bounds.items():
             check(f"the change of the {part}", change(got, model, part), change(right, model, part), bound)
 
+    def start_graphed(self, projection: str):
+        """Its gate goes on until steps are replayed; what they come to is what eager steps do, which have a gate of their own."""
+        train = graphed(projection, copy.deepcopy(self.model))
+
+        def gate():
+            got, right = copy.deepcopy(self.model), copy.deepcopy(self.model)
+            replayed, eager = graphed(projection, got), together(projection, right)
+            with torch.backends.cudnn.flags(enabled=False):
+                for inputs, target in 3 * self.gate_batches:
+                    replayed(inputs, target)
+                    eager(inputs, target)
+            for part, bound in self.workload.bounds.items():
+                check(f"the change of the {part}", change(got, self.model, part), change(right, self.model, part).double(), bound)
+
+        return lambda: train(*self.batch), gate
+
+    def start_captured(self, model: nn.Module, make: Callable[[nn.Module], Train]):
+        """A rival's step as one CUDA graph over this batch, with no batch to copy: its best."""
+        train = make(copy.deepcopy(model))
+        return capture(lambda: train(*self.batch)), lambda: None
+
     def providers(self) -> Iterator[Provider]:
         yield self.provider("plain loop", partial(in_turn, None), partial(paper, "none"))
         for projection in ("rls", "window"):
@@ -182,9 +209,14 @@ class Training:
             yield self.provider(f"ours {projection}", partial(together, projection), partial(paper, projection))
         if self.device.type == "cuda":
             yield self.provider("ours streams rls", partial(together, "rls", streams=True), partial(paper, "rls"))
+            for projection in ("rls", "window"):
+                yield Provider(f"ours graph {projection}", partial(self.start_graphed, projection))
         yield self.provider("released", released, official)
         model = Concat(self.model.encoders, self.workload.s, self.workload.C).to(self.device)
         yield Provider("joint concat", partial(self.start, model, joint, joint))
+        if self.device.type == "cuda":
+            yield Provider("graph joint concat", partial(self.start_captured, model, joint))
+            yield Provider("graph plain loop", partial(self.start_captured, self.model, partial(in_turn, None)))
 
     def provider(self, name: str, make: Callable[[nn.Module], Train], exact: Callable[[nn.Module], Train]) -> Provider:
         return Provider(name + self.suffix, partial(self.start, self.model, make, exact))

@@ -12,6 +12,26 @@ import triton.language as tl
 from .launch import Launch, cross_entropy_config, remembered
 
 
+@triton.jit(do_not_specialize=["N"])
+def short_cross_entropy_kernel(
+    z_ptr, target_ptr, loss_ptr, N, total, C: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``cross_entropy_kernel`` on rows that stay in registers, BLOCK_N to a program: read once, written once."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK)[None, :]
+    ptrs = tl.multiple_of(z_ptr + n[:, None].to(tl.int64) * C + c, (1, ALIGN))
+    inside = (n < N)[:, None] & (c < C)
+    z = tl.load(ptrs, mask=inside, other=-float("inf"))
+    y = tl.load(target_ptr + n, mask=n < N, other=0)
+    at_y = c == y[:, None]
+    top = tl.max(z, 1)
+    p = tl.exp(z - top[:, None])
+    S, z_y = tl.sum(p, 1), tl.sum(tl.where(at_y, z, 0.0), 1)
+    share = tl.where((y >= 0) & (y < C), 1.0 / total, float("nan"))
+    tl.store(loss_ptr + n, (tl.log(S) + (top - z_y)) * share, mask=n < N)
+    tl.store(ptrs, (p / S[:, None] - tl.where(at_y, 1.0, 0.0)) * share[:, None], mask=inside)
+
+
 @triton.jit
 def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, C, total, BLOCK: tl.constexpr):
     """One program for each row n: of logits [N, C] becomes δ, and loss [N] is written. NaN where no class has the label."""
@@ -48,12 +68,24 @@ def linear_cross_entropy(features, target, weight, bias, total):
     N, C = delta.shape
     losses = features.new_empty(N)
     if N:
-        _to_delta(C, delta.dtype, delta.get_device())((N, 1, 1), delta, target.contiguous(), losses, C, float(total))
+        launch, BLOCK_N = _to_delta(C, _alignment(delta), delta.get_device())
+        sizes = (N, float(total)) if BLOCK_N else (C, float(total))
+        launch((triton.cdiv(N, max(BLOCK_N, 1)), 1, 1), delta, target.contiguous(), losses, *sizes)
     grad, grad_bias, x_bar = delta.T @ features, delta.sum(0), features.mean(0)
     norms = torch.stack(torch._foreach_norm([grad, x_bar, grad_bias]))
     return losses.sum(), delta @ weight, grad, grad_bias, x_bar, norms
 
 
 @remembered
-def _to_delta(C, dtype, device):
-    return Launch(cross_entropy_kernel, **cross_entropy_config(C))
+def _to_delta(C, align, device):
+    """(the launch, rows to a program or 0: one, in blocks)."""
+    config, BLOCK_N = cross_entropy_config(C)
+    if BLOCK_N:
+        return Launch(short_cross_entropy_kernel, C=C, ALIGN=align, BLOCK_N=BLOCK_N, **config), BLOCK_N
+    return Launch(cross_entropy_kernel, **config), 0
+
+
+def _alignment(rows):
+    """The bytes, a power of two up to 16, that divide the address of every row."""
+    address = rows.data_ptr() | rows.stride(0) * rows.element_size()
+    return min(address & -address, 16)

@@ -4,9 +4,8 @@
     λ = exp(−e) / Σ exp(−e) over the modalities that are present           (eq. 8; 0 ≤ e ≤ log C, so no maximum is needed)
     fused = Σ_m λ_m z_m                                                    (eq. 6)
 
-Since exp(−e) needs no maximum over the modalities, they can be taken one after another: each row is read, its entropy formed,
-and its share added to the sum, which is divided by Σ exp(−e) at the end. A row that fits in registers is read once; a longer one
-twice. A program takes several samples where rows are short.
+exp(−e) needs no maximum over the modalities. Where a sample's rows fit in registers, all are asked for before the first is waited
+for, and read once; longer ones are gone through one after another, twice. A program takes several samples where rows are short.
 
 The logits are M tensors [N, C], never copied together, or packed rows [K, C] with slot [N, M], the row of each (sample,
 modality) or −1. What is absent is not read; a sample with nothing present gets zeros.
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, dtypes, fusion_config, remembered
+from .pairs import normalized, reciprocal
 
 
 @triton.jit
@@ -40,15 +40,60 @@ def _load_block(rows, here, c, C: tl.constexpr, ALIGN: tl.constexpr, dtype: tl.c
 
 
 @triton.jit
+def _load_gradient(rows, here, c, C: tl.constexpr, ALIGN: tl.constexpr, dtype: tl.constexpr):
+    inside = here[:, None] & (c < C)[None, :]
+    return tl.load(tl.multiple_of(rows[:, None] + c[None, :], (1, ALIGN)), mask=inside, other=0.0).to(dtype)
+
+
+@triton.jit
 def _online(z, top, S, T):
     """max z, Σ exp(z − max) and Σ (z − max) exp(z − max) of a row, extended by a block of it."""
     new = tl.maximum(top, tl.max(z, 1))
     shift = tl.where(S == 0, 0.0, top - new)  # nothing so far: top may be −inf
     t = z - tl.where(new == -float("inf"), 0.0, new)[:, None]
+    t = tl.maximum(t, -200.0, propagate_nan=tl.PropagateNan.ALL)  # whose exp counts for nothing; −inf would make t p NaN
     p = tl.exp(t)
     scale = tl.exp(shift)
-    T = T * scale + tl.where(scale == 0, 0.0, shift * scale) * S + tl.sum(tl.where(p == 0, 0.0, t * p), 1)
+    T = T * scale + tl.where(scale == 0, 0.0, shift * scale) * S + tl.sum(t * p, 1)
     return new, S * scale + tl.sum(p, 1), T
+
+
+@triton.jit
+def _sums(rows, here, C: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, dtype: tl.constexpr):
+    """``_online`` over all of the rows, in blocks."""
+    top, S = tl.full([here.shape[0]], -float("inf"), dtype), tl.zeros([here.shape[0]], dtype)
+    T = tl.zeros([here.shape[0]], dtype)
+    for begin in range(0, C, BLOCK_C):
+        z = _load_block(rows, here, begin + tl.arange(0, BLOCK_C), C, ALIGN, dtype)
+        top, S, T = _online(z, top, S, T)
+    return top, S, T
+
+
+@triton.jit
+def _sums_of_tile(z, dtype: tl.constexpr):
+    zero = tl.zeros([z.shape[0]], dtype)
+    return _online(z, zero - float("inf"), zero, zero)
+
+
+@triton.jit
+def _exp_quotient(T, S):
+    """exp(T / S) / S for T ≤ 0 < S to an ulp, without the rounding of T / S: an error of the weights, times logits that differ by
+    60, is one of the fused logits. In pairs of float32; the argument is reduced to |r| ≤ log(2) / 2, since a GPU's own exp would
+    round its product with log2(e)."""
+    q = T / S
+    if T.dtype == tl.float64:
+        return tl.exp(q) / S
+    else:
+        n = tl.floor(q * 1.44269504 + 0.5)
+        rest = tl.fma(n, 2.12194440e-4, tl.fma(-q, S, T) / S)  # log(2) has two parts, the first exact in products with n
+        r, r_lo = normalized(tl.fma(-n, 0.693359375, q), rest)
+        y = tl.fma(r, tl.fma(r, 1.381459879e-3, 8.368716575e-3), 4.166838899e-2)
+        y = tl.fma(r, tl.fma(r, y, 1.666652113e-1), 4.999999404e-1)
+        p = 1.0 + r
+        p_lo = (r - (p - 1.0)) + tl.fma(r * r, y, tl.fma(r, r_lo, r_lo))
+        inverse, inverse_lo = reciprocal(S, 0.0)
+        power = ((tl.maximum(n, -126.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        return power * tl.fma(p, inverse, tl.fma(p, inverse_lo, p_lo * inverse))
 
 
 @triton.jit
@@ -66,29 +111,25 @@ def entropy_fusion_kernel(
     dtype: tl.constexpr = weights_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, M_PAD)[None, :]
-    e_all, w_all = tl.zeros([BLOCK_N, M_PAD], dtype), tl.zeros([BLOCK_N, M_PAD], dtype)
-    total = tl.zeros([BLOCK_N], dtype)
-    fused = tl.zeros([BLOCK_N, BLOCK_C], dtype)
+    tiles = ()
+    if ONE_READ:  # all of them are on their way before the first is waited for
+        for m in tl.static_range(M):
+            rows, here, _ = _rows_of(m, ptrs, strides, present_ptr, n, N, M, MASK)
+            tiles = tiles + (_load_block(rows, here, tl.arange(0, BLOCK_C), C, ALIGN, dtype),)
+    S_all, T_all = tl.full([BLOCK_N, M_PAD], 1.0, dtype), tl.zeros([BLOCK_N, M_PAD], dtype)
+    given = tl.zeros([BLOCK_N, M_PAD], tl.int32)
     for m in tl.static_range(M):
         rows, here, _ = _rows_of(m, ptrs, strides, present_ptr, n, N, M, MASK)
-        top, S, T = tl.full([BLOCK_N], -float("inf"), dtype), tl.zeros([BLOCK_N], dtype), tl.zeros([BLOCK_N], dtype)
         if ONE_READ:
-            z = _load_block(rows, here, tl.arange(0, BLOCK_C), C, ALIGN, dtype)
-            top, S, T = _online(z, top, S, T)
+            top, S, T = _sums_of_tile(tiles[m], dtype)
         else:
-            for begin in range(0, C, BLOCK_C):
-                z = _load_block(rows, here, begin + tl.arange(0, BLOCK_C), C, ALIGN, dtype)
-                top, S, T = _online(z, top, S, T)
-        e = tl.where(here, tl.log(S) - T / S, 0.0)
-        # exp(−e) without e's rounding, and in float64: its error, times logits that differ by 60, is that of the fused ones.
-        wide = S.to(tl.float64)
-        w = tl.where(here, (tl.exp(T.to(tl.float64) / wide) / wide).to(dtype), 0.0)
-        if ONE_READ:
-            fused += tl.where(here[:, None], w[:, None] * z, 0.0)
-        total += w
-        e_all = tl.where(cols == m, e[:, None], e_all)
-        w_all = tl.where(cols == m, w[:, None], w_all)
+            top, S, T = _sums(rows, here, C, ALIGN, BLOCK_C, dtype)
+        S_all, T_all = tl.where(cols == m, S[:, None], S_all), tl.where(cols == m, T[:, None], T_all)
+        given = tl.where(cols == m, here.to(tl.int32)[:, None], given)
 
+    e_all = tl.where(given != 0, tl.log(S_all) - T_all / S_all, 0.0)
+    w_all = tl.where(given != 0, _exp_quotient(T_all, S_all), 0.0)
+    total = tl.sum(w_all, 1)
     total = tl.where(total == 0, 1.0, total)[:, None]  # nothing present
     w_all = tl.where(w_all == 0, 0.0, w_all / total)
     at = n[:, None].to(tl.int64) * M + cols
@@ -96,27 +137,26 @@ def entropy_fusion_kernel(
     tl.store(weights_ptr + at, w_all, mask=inside)
     tl.store(entropy_ptr + at, e_all, mask=inside)
     out = fused_ptr + n[:, None].to(tl.int64) * C
-    if ONE_READ:
-        c = tl.arange(0, BLOCK_C)[None, :]
-        fused = fused / total
-        tl.store(tl.multiple_of(out + c, (1, ALIGN)), fused.to(fused_ptr.dtype.element_ty), mask=(n < N)[:, None] & (c < C))
-    else:
-        for begin in range(0, C, BLOCK_C):
-            c = begin + tl.arange(0, BLOCK_C)
-            fused = tl.zeros([BLOCK_N, BLOCK_C], dtype)
-            for m in tl.static_range(M):
-                rows, here, _ = _rows_of(m, ptrs, strides, present_ptr, n, N, M, MASK)
+    for begin in range(0, C, BLOCK_C):
+        c = begin + tl.arange(0, BLOCK_C)
+        fused = tl.zeros([BLOCK_N, BLOCK_C], dtype)
+        for m in tl.static_range(M):
+            rows, here, _ = _rows_of(m, ptrs, strides, present_ptr, n, N, M, MASK)
+            if ONE_READ:
+                z = tiles[m]
+            else:
                 z = _load_block(rows, here, c, C, ALIGN, dtype)
-                fused += tl.where(here[:, None], _column(w_all, cols == m)[:, None] * z, 0.0)
-            stored = (n < N)[:, None] & (c < C)[None, :]
-            tl.store(tl.multiple_of(out + c[None, :], (1, ALIGN)), fused.to(fused_ptr.dtype.element_ty), mask=stored)
+            share = _column(w_all, cols == m)[:, None] * z
+            fused += share if MASK == "" else tl.where(here[:, None], share, 0.0)
+        stored = (n < N)[:, None] & (c < C)[None, :]
+        tl.store(tl.multiple_of(out + c[None, :], (1, ALIGN)), fused.to(fused_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["N"])
 def entropy_fusion_backward_kernel(
     ptrs, strides, present_ptr, weights_ptr, entropy_ptr, g_fused_ptr, g_weights_ptr, g_entropy_ptr, grad_ptrs, N,
     C: tl.constexpr, M: tl.constexpr, M_PAD: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_FUSED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_FUSED: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ONE_READ: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂z_m = λ_m g − (∂L/∂e_m) p (log p + e_m), with ∂L/∂λ_m = g · z_m + …, ∂L/∂e_m = −λ_m (∂L/∂λ_m − Σ λ ∂L/∂λ) + …"""
@@ -128,6 +168,13 @@ def entropy_fusion_backward_kernel(
     lam = tl.load(weights_ptr + at, mask=inside, other=0.0)
     ent = tl.load(entropy_ptr + at, mask=inside, other=0.0)
     g_rows = g_fused_ptr + n.to(tl.int64) * C if HAS_FUSED else n
+    tiles = ()
+    if ONE_READ:  # as in the forward kernel
+        if HAS_FUSED:
+            g_tile = _load_gradient(g_rows, n < N, tl.arange(0, BLOCK_C), C, ALIGN, dtype)
+        for m in tl.static_range(M):
+            rows, here, _ = _rows_of(m, ptrs, strides, present_ptr, n, N, M, MASK)
+            tiles = tiles + (_load_block(rows, here, tl.arange(0, BLOCK_C), C, ALIGN, dtype),)
 
     d_lam, zeros = tl.zeros([BLOCK_N, M_PAD], dtype), tl.zeros([BLOCK_N, M_PAD], dtype)
     tops, log_sums = zeros, zeros  # apart: logits are alike in size, and cancel with their maximum exactly
@@ -137,11 +184,17 @@ def entropy_fusion_backward_kernel(
         gz = tl.zeros([BLOCK_N], dtype)
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
-            z = _load_block(rows, here, c, C, ALIGN, dtype)
+            if ONE_READ:
+                z = tiles[m]
+            else:
+                z = _load_block(rows, here, c, C, ALIGN, dtype)
             top, S, T = _online(z, top, S, T)
             if HAS_FUSED:
                 present = here[:, None] & (c < C)[None, :]
-                g = tl.load(tl.multiple_of(g_rows[:, None] + c[None, :], (1, ALIGN)), mask=present, other=0.0).to(dtype)
+                if ONE_READ:
+                    g = g_tile
+                else:
+                    g = _load_gradient(g_rows, here, c, C, ALIGN, dtype)
                 gz += tl.sum(tl.where(present, g * z, 0.0), 1)
         d_lam = tl.where(cols == m, gz[:, None], d_lam)
         log_sums = tl.where(cols == m, tl.log(S)[:, None], log_sums)
@@ -161,12 +214,18 @@ def entropy_fusion_backward_kernel(
         log_sum_m = _column(log_sums, cols == m)[:, None]
         for begin in range(0, C, BLOCK_C):
             c = begin + tl.arange(0, BLOCK_C)
-            log_p = (_load_block(rows, here, c, C, ALIGN, dtype) - top_m) - log_sum_m
+            if ONE_READ:
+                z = tiles[m]
+            else:
+                z = _load_block(rows, here, c, C, ALIGN, dtype)
+            log_p = (z - top_m) - log_sum_m
             p = tl.exp(log_p)
             grad = -d_ent_m * tl.where(p == 0, 0.0, p * (log_p + ent_m))
             if HAS_FUSED:
-                present = here[:, None] & (c < C)[None, :]
-                g = tl.load(tl.multiple_of(g_rows[:, None] + c[None, :], (1, ALIGN)), mask=present, other=0.0).to(dtype)
+                if ONE_READ:
+                    g = g_tile
+                else:
+                    g = _load_gradient(g_rows, here, c, C, ALIGN, dtype)
                 grad += lam_m * g
             grad = tl.where(here[:, None], grad, 0.0).to(grad_ptrs[0].dtype.element_ty)
             stored = writes[:, None] & (c < C)[None, :]
@@ -208,16 +267,15 @@ def entropy_fusion_backward(logits, present, weights, entropy, g_fused, g_weight
 def _forward(M, C, mask, align, itemsize, kinds, strides, device):
     """(the launch, samples to a program) for tensors of these dtypes and strides."""
     config = fusion_config("entropy_fusion", C, M, itemsize)
-    one_read = C <= config["BLOCK_C"]
-    common = dict(C=C, M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=align)
-    return Launch(entropy_fusion_kernel, **common, ONE_READ=one_read, **config), config["BLOCK_N"]
+    common = dict(C=C, M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=align, ONE_READ=C <= config["BLOCK_C"])
+    return Launch(entropy_fusion_kernel, **common, **config), config["BLOCK_N"]
 
 
 @remembered
 def _backward(M, C, mask, align, itemsize, kinds, strides, device):
     config = fusion_config("entropy_fusion_backward", C, M, itemsize)
     has = dict(zip(("HAS_FUSED", "HAS_WEIGHTS", "HAS_ENTROPY"), (dtype is not None for dtype in kinds[-3:]), strict=True))
-    common = dict(C=C, M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=align)
+    common = dict(C=C, M=M, M_PAD=triton.next_power_of_2(M), MASK=mask, ALIGN=align, ONE_READ=C <= config["BLOCK_C"])
     return Launch(entropy_fusion_backward_kernel, **common, **has, **config), config["BLOCK_N"]
 
 

@@ -139,15 +139,19 @@ def window_config(s: int, J: int, itemsize: int) -> dict:
     return {"J_PAD": J_PAD, "J_TILE": min(J_PAD, 4), "BLOCK": BLOCK, "ONE_READ": s <= BLOCK and J_PAD <= 4, **config}
 
 
-def cross_entropy_config(C: int) -> dict:
-    return _fitted("cross_entropy", C, C=C)
+def cross_entropy_config(C: int) -> tuple[dict, int]:
+    """(configuration, rows to a program): several short ones; 0 for one that does not fit in a block."""
+    config = _fitted("cross_entropy", C, C=C)
+    return config, min(max(128 // config["BLOCK"], 1), 32) if C <= config["BLOCK"] else 0
 
 
 def fusion_config(op: str, C: int, M: int, itemsize: int) -> dict:
     """Several short rows to a program (no more than it has threads), or one row in one or more blocks; `itemsize` bytes to a
-    number as it is computed. With more modalities than four there is less of each, for what is kept of all."""
-    config = _config(_row(op, C=C))
-    elements = config.pop("elements") * 4 // itemsize // max(triton.next_power_of_2(M) // 4, 1)
+    number as it is computed. A row that is longer than its block is read twice, one modality after another; a shorter one is
+    kept, so the blocks of all modalities may take half of the registers that a thread can have, and are halved until they do."""
+    row = _row(op, C=C)
+    config, kept = _config(row), (row["config"]["maxnreg"] + 1) // 2 * 32 * row["config"]["num_warps"]
+    elements = min(config.pop("elements"), kept // triton.next_power_of_2(M)) * 4 // itemsize
     BLOCK_C = min(triton.next_power_of_2(C), elements)
     return {"BLOCK_C": BLOCK_C, "BLOCK_N": min(elements // BLOCK_C, 32 * config["num_warps"]), **config}
 

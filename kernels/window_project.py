@@ -110,7 +110,7 @@ def window_project_kernel(
     gram = tl.load(at, mask=(r < J)[:, None] & (r < J)[None, :], other=0.0)
     alpha = tl.where(r < J, tl.load(alpha_ptr), 1.0)
 
-    # X g. Its sums' order depends on s alone, not on J: a saved state's Gram matrix, formed anew, is the same to the last bit.
+    # X g. The order of its sums depends on s alone, so that the Gram matrix of a saved state, formed anew, is what it was.
     if ONE_READ:
         j = tl.arange(0, BLOCK)
         g = _load_row(x_ptr, G_ptr, row, j, stop, x_stop, like, REMEMBER, dtype)
