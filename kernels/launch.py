@@ -39,7 +39,7 @@ def forget() -> None:
 
 
 class Launch:
-    """A kernel with its constants, on one device, for arguments whose dtypes and specialized integers are always the same.
+    """A kernel with its constants, on one device, for arguments whose dtypes are always the same.
 
     Triton takes the host some nine µs to find the variant of a kernel that a call wants. Here it does so once for arguments of
     each kind; later calls go straight to the variant that was found. Whoever changes Triton's knobs calls ``forget`` afterwards.
@@ -62,15 +62,17 @@ class Launch:
 
 
 def _kind(args, kind: int = 1) -> int:
-    """By what Triton tells arguments apart beside dtypes: which are None, at multiples of 16, of more than 31 bits (AMD:
-    in more than 2 GiB)."""
+    """By what Triton tells arguments apart beside dtypes: which are None, which addresses and integers are multiples of 16, which
+    integers are 1 or have more than 31 bits (AMD: which tensors are in more than 2 GiB)."""
     for a in args:
         if isinstance(a, torch.Tensor):
-            kind = 4 * kind + (a.data_ptr() & 15 == 0) + 2 * (HIP and a.untyped_storage().size() >> 31 > 0)
+            kind = 8 * kind + (a.data_ptr() & 15 == 0) + 2 * (HIP and a.untyped_storage().size() >> 31 > 0)
         elif isinstance(a, tuple):
             kind = _kind(a, kind)
+        elif isinstance(a, int):
+            kind = 8 * kind + (a == 1) + 2 * (a & 15 == 0) + 4 * (a >> 31 > 0)
         else:
-            kind = 4 * kind + (3 if a is None else isinstance(a, int) and a >> 31 > 0)
+            kind = 8 * kind + 7 * (a is None)
     return kind
 
 

@@ -72,8 +72,12 @@ def rls_fold_kernel(
 
 @triton.jit
 def _split_tf32(x):
-    """x as a number that TF32 has (13 bits of the mantissa cleared), and what that leaves of it."""
-    big = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    """x as the nearest number that TF32 has, and what that leaves of it.
+
+    Cutting the 13 bits off instead would leave one bit more than TF32 keeps of the rest: a relative error of G P of 3.9e-7 (on an
+    H200; 3.7e-7 emulated), where rounding comes to 0.8e-7 (emulated).
+    """
+    big = ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     return big, x - big
 
 

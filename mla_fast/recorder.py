@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -13,7 +14,8 @@ class Recorder:
     """Runs functions eagerly on a side stream, or records them there; their graphs share one pool of memory."""
 
     def __init__(self, device: torch.device):
-        self.device, self.stream, self.pool = device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.recorded: weakref.WeakSet[Recorded] = weakref.WeakSet()
 
     def eager(self, function: Callable[[], Tensor]) -> tuple[Tensor, str]:
         """(what it returns, where it waited for the device, if it did)."""
@@ -38,13 +40,17 @@ class Recorder:
 
     def capture(self, function: Callable[[], Tensor]) -> Recorded:
         """Records it; RuntimeError for what cannot be recorded."""
-        return Recorded(function, self.stream, self.pool)
+        # A pool ends with the last graph that has it, and cannot be had again.
+        pool = next((other.graph.pool() for other in self.recorded), None)
+        recorded = Recorded(function, self.stream, pool)
+        self.recorded.add(recorded)
+        return recorded
 
 
 class Recorded:
     """A function as a CUDA graph; each replay writes to `outputs`."""
 
-    def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream, pool: tuple[int, int]):
+    def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream, pool: tuple[int, int] | None):
         self.graph = torch.cuda.CUDAGraph()
         # Other threads, as a loader's that pins memory, may do as they like meanwhile.
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

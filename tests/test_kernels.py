@@ -537,7 +537,7 @@ for pending in (None, torch.empty(1, s), torch.empty(4, s)):
 for call in (
     lambda: kernels.rls_fold_(P, torch.empty(4, s), slot),
     lambda: kernels.linear_cross_entropy(G, torch.zeros(C, dtype=torch.int64), G, None, 6),
-    lambda: kernels.head_check_([G, x], 1, slot, [x[0]], None, [G, x], [P[:C], z[0].view(-1)[:s]]),
+    lambda: kernels.head_check_([G, x], 1, slot, [x[0]], None, [G, x], [P[:C], torch.empty(s)]),
     lambda: kernels.head_restore_([G, x], [P[:C]], x[0]),
     lambda: kernels.window_project(means, G, alpha),
     lambda: kernels.window_step_(means, gram, 1, x, G, alpha),
@@ -554,6 +554,8 @@ for call in (
 plain = lambda x, G, means=means: seen(lambda: kernels.window_step_(means, gram, 1, x, G, alpha))
 (usual, again), (other, compiled) = plain(x, G), plain(x.bfloat16(), G)
 assert not again and compiled and other[0][4] != usual[0][4], "another dtype is another variant"
+other, compiled = seen(lambda: kernels.window_step_(means, gram, 1, x, torch.empty(1, s), alpha))
+assert other[0][4] != usual[0][4], "one class is another variant than several"
 crooked = torch.empty(C * s + 1)[1:].view(C, s)
 other, compiled = plain(x, crooked)
 assert compiled and other[0][4] != usual[0][4], "and so is an address that is no multiple of 16"
