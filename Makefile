@@ -69,7 +69,7 @@ accuracy: $(READY)
 
 kernels-check: $(READY)
 	@echo "==> every Triton kernel and shipped configuration, compiled for each target without a GPU"
-	$(BIN)/python -m mla_fast.kernels.aot
+	printf '%s\n' sm_90 sm_100 sm_80 gfx942 | xargs -P $(JOBS) -I{} $(BIN)/python -m mla_fast.kernels.aot --targets {}
 
 # On a machine with a GPU, with its own Python, torch and triton; nothing is downloaded. GPU_PYTHON may name another Python.
 gpu-check:

@@ -1,7 +1,9 @@
 """What each kernel takes on the GPU, by torch's profiler: ``python -m bench.kernel_times [--output out.jsonl]``.
 
-An operator is one number in bench.ops; here its launches stand apart (reading, finishing, folding). ``hot``: the same tensors at
-every call, so that what fits stays in the L2 cache. ``cold``: as many copies of P in turn as are larger than it together.
+An operator is one number in bench.ops; here its launches stand apart (reading, finishing, folding), and "in a graph" is a call
+among others in a CUDA graph. ``hot``: the same tensors at every call, so that what fits stays in the L2 cache. ``cold``: as many
+copies of P in turn as are larger than it together. A kernel that is launched before the one it waits for has ended, as the
+finishing one is, counts from its launch.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import mla_fast as mla
-from bench.providers import random
-from bench.timing import copy_bandwidth, write_jsonl
+from bench.providers import capture, random
+from bench.timing import copy_bandwidth, interleave, write_jsonl
 from mla_fast import ops
 
 CUDA = torch.device("cuda")
@@ -105,6 +107,13 @@ def measure(step: Callable[[], object]) -> dict[str, list[float]]:
     return times
 
 
+def in_a_graph(step: Callable[[], object], calls: int = 8) -> dict:
+    """A call's share of a CUDA graph of several."""
+    replay = capture(lambda: [step() for _ in range(calls)])
+    t = interleave({"it": replay}, seconds=0.03, device=CUDA)["it"]
+    return {"kernel": "in a graph", "median_us": t.median / calls, "p20_us": t.p20 / calls, "p80_us": t.p80 / calls}
+
+
 def short(name: str) -> str:
     """A kernel's name without its template arguments."""
     found = re.search(r"(\w+)(?:<|\(|$)", name)
@@ -138,7 +147,10 @@ def main() -> None:
     for case, make in chosen:
         try:
             with torch.no_grad():
-                found = [record(case, kernel, times) for kernel, times in measure(make()).items()]
+                step = make()
+                found = [record(case, kernel, times) for kernel, times in measure(step).items()]
+                found.append({"case": case, "launches_a_call": 0, **in_a_graph(step)})
+                found[-1]["mean_a_call_us"] = found[-1]["median_us"]
         except Exception as error:
             print(f"{case}: FAILED {type(error).__name__}: {error}", flush=True)
             continue

@@ -23,6 +23,7 @@ class State:
         self.P = torch.empty(s, s, device=device)
         self.pending = torch.empty(rows, s, device=device) if rows else None
         self.slot = torch.empty(2, dtype=torch.int32, device=device) if rows else None
+        self.grad: Tensor | None = None  # of a step that works in place
         self.reset()
 
     def reset(self) -> None:
@@ -84,13 +85,24 @@ class RLS:
             state.reset()
             for (x, G), right in zip(self.steps, expected, strict=True):
                 self.x.copy_(x), self.G.copy_(G)
+                if state.grad is not None:
+                    state.grad.copy_(G)
                 check("G P", step(), right, slack * 2e-6)
             check("P", state.true_P(), expected_P, slack * 1e-6)
 
         return step, gate
 
     def ours(self, state: State) -> Step:
-        return lambda: ops.rls_step(self.backend, state.P, self.x, self.G, self.alpha, state.pending, state.slot)
+        """As the optimizer takes it: on a GPU in place, of G's again and again."""
+        if self.device.type != "cuda":
+            return lambda: ops.rls_step(self.backend, state.P, self.x, self.G, self.alpha, state.pending, state.slot)
+        state.grad = self.G.clone()
+
+        def step():
+            ops.rls_step_(self.backend, state.P, self.x, state.grad, self.alpha, state.pending, state.slot, None, False)
+            return state.grad
+
+        return step
 
     def functional(self, state: State) -> Step:
         return lambda: mla.rls_project_(state.P, self.x, self.G, ALPHA)
@@ -139,6 +151,7 @@ class Window:
         source = {"device": device, "generator": random(device)}
         self.means, self.x = torch.rand(M, s, **source) / s**0.5, torch.rand(s, **source) / s**0.5
         self.G = torch.randn(C, s, **source)
+        self.grad = self.G.clone()  # of a step that works in place
         self.alpha = ops.alpha_tensor(ALPHA, device)
 
     @functools.cached_property
@@ -147,11 +160,13 @@ class Window:
 
     def start(self, make: Callable[[Tensor], Step]) -> tuple[Step, Callable[[], None]]:
         means = self.means.clone()
+        self.grad.copy_(self.G)
         step = make(means)
 
         def gate():
             for _ in range(3):
                 means[0].zero_()
+                self.grad.copy_(self.G)
                 check("G P", step(), self.expected, 2e-6)
                 if not torch.equal(means[0], self.x):
                     raise GateError("x̄ was not remembered; not timed")
@@ -159,12 +174,11 @@ class Window:
         return step, gate
 
     def ours(self, means: Tensor) -> Step:
-        gram, projected = ops.window_gram(self.backend, means), torch.empty_like(self.G)
+        gram = ops.window_gram(self.backend, means)
 
-        def step():  # the copy, which a step of the optimizer has no need of, is in the time
-            projected.copy_(self.G)
-            ops.window_step_(self.backend, means, gram, 0, self.x, projected, self.alpha)
-            return projected
+        def step():
+            ops.window_step_(self.backend, means, gram, 0, self.x, self.grad, self.alpha)
+            return self.grad
 
         return step
 

@@ -1,4 +1,4 @@
-"""Bytes moved, launches and least time of every form: ``python -m bench.roofline [--classes 101] [--gb-per-s 4300]``.
+"""Bytes moved, launches and least time of every form: ``python -m bench.roofline [--classes 101]``.
 
 Counted in float32. Each launch reads each of its inputs once and writes each of its outputs once; what a launch reads again is
 taken to come from a cache, but for the two forms of the fusion that are named for their second reading. Vectors of s numbers
@@ -13,6 +13,7 @@ from typing import NamedTuple
 FLOAT = 4
 # Above these many classes an RLS step of ours goes over P twice: csrc's GEMM_CLASSES, and MAX_BLOCK_C of kernels/launch.py.
 CPP_ONE_PASS, TRITON_ONE_PASS = 20, 128
+GPUS = {"H100": (3000.0, 50e6), "H200": (4300.0, 60e6)}  # GB/s of a copy, and bytes of the L2 cache
 
 
 class Traffic(NamedTuple):
@@ -66,8 +67,10 @@ def half(s: int, C: int) -> Traffic:
 
 
 def deferred(s: int, C: int, R: int) -> Traffic:
-    """P read, and read and written in one step of R; on average R/2 waiting rows; G read once more, for U Gᵀ."""
-    return _floats(f"deferred R={R}", (1 + 2 / R) * s * s + 5 * C * s + R * s / 2, 3)
+    """P read, and written in one step of R (with more classes than one pass takes, after a reading of its own); on average R/2
+    waiting rows; G read once more, for U Gᵀ."""
+    passes, launches = (1 + 1 / R, 2) if C <= TRITON_ONE_PASS else (2 + 2 / R, 3)
+    return _floats(f"deferred R={R}", passes * s * s + 5 * C * s + R * s / 2, launches)
 
 
 def ours_rls(backend: str, s: int, C: int, R: int) -> Traffic:
@@ -106,9 +109,10 @@ def fusion_two_reads(rows: int, M: int, N: int, C: int) -> Traffic:
     return _floats("two reads", 2 * rows * C + N * C + 2 * N * M, 1)
 
 
-def fusion_backward(rows: int, M: int, N: int, C: int) -> Traffic:
-    """Logits and the fused logits' gradient read twice, weights and entropies once; M N rows of gradients written."""
-    return _floats("backward", (2 * rows + M * N) * C + 2 * N * C + 2 * N * M, 1)
+def fusion_backward(rows: int, M: int, N: int, C: int, reads: int = 1) -> Traffic:
+    """Logits and the fused logits' gradient read once (long rows: twice), weights and entropies once; M N rows of gradients
+    written."""
+    return _floats("backward" if reads == 1 else "backward, two reads", (reads * (rows + N) + M * N) * C + 2 * N * M, 1)
 
 
 def fusion_einsum(M: int, N: int, C: int, masked: bool = False) -> Traffic:
@@ -159,36 +163,39 @@ FUSION_FORMS = {
 }
 
 
-def tables(C: int, gb_per_s: float) -> str:
+def tables(C: int) -> str:
     """bench/README.md's tables of floors, in markdown."""
     sizes, shapes = (512, 1024, 4096, 8192), ((3, 64, 101), (3, 4096, 101), (3, 65536, 1000))
     rls = [(name, [form(s, C) for s in sizes]) for name, form in RLS_FORMS.items()]
     fusion = [(name, [form(*shape) for shape in shapes]) for name, form in FUSION_FORMS.items()]
     parts = (
-        _table(f"C = {C}", [f"s = {s}" for s in sizes], rls, gb_per_s),
-        _table("fusion", [str(list(shape)) for shape in shapes], fusion, gb_per_s),
+        _table(f"C = {C}", [f"s = {s}" for s in sizes], rls),
+        _table("fusion", [str(list(shape)) for shape in shapes], fusion),
     )
     return "\n\n".join(parts)
 
 
-def _table(head: str, columns: list[str], rows: list[tuple[str, list[Traffic]]], gb_per_s: float) -> str:
+def _table(head: str, columns: list[str], rows: list[tuple[str, list[Traffic]]]) -> str:
     lines = [f"| {head} | launches | " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) + 1)]
     for name, traffic in rows:
-        floors = " | ".join(_short(t.floor_us(gb_per_s)) for t in traffic)
+        floors = " | ".join(" / ".join(_floor(t, *gpu) for gpu in GPUS.values()) for t in traffic)
         lines.append(f"| {name} | {traffic[0].launches} | {floors} |")
     return "\n".join(lines)
 
 
-def _short(us: float) -> str:
-    return f"{us:.2f}" if us < 10 else f"{us:.0f}"
+def _floor(traffic: Traffic, gb_per_s: float, cache: float) -> str:
+    """In parentheses where all of it fits in the L2 cache and may not go to memory at all."""
+    us = traffic.floor_us(gb_per_s)
+    text = f"{us:.2f}" if us < 10 else f"{us:.0f}"
+    return f"({text})" if traffic.bytes < cache else text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="least times of every form in µs, computed from its bytes")
+    parser = argparse.ArgumentParser(
+        description="least times of every form in µs, computed from its bytes, on " + " / ".join(GPUS)
+    )
     parser.add_argument("--classes", type=int, default=101)
-    parser.add_argument("--gb-per-s", type=float, default=4300.0, help="memory bandwidth to divide by")
-    arguments = parser.parse_args()
-    print(tables(arguments.classes, arguments.gb_per_s))
+    print(tables(parser.parse_args().classes))
 
 
 if __name__ == "__main__":

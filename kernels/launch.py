@@ -97,8 +97,9 @@ def _fitted(op: str, length: int, **sizes: int) -> dict:
 
 
 def pending_rows(s: int) -> int:
-    """How many steps' corrections wait before P is written: one (lazy), or more where P no longer fits in the L2 cache."""
-    return TABLE["deferred"]["rows"] if s >= TABLE["deferred"]["from_s"] else 1
+    """How many steps' corrections wait before P is written: one (lazy), or more where P is several times the L2 cache. One where
+    rows are not aligned, whose addresses leave no registers for the others."""
+    return TABLE["deferred"]["rows"] if s >= TABLE["deferred"]["from_s"] and s % 16 == 0 else 1
 
 
 def block_c(C: int) -> int:
@@ -114,7 +115,7 @@ def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, bool, int, int
     config["BLOCK_C"] = triton.next_power_of_2(C + 1) if few else block_c(C)
     if itemsize > 4 or HIP:  # twice the shared memory, or a third of it
         config["STAGES"] = 2
-    if s % 4 and not few:  # numbers are loaded one by one, each with an address of its own in a register
+    if s % 16 and not few:  # G's numbers are loaded one by one, each with an address of its own in a register
         config |= {"BLOCK_I": 16, "STAGES": 2}
     blocks = triton.cdiv(s, config["BLOCK_J"]) * max(triton.cdiv(C, config["BLOCK_C"]), 1)
     wanted = min(max(row["programs"] // blocks, 1), MAX_SPLITS)

@@ -63,8 +63,8 @@ class JointModel(nn.Module):
         rows = {} if present is None else dict(zip(self.modalities, present.T, strict=True))
         features = {modality: self._encode(modality, x, rows.get(modality)) for modality, x in inputs.items()}
         zeros = torch.zeros_like(next(iter(features.values())))
-        given = torch.tensor([modality in inputs for modality in self.modalities]).to(zeros.device, non_blocking=True)
-        here = given[:, None].repeat(1, len(zeros)) if present is None else given[:, None] & present.T
+        here = torch.stack([zeros.new_full((len(zeros),), m in inputs, dtype=torch.bool) for m in self.modalities])
+        here = here if present is None else here & present.T
         return torch.stack([features.get(modality, zeros) for modality in self.modalities]), here
 
     def _encode(self, modality: str, x: Tensor, here: Tensor | None) -> Tensor:

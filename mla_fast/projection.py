@@ -195,8 +195,8 @@ class RLSProjection(_MatrixProjection):
 
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
-        if self.backend == "triton" and size % 4:  # rows that begin at multiples of 16 bytes are read four numbers at a time
-            padded = torch.zeros(size, -(-size // 4) * 4, dtype=dtype, device=device)
+        if self.backend == "triton" and size % 16:  # rows that Triton knows to be aligned are read four numbers at a time
+            padded = torch.zeros(size, -(-size // 16) * 16, dtype=dtype, device=device)
             self.P = padded[:, :size].copy_(self.P)
         rows = ops.pending_rows(self.backend, size)
         self.pending = self.slot = None

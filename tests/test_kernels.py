@@ -141,11 +141,11 @@ def test_a_step_in_place_is_the_step(s, C, R, narrow_blocks):
 
 
 @pytest.mark.parametrize("size", [1, 63, 513])
-def test_rows_of_P_begin_at_multiples_of_16_bytes(size):
+def test_rows_of_P_begin_at_multiples_of_16_numbers(size):
     """Whatever the size; what is saved knows nothing of it."""
     padded = make_projection(ProjectionSettings(alpha=ALPHA), size, torch.float32, here(), "triton")
     plain = make_projection(ProjectionSettings(alpha=ALPHA), size, f64, here(), "reference")
-    assert padded.P.stride(0) % 4 == 0
+    assert padded.P.stride(0) % 16 == 0
     for _ in range(3):
         x_bar, grad = torch.rand(size), torch.randn(2, size)
         exact = grad.double()
@@ -154,7 +154,7 @@ def test_rows_of_P_begin_at_multiples_of_16_bytes(size):
     saved = padded.tensors()["P"]
     assert saved.is_contiguous() and relative(saved, plain.matrix()) < 1e-6
     padded.load_state_dict({**padded.state_dict(), "tensors": {"P": 2 * saved}})
-    assert torch.equal(padded.matrix(), 2 * saved) and padded.P.stride(0) % 4 == 0
+    assert torch.equal(padded.matrix(), 2 * saved) and padded.P.stride(0) % 16 == 0
 
 
 def one_of_each(s=100, C=17, N=9):
@@ -475,7 +475,7 @@ def test_bad_steps_on_a_device(monkeypatch, projection, target, make):
 def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
     from mla_fast import kernels
 
-    assert [kernels.launch.pending_rows(s) for s in (1, 4096, 8191, 8192)] == [1, 1, 1, 4]
+    assert [kernels.launch.pending_rows(s) for s in (1, 4096, 8191, 8192, 8193)] == [1, 1, 1, 4, 1]
     monkeypatch.setattr(kernels.launch, "pending_rows", lambda s: 4)
     deferred = make_projection(ProjectionSettings(alpha=ALPHA), 9, torch.float32, here(), "triton")
     plain = make_projection(ProjectionSettings(alpha=ALPHA), 9, f64, here(), "reference")
@@ -489,17 +489,19 @@ def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
             assert relative(saved, plain.matrix()) < 1e-6 and not deferred.pending.any() and not deferred.slot.any()
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_kernel_compiles_without_spilling(target):
-    """From the launchers themselves, with every row of launch.json; `make kernels-check` prints it."""
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_compile_without_spilling(target):
+    """One case of each, from the launchers themselves; `make kernels-check` compiles every configuration for every target."""
+    only = "^(rls s=1024 C=(6|101)|fold|window step K=5 s=8192 torch.float32|head C=101|fusion M=3 C=1000 torch.float32 slot)$"
     done = subprocess.run(
-        [sys.executable, "-m", "mla_fast.kernels.aot", "--targets", target],
+        [sys.executable, "-m", "mla_fast.kernels.aot", "--targets", target, "--only", only],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "0 bytes spilled" in done.stdout
+    assert "7 kernels in 9 launches, 0 bytes spilled" in done.stdout
+    assert ("| rls_read_kernel | rls s=1024 C=6 |" in done.stdout) == (target == "sm_90")
 
 
 LAUNCHES_TWICE = """
