@@ -15,13 +15,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench import plot, readings, records, speed, tables
+from bench import gpu, plot, readings, records, speed, tables
 from bench.speed import Throughput
 from bench.studies import collapse, competition, forgetting, gap, isolation
 
 BENCH = Path(__file__).parent
 RESULTS, PLOTS, REPORT, README = BENCH / "results", BENCH / "plots", BENCH / "REPORT.md", BENCH.parent / "README.md"
 CPU = RESULTS / "cpu-xeon.jsonl"
+GPU = "nvidia-h200"
 TEMPLATE = BENCH / "report.md.in"
 WIDTH = 130
 STUDIES = {
@@ -35,7 +36,7 @@ STUDIES = {
 
 def parts() -> dict[str, str]:
     """All tables and readings by the names that the template and the README have for them."""
-    found, cpu = records.read(RESULTS / "accuracy.jsonl"), Throughput(CPU)
+    found, cpu, card = records.read(RESULTS / "accuracy.jsonl"), Throughput(CPU), gpu.GPU(RESULTS, GPU)
     tasks = tables.complete(found)
     named = {
         "ours": tables.OURS,
@@ -52,6 +53,11 @@ def parts() -> dict[str, str]:
         "operators reading": f"{speed.read_operators(cpu)} {speed.read_window(cpu)} {speed.read_inference(cpu)}",
         "steps": speed.step_times(cpu),
         "ratios": speed.step_ratios(cpu),
+        "gpu machine": gpu.measured_on(card),
+        "gpu steps": gpu.steps(card),
+        "gpu ratios": gpu.ratios(card),
+        "gpu operators": gpu.operators(card),
+        "gpu kernels": gpu.kernels(card),
         "steps reading": f"{speed.read_steps(cpu)} {speed.read_overhead(cpu)}",
     }
     for study, read in STUDIES.items():
