@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, dtypes, fusion_config, remembered
-from .pairs import normalized, reciprocal
+from .pairs import fma, normalized, reciprocal
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _exp_quotient(T, S):
         return tl.exp(q) / S
     else:
         n = tl.floor(q * 1.44269504 + 0.5)
-        rest = tl.fma(n, 2.12194440e-4, tl.fma(-q, S, T) / S)  # log(2) has two parts, the first exact in products with n
+        rest = tl.fma(n, 2.12194440e-4, fma(-q, S, T) / S)  # log(2) has two parts, the first exact in products with n
         r, r_lo = normalized(tl.fma(-n, 0.693359375, q), rest)
         y = tl.fma(r, tl.fma(r, 1.381459879e-3, 8.368716575e-3), 4.166838899e-2)
         y = tl.fma(r, tl.fma(r, y, 1.666652113e-1), 4.999999404e-1)

@@ -3,7 +3,7 @@
 Where float32 does not suffice, float64 would. But many GPUs have one float64 unit for each 64 of float32, and even where there is
 one for each two, converting to float64 costs as much as this. In float64 the same code has some 100 bits.
 
-Every rounding counts: kernels that use pairs are compiled with enable_fp_fusion=False, and what may be fused says ``tl.fma``.
+Every rounding counts: kernels that use pairs are compiled with enable_fp_fusion=False, and what may be fused says ``fma``.
 """
 
 import os
@@ -25,6 +25,14 @@ def widened(x):
 def narrowed(x, dtype: tl.constexpr):
     """In a pointer's dtype; float64 becomes bfloat16 by way of float32, since the interpreter cannot do it in one."""
     return (x.to(tl.float32) if dtype == tl.bfloat16 else x).to(dtype)
+
+
+@triton.jit
+def fma(x, y, z):
+    """x y + z, rounded once. Triton 3.6 interprets ``tl.fma`` with two roundings, but a product of float32 fits in float64."""
+    if INTERPRETED and x.dtype == tl.float32:
+        return (x.to(tl.float64) * y.to(tl.float64) + z).to(tl.float32)
+    return tl.fma(x, y, z)
 
 
 @triton.jit
@@ -61,27 +69,27 @@ def add_product(hi, lo, x, y):
     total = hi + xy
     added = total - hi
     lost = (hi - (total - added)) + (xy - added)
-    return total, lo + (lost + tl.fma(x, y, -xy))
+    return total, lo + (lost + fma(x, y, -xy))
 
 
 @triton.jit
 def minus_product(a_hi, a_lo, x_hi, x_lo, y_hi, y_lo):
     """a − x y."""
     hi, lo = add_product(a_hi, a_lo, -x_hi, y_hi)
-    return normalized(hi, tl.fma(-x_hi, y_lo, tl.fma(-x_lo, y_hi, lo)))
+    return normalized(hi, fma(-x_hi, y_lo, fma(-x_lo, y_hi, lo)))
 
 
 @triton.jit
 def product(x_hi, x_lo, y_hi, y_lo):
     hi = x_hi * y_hi
-    return normalized(hi, tl.fma(x_hi, y_lo, tl.fma(x_lo, y_hi, tl.fma(x_hi, y_hi, -hi))))
+    return normalized(hi, fma(x_hi, y_lo, fma(x_lo, y_hi, fma(x_hi, y_hi, -hi))))
 
 
 @triton.jit
 def reciprocal(hi, lo):
     """1 / (hi + lo), by one of Newton's steps from a quotient that need not be rounded well."""
     r = 1.0 / hi
-    return normalized(r, r * tl.fma(-lo, r, tl.fma(-hi, r, 1.0)))
+    return normalized(r, r * tl.fma(-lo, r, fma(-hi, r, 1.0)))
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, dtypes, remembered, window_config
-from .pairs import add_product, entry, from_float64, minus_product, narrowed, product, reciprocal, to_float64, total, widened
+from .pairs import add_product, entry, fma, from_float64, minus_product, narrowed, product, reciprocal, to_float64, total, widened
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def window_project_kernel(
             for q in tl.static_range(J_PAD):
                 b_q, b_q_lo = entry(b, b_lo, r == q, 0)
                 x = tl.sum(tl.where((r == q)[:, None], X, 0.0), 0)
-                rest, rest_lo = add_product(rest, tl.fma(-b_q_lo, x, rest_lo), -b_q, x)
+                rest, rest_lo = add_product(rest, fma(-b_q_lo, x, rest_lo), -b_q, x)
             squares += _store(out_ptr + row, j, rest + rest_lo, g, stop, limit)
         else:
             for begin in range(0, s, BLOCK):
@@ -159,7 +159,7 @@ def window_project_kernel(
                     x_ptrs = means_ptr + (q + (own <= q).to(tl.int64)) * s + j
                     x = widened(tl.load(x_ptrs, mask=j < tl.where(q < J, s, 0), other=0.0)).to(dtype)
                     b_q, b_q_lo = entry(b, b_lo, r == q, 0)
-                    rest, rest_lo = add_product(rest, tl.fma(-b_q_lo, x, rest_lo), -b_q, x)
+                    rest, rest_lo = add_product(rest, fma(-b_q_lo, x, rest_lo), -b_q, x)
                 squares += _store(out_ptr + row, j, rest + rest_lo, g, stop, limit)
         tl.store(squares_ptr + c, tl.sum(squares, 0), mask=c < C)
 
