@@ -14,6 +14,9 @@ OPERATORS = (
     *(f"window s={s} C=101 M=3" for s in (512, 1024, 4096)),
     "fusion [3, 64, 101]",
     "fusion [3, 65536, 1000]",
+    *(f"infer [3, 16384, 512] C=101{masked}" for masked in ("", " masked")),
+    *(f"dispatch N={N}{means}" for N in (64, 20480) for means in ("", " means")),
+    *(f"predict N={N}" for N in (128, 512)),
 )
 WAYS = ("plain loop", "joint concat", "ours rls", "ours window", "ours streams rls", "ours graph rls", "ours graph window")
 WAYS += ("graph plain loop", "graph joint concat", "released")
@@ -81,7 +84,7 @@ def operators(gpu: GPU) -> str:
 
     rows = []
     for case in (case for case in OPERATORS if (case, "ours") in found):
-        ours, graph = found[case, "ours"], found.get((case, "ours graph"))
+        ours, graph = found[case, "ours"], found.get((case, "ours graph"), found.get((case, "ours padded graph")))
         eager = best(case, lambda name: name.startswith("eager"))
         captured = best(case, lambda name: name.startswith("graph eager"))
         released = found.get((case, "released"))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench import readings, report, speed, throughput
+from bench import gpu, readings, report, speed, throughput
 from bench.speed import Throughput
 
 MACHINE = {"cpu": "Xeon", "torch": "2.13.0", "python": "3.11.7", "commit": "a"}
@@ -171,3 +171,25 @@ def test_throughput_passes_its_options_on_and_measures_what_is_left(monkeypatch,
         throughput.main(["--device", "cpu", "--threads", "2", "--quick", "--compile", "--output", "out.jsonl"])
     common = ["--device", "cpu", "--threads", "2", "--output", "out.jsonl"]
     assert seen == [[*common, "--compile", "--seconds", "0.2"], [*common, "--quick"]]
+
+
+def test_a_gpus_tables_are_of_its_last_commit_and_the_best_rival(tmp_path):
+    def write(part, *found):
+        lines = [json.dumps({**r, "machine": {**MACHINE, "commit": r.pop("commit")}}) + "\n" for r in found]
+        (tmp_path / f"card-{part}.jsonl").write_text("".join(lines))
+
+    spread = {"p20_us": 1.0, "p80_us": 9.0}
+    kernel = {"case": "rls s=512 C=6 hot", "kernel": "rls_read_kernel", "copy_gb_per_s": 4000.0, **spread}
+    write("kernels", {**kernel, "mean_a_call_us": 4.0, "commit": "a"}, {**kernel, "mean_a_call_us": 3.0, "commit": "b"})
+    case = {"case": "rls s=512 C=6", "commit": "a"}
+    times = {"ours": 2.0, "ours graph": 1.0, "eager x": 8.0, "eager y": 6.0, "graph eager y": 5.0, "released": 10.0}
+    write("ops", *({**case, "provider": name, "median_us": us} for name, us in times.items()))
+    batch = {"case": "mlps N=64", "provider": "plain loop", **spread}
+    write("step", {**batch, "median_us": 4e3, "commit": "a"}, {**batch, "median_us": 3e3, "commit": "b"})
+    card = gpu.GPU(tmp_path, "card")
+    assert re.search(r"rls s=512 C=6 +\| +read \| +4.0 \(1.0–9.0\) \| +3.0 \(1.0–9.0\)", gpu.kernels(card))
+    numbers = re.findall(r"\d+\.\d", gpu.operators(card).splitlines()[-1])
+    assert numbers == ["2.0", "6.0", "3.0", "1.0", "5.0", "5.0", "10.0", "5.0"]
+    assert re.search(r"plain loop +\| +3.00 \(0.00–0.01\)", gpu.steps(card)) and "joint" not in gpu.steps(card)
+    with pytest.raises(ValueError, match="expected results of make gpu-check for other"):
+        gpu.GPU(tmp_path, "other")
