@@ -40,7 +40,7 @@ from .launch import (
 
 @triton.jit
 def rls_fold_kernel(
-    P_ptr, pending_ptr, slot_ptr, s, stride,
+    P_ptr, pending_ptr, slot_ptr, s, columns, stride,
     R: tl.constexpr, FULL_ONLY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """P ← P − Σ_r u_r u_rᵀ over the waiting rows, or with FULL_ONLY only once the last place is taken. Each program goes over
@@ -55,13 +55,13 @@ def rls_fold_kernel(
         waiting = tl.where(filled == R, R, 0) if FULL_ONLY else filled
         if tl.program_id(0) == 0:
             tl.store(slot_ptr, tl.where(waiting > 0, 0, filled))
-    columns = tl.cdiv(s, BLOCK_COLS)
-    tiles = tl.where(waiting > 0, tl.cdiv(s, BLOCK_ROWS) * columns, 0)
+    across = tl.cdiv(s, BLOCK_COLS)
+    tiles = tl.where(waiting > 0, tl.cdiv(s, BLOCK_ROWS) * across, 0)
     for at in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        i = at // columns * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        j = at % columns * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        i = at // across * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        j = at % across * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         tile = P_ptr + i.to(tl.int64)[:, None] * stride + j[None, :]
-        inside = (i < s)[:, None] & (j < s)[None, :]
+        inside = (i < s)[:, None] & (j < columns)[None, :]
         p = tl.load(tile, mask=inside, other=0.0)
         # Rows and columns get the same products in the same order: P stays symmetric to the last bit.
         for r in range(waiting):
@@ -103,13 +103,14 @@ def _add_product(GP, p, g, TF32X3: tl.constexpr):
 
 @triton.jit
 def _sweep(
-    P_ptr, x_ptr, G_ptr, pending_ptr, j, c, begin, end, s, stride, C,
+    P_ptr, x_ptr, G_ptr, pending_ptr, j, c, begin, end, P_end, s, stride, C,
     FOLD: tl.constexpr, FEW: tl.constexpr, TF32X3: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(k [J], (G P)ᵀ [J, C]) of rows j of P, summed over columns begin … end. FOLD: that many waiting rows enter P on the way.
 
-    k decides P's accuracy and stays out of the tensor cores. FEW: C < BLOCK_C, and x̄ stands in row C of G.
+    k decides P's accuracy and stays out of the tensor cores. FEW: C < BLOCK_C, and x̄ stands in row C of G. P_end is end, or where
+    zeros that pad P's rows end: a bound that is no multiple of 16 would have numbers loaded one by one.
     """
     dtype: tl.constexpr = P_ptr.dtype.element_ty
     if FEW:
@@ -120,7 +121,7 @@ def _sweep(
     rows = P_ptr + j.to(tl.int64)[:, None] * stride
     for first in tl.range(begin, end, BLOCK_I, num_stages=STAGES):
         i = first + tl.arange(0, BLOCK_I)
-        tile, inside = rows + i[None, :], (j < s)[:, None] & (i < end)[None, :]
+        tile, inside = rows + i[None, :], (j < s)[:, None] & (i < P_end)[None, :]
         p = tl.load(tile, mask=inside, other=0.0)
         if FOLD > 0:
             for r in tl.static_range(FOLD):
@@ -159,7 +160,7 @@ def _work(work_ptr, s, C, blocks, splits, R: tl.constexpr):
 
 @triton.jit
 def rls_read_kernel(
-    P_ptr, x_ptr, G_ptr, pending_ptr, slot_ptr, work_ptr, s, stride, C, split_cols,
+    P_ptr, x_ptr, G_ptr, pending_ptr, slot_ptr, work_ptr, s, columns, stride, C, split_cols,
     R: tl.constexpr, FOLDS: tl.constexpr, FEW: tl.constexpr, TF32X3: tl.constexpr, DEPENDENT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -172,6 +173,7 @@ def rls_read_kernel(
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     c = c_block * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, end = split * split_cols, tl.minimum(s, (split + 1) * split_cols)
+    P_end = tl.minimum(columns, (split + 1) * split_cols)
     waiting = 0
     if R > 1:  # a fold that was a launch of its own has said how many are left
         waiting = tl.load(slot_ptr + 1) if FOLDS else tl.load(slot_ptr)
@@ -181,18 +183,18 @@ def rls_read_kernel(
             tl.store(slot_ptr, tl.where(due, 0, waiting))
         if due:
             k, GP = _sweep(
-                P_ptr, x_ptr, G_ptr, pending_ptr, j, c, begin, end, s, stride, C,
+                P_ptr, x_ptr, G_ptr, pending_ptr, j, c, begin, end, P_end, s, stride, C,
                 R, FEW, TF32X3, BLOCK_C, BLOCK_J, BLOCK_I, STAGES,
             )  # fmt: skip
             waiting = 0
         else:
             k, GP = _sweep(
-                P_ptr, x_ptr, G_ptr, pending_ptr, j, c, begin, end, s, stride, C,
+                P_ptr, x_ptr, G_ptr, pending_ptr, j, c, begin, end, P_end, s, stride, C,
                 0, FEW, TF32X3, BLOCK_C, BLOCK_J, BLOCK_I, STAGES,
             )  # fmt: skip
     else:
         k, GP = _sweep(
-            P_ptr, x_ptr, G_ptr, pending_ptr, j, c, begin, end, s, stride, C,
+            P_ptr, x_ptr, G_ptr, pending_ptr, j, c, begin, end, P_end, s, stride, C,
             1 if FOLDS else 0, FEW, TF32X3, BLOCK_C, BLOCK_J, BLOCK_I, STAGES,
         )  # fmt: skip
 
@@ -336,8 +338,9 @@ def _step(s, C, R, waits, project_first, in_place, kinds, device):
 def rls_project_(P, x_bar, grad, alpha, pending=None, slot=None, found_inf=None, project_first=False):
     """One step on tensors of one device; the operator's contract is that of ``mla_fast.rls_project_``.
 
-    P [s, s] float32 or float64, its rows contiguous; x_bar [s] and grad [C, s] of any floating dtype, computed in P's; alpha 0-d
-    float64; pending [R, s] in P's dtype, slot int32 [2] (zeros to begin with; needed for R > 1); found_inf float32 [1].
+    P [s, s] float32 or float64, its rows contiguous, with zeros between them if there is anything; x_bar [s] and grad [C, s] of
+    any floating dtype, computed in P's; alpha 0-d float64; pending [R, s] in P's dtype, slot int32 [2] (zeros to begin with;
+    needed for R > 1); found_inf float32 [1].
     Returns [C, s] in grad's dtype. Without `pending` the step's u enters P before this returns, by one more launch.
     """
     if P.dtype == torch.float64 and grad.dtype.itemsize == 2:  # a product that Triton 3.6 cannot compile
@@ -377,11 +380,17 @@ def _take_step(P, x_bar, grad, out, alpha, pending, slot, found_inf, project_fir
     blocks, *_ = step.read_grid
     columns, rows, _ = step.finish_grid
     work, squares = P.new_empty(step.work), P.new_empty(columns * rows)
-    step.read(step.read_grid, P, x_bar.contiguous(), grad, pending, slot, work, s, P.stride(0), C, step.split_cols)
+    step.read(step.read_grid, P, x_bar.contiguous(), grad, pending, slot, work, s, _columns(P), P.stride(0), C, step.split_cols)
     step.finish(step.finish_grid, grad, out, pending, slot, work, squares, alpha, found_inf, s, C, blocks, step.flags)
     if not waits:
         _launch_fold(P, pending, slot, full_only=False)
     return squares
+
+
+def _columns(P):
+    """How far P's rows may be read and written: up to a multiple of 16 where they are padded that far."""
+    padded = triton.cdiv(P.shape[0], 16) * 16
+    return padded if P.stride(0) >= padded else P.shape[0]
 
 
 def _check_pending(P, pending, slot):
@@ -408,7 +417,7 @@ def rls_fold_(P, pending, slot=None):
 def _launch_fold(P, pending, slot, *, full_only):
     s = P.shape[0]
     fold, grid = _fold(s, pending.shape[0], full_only, P.dtype, P.get_device())
-    fold(grid, P, pending, slot, s, P.stride(0))
+    fold(grid, P, pending, slot, s, _columns(P), P.stride(0))
 
 
 @remembered

@@ -67,6 +67,7 @@ class GraphedStep:
         self._recorder = Recorder(optimizer.device)
         self._kinds: dict[Any, int | _Captured] = {}  # eager steps so far, or the graph
         self._constants: list[Any] | None = None  # what the graphs take as given
+        self._held: tuple[Any, ...] = ()
         self._parts: list[nn.Module] = []
         self._modules: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
@@ -177,6 +178,7 @@ class GraphedStep:
             for layer, (step, modality, squares) in zip(layers, before, strict=True):
                 layer.projection.scheduled = {}
                 layer.projection.step, layer.projection.modality, layer.squares = step, modality, squares
+        self.optimizer.zero_grad()  # gradients are where the graph's own are, and no other batch's
         steps = [(end[0] - start[0], *end[1:]) for start, end in zip(before, after, strict=True)]
         return _Captured(held, graph, steps, alphas)
 
@@ -226,8 +228,9 @@ class GraphedStep:
         settings = len(optimizer.param_groups)
         warm = self._constants is not None and self._constants[:-settings] == now[:-settings]
         self._constants, kinds = now, self._kinds if warm else {}
-        # Other settings alone need no new warm-up: what first steps make is there.
-        self._kinds = {kind: found if isinstance(found, int) else WARM_UP for kind, found in kinds.items()}
+        self._held = optimizer.state, projections  # or new ones might get the old ones' identity
+        # Other settings alone need one eager step, which makes what state they want: momentum, where there was none.
+        self._kinds = {kind: found if isinstance(found, int) else WARM_UP - 1 for kind, found in kinds.items()}
         self._rates = [_rate(group, device) for group in optimizer.param_groups]
 
 

@@ -130,6 +130,7 @@ class HeadLayer:
         # Of the last step, nothing of it added up before somebody asks: ‖G‖² and ‖x̄‖² as they were measured, ‖ΔW‖² where that is
         # what was projected, and parts of ‖G P‖² if there was a projection.
         self.squares: tuple[Tensor | tuple[float, float], Tensor | None, Tensor | None] | None = None
+        self.saved_norms = (math.nan,) * 3  # the norms until the first step
         self.projection = self.new_projection(settings)
         self.features = FeatureMean(name, module.in_features, self.dtype, process_group)
         unwatch(module)  # by an optimizer that this one replaces
@@ -162,8 +163,7 @@ class HeadLayer:
 
     def adopt(self, projection: Projection, saved: dict[str, Any]) -> None:
         self.projection = projection
-        grad, kept, x_bar = saved["norms"].double().square()
-        self.squares = (grad.item(), x_bar.item()), None, kept
+        self.squares, self.saved_norms = None, tuple(saved["norms"].to(self.dtype).tolist())
 
     def restored(self, settings: ProjectionSettings, saved: dict[str, Any]) -> Projection:
         """A projection that continues from a saved state; ValueError if it does not fit this layer."""
@@ -224,13 +224,14 @@ class HeadLayer:
         return kept is not None
 
     def norms(self) -> tuple[float, float, float]:
-        """‖G‖, ‖G P‖ and ‖x̄‖ in the last step; waits for the device."""
+        """‖G‖, ‖G P‖ and ‖x̄‖ in the last step, rounded as they are saved; waits for the device."""
         if self.squares is None:
-            return (math.nan,) * 3
+            return self.saved_norms
         measured, before, kept = self.squares
         grad, x_bar = map(float, measured)
         grad = grad if before is None else float(before)
-        return math.sqrt(grad), math.sqrt(grad if kept is None else float(kept.sum())), math.sqrt(x_bar)
+        squares = torch.tensor([grad, grad if kept is None else float(kept.sum()), x_bar], dtype=torch.float64)
+        return tuple(squares.sqrt().to(self.dtype).tolist())
 
     def diagnostics(self) -> dict[str, Any]:
         grad, kept, x_bar = self.norms()

@@ -52,9 +52,16 @@ class Recorded:
 
     def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream, pool: tuple[int, int] | None):
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, as a loader's that pins memory, may do as they like meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.outputs = function()
+        before, generator = torch.cuda.current_stream(stream.device), torch.cuda.default_generators[stream.device.index]
+        state = generator.clone_state()
+        try:
+            # Other threads, as a loader's that pins memory, may do as they like meanwhile.
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self.outputs = function()
+        except BaseException:  # torch leaves its stream current, and its random numbers those of a capture
+            torch.cuda.set_stream(before)
+            generator.graphsafe_set_state(state)
+            raise
 
     def replay(self) -> None:
         self.graph.replay()

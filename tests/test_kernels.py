@@ -76,7 +76,7 @@ def folded(P, pending, slot):
     return P
 
 
-@pytest.mark.parametrize("s,C,R", [(1, 1, 4), (63, 6, 4), (65, 17, 1), (130, 17, 4), (33, 0, 1), (33, 0, 4)])
+@pytest.mark.parametrize("s,C,R", [(1, 1, 4), (63, 6, 4), (65, 17, 1), (130, 17, 2), (33, 0, 1), (33, 0, 4)])
 @pytest.mark.parametrize("project_first", [False, True])
 def test_deferred_and_wide_steps_follow_the_reference(s, C, R, project_first, narrow_blocks):
     """Past two foldings, with more classes than one block holds, and with none."""
@@ -124,7 +124,7 @@ def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
         assert torch.equal(folded(P, pending, slot), before)
 
 
-@pytest.mark.parametrize("s,C,R", [(1, 1, 1), (63, 7, 4), (65, 8, 1), (130, 17, 4)])
+@pytest.mark.parametrize("s,C,R", [(1, 1, 1), (63, 7, 2), (65, 8, 1), (70, 17, 2)])
 def test_a_step_in_place_is_the_step(s, C, R, narrow_blocks):
     """To the last bit, with the squares of what it leaves; and nothing moves where found_inf is set."""
     from mla_fast import kernels
@@ -140,7 +140,7 @@ def test_a_step_in_place_is_the_step(s, C, R, narrow_blocks):
         torch.testing.assert_close(squares.sum().double(), projected.double().square().sum(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("size", [1, 63, 513])
+@pytest.mark.parametrize("size", [1, 63, 130])
 def test_rows_of_P_begin_at_multiples_of_16_numbers(size):
     """Whatever the size; what is saved knows nothing of it."""
     padded = make_projection(ProjectionSettings(alpha=ALPHA), size, torch.float32, here(), "triton")
@@ -167,7 +167,7 @@ def one_of_each(s=100, C=17, N=9):
         return torch.randn(shape, generator=generator)
 
     alpha, left = torch.tensor(ALPHA, dtype=f64), []
-    for R, classes in ((1, C), (4, 3), (4, C)):
+    for R, classes in ((1, C), (2, 3), (2, C)):
         P, pending, slot = state(s, R)
         for _ in range(R + 2):
             left.append(ops.rls_step("triton", P, normal(s), normal(classes, s), alpha, pending, slot).clone())

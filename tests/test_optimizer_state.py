@@ -191,3 +191,12 @@ def test_a_copy_has_neither_gradients_nor_the_features_that_came_with_them():
             F.cross_entropy(h(x), y).backward()
         o.step()
     assert_bitwise(everything(other, copied), everything(fresh, expected))
+
+
+def test_what_diagnostics_say_is_saved_to_the_last_bit():
+    head = make_head(8)
+    optimizer, other = wrap(head), wrap(make_head(8))
+    for step in head_steps(12, 8):
+        train(head, optimizer, [step])
+        other.load_state_dict(optimizer.state_dict())
+        assert other.diagnostics() == optimizer.diagnostics()
