@@ -9,6 +9,7 @@ GPU_PYTHON ?= python3
 DATA ?= avdigits.npz
 ACCURACY ?= runs/accuracy
 JOBS ?= 2
+TARGETS ?= sm_90 sm_100 sm_80 gfx942
 RESULTS ?= bench/results/cpu-xeon.jsonl
 READY := $(VENV)/.ready
 
@@ -69,7 +70,7 @@ accuracy: $(READY)
 
 kernels-check: $(READY)
 	@echo "==> every Triton kernel and shipped configuration, compiled for each target without a GPU"
-	printf '%s\n' sm_90 sm_100 sm_80 gfx942 | xargs -P $(JOBS) -I{} $(BIN)/python -m mla_fast.kernels.aot --targets {}
+	printf '%s\n' $(TARGETS) | xargs -P $(JOBS) -I{} $(BIN)/python -m mla_fast.kernels.aot --targets {}
 
 # On a machine with a GPU, with its own Python, torch and triton; nothing is downloaded. GPU_PYTHON may name another Python.
 gpu-check:
