@@ -117,6 +117,8 @@ def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, bool, int, int
         config["STAGES"] = 2
     if s % 16 and not few:  # G's numbers are loaded one by one, each with an address of its own in a register
         config |= {"BLOCK_I": 16, "STAGES": 2}
+    if config["BLOCK_C"] > 64 and not (few or dependent_launch()):  # without Hopper's products operands take more registers
+        config["num_warps"] = 8
     blocks = triton.cdiv(s, config["BLOCK_J"]) * max(triton.cdiv(C, config["BLOCK_C"]), 1)
     wanted = min(max(row["programs"] // blocks, 1), MAX_SPLITS)
     split_cols = triton.cdiv(triton.cdiv(s, wanted), config["BLOCK_I"]) * config["BLOCK_I"]
