@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from bench import records
 from bench.records import Record
+from bench.speed import interval, number
 from mla_fast.demo import markdown_table
 
 OPERATORS = (
@@ -66,7 +66,7 @@ def kernels(gpu: GPU) -> str:
 
 
 def _family(kernel: str) -> str:
-    """ "" for what is not ours."""
+    """Which of ours it is; empty for others."""
     names = ("read", "finish", "fold", "window", "fusion_backward", "fusion", "cross_entropy")
     return next((n.replace("_", " ") for n in names if n in kernel and kernel.endswith("_kernel")), "")
 
@@ -79,17 +79,16 @@ def operators(gpu: GPU) -> str:
     """Ours and the best eager form, as they are and in a CUDA graph, and the released arithmetic."""
     found: dict[tuple[str, str], float] = {(r["case"], r["provider"]): r["median_us"] for r in gpu.latest(gpu.operators)}
 
-    def best(case: str, admit: Callable[[str], bool]) -> float | None:
-        return min((us for (c, name), us in found.items() if c == case and admit(name)), default=None)
+    def best(case: str, prefix: str) -> float | None:
+        return min((us for (c, name), us in found.items() if c == case and name.startswith(prefix)), default=None)
 
     rows = []
     for case in (case for case in OPERATORS if (case, "ours") in found):
         ours, graph = found[case, "ours"], found.get((case, "ours graph"), found.get((case, "ours padded graph")))
-        eager = best(case, lambda name: name.startswith("eager"))
-        captured = best(case, lambda name: name.startswith("graph eager"))
+        eager, captured = best(case, "eager"), best(case, "graph eager")
         released = found.get((case, "released"))
         numbers = [ours, eager, _ratio(eager, ours), graph, captured, _ratio(captured, graph), released, _ratio(released, ours)]
-        rows.append([case, *("-" if n is None else f"{n:.1f}" for n in numbers)])
+        rows.append([case, *(number(n, 1) for n in numbers)])
     header = ["operator", "ours, µs", "best eager, µs", "times as fast", "ours in a graph, µs", "best eager in a graph, µs"]
     return markdown_table([*header, "times as fast", "released, µs", "times as fast (no graph)"], rows)
 
@@ -117,12 +116,5 @@ def ratios(gpu: GPU) -> str:
     found = {(r["case"], r["comparison"]): r for r in gpu.latest(gpu.steps) if "comparison" in r}
     cases = list(dict.fromkeys(case for case, _ in found))
     wanted = [what for what in dict.fromkeys(what for _, what in found) if "joint" in what or "graph" in what or "plain" in what]
-    rows = [[what, *(_interval(found.get((case, what))) for case in cases)] for what in wanted if "added" not in what]
+    rows = [[what, *(interval(found.get((case, what))) for case in cases)] for what in wanted if "added" not in what]
     return markdown_table(["time / time", *cases], rows)
-
-
-def _interval(r: Record | None) -> str:
-    if r is None:
-        return "-"
-    asked = f", {r['target']}: {r['verdict']}" if r["target"] else ""
-    return f"{r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f}){asked}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +19,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import mla_fast as mla
+from bench.problems import RLS, Fusion, State, Window
 from bench.providers import capture, random
-from bench.timing import copy_bandwidth, interleave, write_jsonl
+from bench.timing import Timing, copy_bandwidth, interleave, summary, write_jsonl
 from mla_fast import ops
 
 CUDA = torch.device("cuda")
@@ -31,37 +31,25 @@ COLD_BYTES = 256 << 20  # several times the L2 cache of any GPU today
 
 def rls(s: int, C: int, cold: bool) -> Callable[[], object]:
     """A step of the RLS projection, as the optimizer takes it."""
-    source = {"device": CUDA, "generator": random(CUDA)}
-    copies = max(COLD_BYTES // (4 * s * s), 2) if cold else 1
-    R, alpha = ops.pending_rows("triton", s), ops.alpha_tensor(1.0, CUDA)
-    x, G = torch.rand(s, **source) / s**0.5, torch.randn(C, s, **source)
-    states = [
-        (torch.eye(s, device=CUDA), torch.zeros(R, s, device=CUDA), torch.zeros(2, dtype=torch.int32, device=CUDA))
-        for _ in range(copies)
-    ]
-    turns = itertools.cycle(states)
-
-    def step():
-        P, pending, slot = next(turns)
-        return ops.rls_step("triton", P, x, G, alpha, pending, slot)
-
-    return step
+    problem, copies = RLS(s, C, CUDA), max(COLD_BYTES // (4 * s * s), 2) if cold else 1
+    x, G = problem.steps[0]
+    problem.x.copy_(x), problem.G.copy_(G)
+    turns = itertools.cycle([problem.ours(State(problem.backend, s, problem.rows, CUDA)) for _ in range(copies)])
+    return lambda: next(turns)()
 
 
 def window(s: int, C: int, M: int) -> Callable[[], object]:
-    source = {"device": CUDA, "generator": random(CUDA)}
-    means, x, G = torch.rand(M, s, **source) / s**0.5, torch.rand(s, **source) / s**0.5, torch.randn(C, s, **source)
-    alpha, gram = ops.alpha_tensor(1.0, CUDA), ops.window_gram("triton", means)
-    return lambda: ops.window_step_("triton", means, gram, 0, x, G, alpha)
+    problem = Window(s, C, M, CUDA)
+    return problem.ours(problem.means)
 
 
 def fusion(M: int, N: int, C: int) -> Callable[[], object]:
-    z = 3 * torch.randn(M, N, C, device=CUDA, generator=random(CUDA))
-    return lambda: mla.entropy_fusion(z)
+    return Fusion(M, N, C, False, CUDA).step(mla.entropy_fusion)
 
 
 def fusion_backward(M: int, N: int, C: int) -> Callable[[], object]:
-    z = (3 * torch.randn(M, N, C, device=CUDA, generator=random(CUDA))).requires_grad_()
+    (z,) = Fusion(M, N, C, False, CUDA).arguments
+    z.requires_grad_()
     g = torch.randn(N, C, device=CUDA, generator=random(CUDA))
 
     def step():
@@ -107,11 +95,10 @@ def measure(step: Callable[[], object]) -> dict[str, list[float]]:
     return times
 
 
-def in_a_graph(step: Callable[[], object], calls: int = 8) -> dict:
+def in_a_graph(step: Callable[[], object], calls: int = 8) -> Timing:
     """A call's share of a CUDA graph of several."""
     replay = capture(lambda: [step() for _ in range(calls)])
-    t = interleave({"it": replay}, seconds=0.03, device=CUDA)["it"]
-    return {"kernel": "in a graph", "median_us": t.median / calls, "p20_us": t.p20 / calls, "p80_us": t.p80 / calls}
+    return Timing(*(us / calls for us in interleave({"it": replay}, seconds=0.03, device=CUDA)["it"]))
 
 
 def short(name: str) -> str:
@@ -120,12 +107,18 @@ def short(name: str) -> str:
     return found[1] if found else name[:60]
 
 
-def record(case: str, kernel: str, times: list[float]) -> dict:
-    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 2
-    return {
-        "case": case, "kernel": kernel, "launches_a_call": len(times) / CALLS, "median_us": statistics.median(times),
-        "p20_us": fifths[0], "p80_us": fifths[-1], "mean_a_call_us": sum(times) / CALLS,
-    }  # fmt: skip
+def record(case: str, kernel: str, t: Timing, launches_a_call: float, mean_a_call_us: float) -> dict:
+    times = {f"{name}_us": us for name, us in t._asdict().items()}
+    return {"case": case, "kernel": kernel, "launches_a_call": launches_a_call, **times, "mean_a_call_us": mean_a_call_us}
+
+
+def records(case: str, step: Callable[[], object]) -> Iterator[dict]:
+    """Each of its launches by itself, and the whole in a graph."""
+    for kernel, times in measure(step).items():
+        several = times if len(times) > 1 else 2 * times  # one has no percentiles
+        yield record(case, kernel, summary(several), len(times) / CALLS, sum(times) / CALLS)
+    t = in_a_graph(step)
+    yield record(case, "in a graph", t, 0, t.median)
 
 
 def main() -> None:
@@ -147,10 +140,7 @@ def main() -> None:
     for case, make in chosen:
         try:
             with torch.no_grad():
-                step = make()
-                found = [record(case, kernel, times) for kernel, times in measure(step).items()]
-                found.append({"case": case, "launches_a_call": 0, **in_a_graph(step)})
-                found[-1]["mean_a_call_us"] = found[-1]["median_us"]
+                found = list(records(case, make()))
         except Exception as error:
             print(f"{case}: FAILED {type(error).__name__}: {error}", flush=True)
             continue

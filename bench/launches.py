@@ -1,13 +1,15 @@
-"""What launching the kernels costs the host: ``python -m bench.launches [--seconds 2]``. Needs triton, and no GPU.
+"""What launching the kernels costs the host: ``python -m bench.launches [--seconds 2]``. Needs triton; a GPU if there is one.
 
-The operators' launchers run on CPU tensors, with a driver that launches nothing: what is timed is all that happens before the
-driver. Beside it the same through Triton's own way at every call. torch's dispatcher and the driver's own few µs come on top.
+Without a GPU the operators' launchers run on CPU tensors, with a driver that launches nothing: what is timed is all that happens
+before the driver. Beside it the same through Triton's own way at every call, and on a GPU one launch of torch's.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
+import time
 from collections.abc import Callable
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -18,6 +20,8 @@ from triton.runtime import driver  # noqa: E402
 
 from bench.timing import sample, summary  # noqa: E402
 from mla_fast import kernels  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
 
 
 def calls(s: int = 512, C: int = 31, N: int = 64, M: int = 3) -> dict[str, tuple[int, Callable[[], object]]]:
@@ -46,15 +50,35 @@ def through_triton(call: Callable[[], object]) -> Callable[[], object]:
     return slow
 
 
+def enqueued(functions: dict[str, Callable[[], object]], seconds: float, several: int = 20) -> dict[str, list[float]]:
+    """Host µs a call, of several at a time that the GPU is done with before the next are timed."""
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline or len(next(iter(samples.values()))) < 10:
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter_ns()
+            for _ in range(several):
+                function()
+            samples[name].append((time.perf_counter_ns() - start) / 1e3 / several)
+    return {name: times[3:] for name, times in samples.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what launching the kernels costs the host, without a GPU")
+    parser = argparse.ArgumentParser(description="what launching the kernels costs the host")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing per operator")
     seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
-    driver.set_active(Driver(TARGETS["sm_90"], lambda *args: None))
+    if ON_GPU:
+        torch.set_default_device("cuda")
+        t = torch.zeros(512)
+        print(f"one torch addition: {statistics.median(enqueued({'add': lambda: t.add_(1)}, 0.3)['add']):.1f} µs")
+    else:
+        driver.set_active(Driver(TARGETS["sm_90"], lambda *args: None))
     print("| operator | launches | host, µs | through Triton, µs | ratio |\n|---|---:|---:|---:|---:|")
     for name, (launches, call) in calls().items():
-        samples = sample({"ours": call, "triton": through_triton(call)}, seconds=seconds, rounds=(50, 500), host_us=1000.0)
+        both = {"ours": call, "triton": through_triton(call)}
+        samples = enqueued(both, seconds) if ON_GPU else sample(both, seconds=seconds, rounds=(50, 500), host_us=1000.0)
         ours, triton = summary(samples["ours"]), summary(samples["triton"])
         spread = f"{ours.median:.1f} ({ours.p20:.1f}–{ours.p80:.1f}) | {triton.median:.1f} ({triton.p20:.1f}–{triton.p80:.1f})"
         print(f"| {name} | {launches} | {spread} | {triton.median / ours.median:.2f} |", flush=True)

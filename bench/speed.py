@@ -65,7 +65,7 @@ def operators(found: Throughput) -> str:
     for case in found.cases():
         times = [found.times.get((first, case, OURS)), found.best(first, case, "eager")]
         ratios = [found.times_as_fast(threads, case, prefix) for threads, prefix, _ in rivals]
-        rows.append([case, *(_number(r and r["median_us"], 1) for r in times), *(_number(ratio, 2) for ratio in ratios)])
+        rows.append([case, *(number(r and r["median_us"], 1) for r in times), *(number(ratio, 2) for ratio in ratios)])
     header = [f"operator, {_threads(first)} unless told", "ours, µs", "best eager, µs", *(name for *_, name in rivals)]
     return markdown_table(header, rows)
 
@@ -111,7 +111,7 @@ def step_times(found: Throughput) -> str:
     rows = []
     for way in dict.fromkeys(name for *_, name in found.step_times):
         each = [found.step_times.get((threads, case, way)) for case, threads in columns]
-        rows.append([way, *(_number(r and r["median_us"] / 1e3, 2) for r in each)])
+        rows.append([way, *(number(r and r["median_us"] / 1e3, 2) for r in each)])
     return markdown_table(["ms a batch", *(f"{case}, {_threads(threads)}" for case, threads in columns)], rows)
 
 
@@ -121,7 +121,7 @@ def step_ratios(found: Throughput) -> str:
     rows = []
     for what in dict.fromkeys(what for *_, what in found.comparisons):
         each = [found.comparisons.get((threads, case, what)) for case, threads in columns]
-        rows.append([what, *(_ratio(r) for r in each)])
+        rows.append([what, *(interval(r) for r in each)])
     return markdown_table(["time / time", *(f"{case}, {_threads(threads)}" for case, threads in columns)], rows)
 
 
@@ -150,14 +150,14 @@ def read_overhead(found: Throughput) -> str:
     return f"MLAOptimizer adds to a batch of the plain loop {more}. `alternating_step` takes, of the plain loop's time, {share}."
 
 
-def _ratio(record: Record | None) -> str:
+def interval(record: Record | None) -> str:
     if record is None:
         return "-"
     asked = f", {record['target']}: {record['verdict']}" if record["target"] else ""
     return f"{record['ratio']:.2f} ({record['low']:.2f}–{record['high']:.2f}){asked}"
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 

@@ -166,36 +166,27 @@ class Training:
         inputs = {modality: torch.rand(N, *shape, device=self.device) for modality, shape in shapes.items()}
         return inputs, torch.randint(self.workload.C, (N,), device=self.device)
 
-    def start(self, model: nn.Module, make: Callable[[nn.Module], Train], exact: Callable[[nn.Module], Train]):
+    def start(self, model: nn.Module, make: Callable[[nn.Module], Train], exact: Callable[[nn.Module], Train], **gate: Any):
         """The step on the batch, and its gate: two smaller ones train a copy of the model as `exact` does in float64."""
         train = make(copy.deepcopy(model))
-        return lambda: train(*self.batch), partial(self.gate, model, make, exact)
+        return lambda: train(*self.batch), partial(self.gate, model, make, exact, **gate)
 
-    def gate(self, model: nn.Module, make: Callable[[nn.Module], Train], exact: Callable[[nn.Module], Train]) -> None:
-        got, right = copy.deepcopy(model), copy.deepcopy(model).double()
+    def gate(
+        self,
+        model: nn.Module,
+        make: Callable[[nn.Module], Train],
+        exact: Callable[[nn.Module], Train],
+        rounds: int = 1,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        got, right = copy.deepcopy(model), copy.deepcopy(model).to(dtype)
         train, train_exactly = make(got), exact(right)
         with torch.backends.cudnn.flags(enabled=False):  # TF32 and its other algorithms flip more ReLUs than the bounds allow for
-            for inputs, target in self.gate_batches:
+            for inputs, target in rounds * self.gate_batches:
                 train(inputs, target)
-                train_exactly({modality: x.double() for modality, x in inputs.items()}, target)
+                train_exactly({modality: x.to(dtype) for modality, x in inputs.items()}, target)
         for part, bound in self.workload.bounds.items():
             check(f"the change of the {part}", change(got, model, part), change(right, model, part), bound)
-
-    def start_graphed(self, projection: str):
-        """Its gate goes on until steps are replayed; what they come to is what eager steps do, which have a gate of their own."""
-        train = graphed(projection, copy.deepcopy(self.model))
-
-        def gate():
-            got, right = copy.deepcopy(self.model), copy.deepcopy(self.model)
-            replayed, eager = graphed(projection, got), together(projection, right)
-            with torch.backends.cudnn.flags(enabled=False):
-                for inputs, target in 3 * self.gate_batches:
-                    replayed(inputs, target)
-                    eager(inputs, target)
-            for part, bound in self.workload.bounds.items():
-                check(f"the change of the {part}", change(got, self.model, part), change(right, self.model, part).double(), bound)
-
-        return lambda: train(*self.batch), gate
 
     def start_captured(self, model: nn.Module, make: Callable[[nn.Module], Train]):
         """A rival's step as one CUDA graph over this batch, with no batch to copy: its best."""
@@ -209,8 +200,11 @@ class Training:
             yield self.provider(f"ours {projection}", partial(together, projection), partial(paper, projection))
         if self.device.type == "cuda":
             yield self.provider("ours streams rls", partial(together, "rls", streams=True), partial(paper, "rls"))
+            # Until steps are replayed; what they come to is what eager steps do, whose own gate is in float64.
+            gate = {"rounds": 3, "dtype": torch.float32}
             for projection in ("rls", "window"):
-                yield Provider(f"ours graph {projection}", partial(self.start_graphed, projection))
+                ways = partial(graphed, projection), partial(together, projection)
+                yield Provider(f"ours graph {projection}", partial(self.start, self.model, *ways, **gate))
         yield self.provider("released", released, official)
         model = Concat(self.model.encoders, self.workload.s, self.workload.C).to(self.device)
         yield Provider("joint concat", partial(self.start, model, joint, joint))

@@ -36,6 +36,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a block may use
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LIKELY = DTYPES[:2] + DTYPES[3:]  # float16 is compiled as bfloat16 is, but where tensor cores take it
@@ -105,7 +106,7 @@ def _cases():
 
     def rls(s, C, R, dtype, **options):
         state_dtype = torch.promote_types(dtype, torch.float32)
-        x, G, P = empty(s, dtype=state_dtype), empty(C, s, dtype=dtype), empty(s, -(-s // 16) * 16, dtype=state_dtype)[:, :s]
+        x, G, P = empty(s, dtype=state_dtype), empty(C, s, dtype=dtype), empty(s, launch.padded(s), dtype=state_dtype)[:, :s]
         pending = empty(R, s, dtype=state_dtype) if R else None
         return functools.partial(rls_project_, P, x, G, alpha, pending, empty(2, dtype=torch.int32), **options)
 
@@ -215,32 +216,31 @@ def _spilled(target: str, binary) -> int:
     """Bytes of vector registers that went to memory."""
     if "amdgcn" in binary.asm:  # scalar registers go to lanes of vector registers
         return 4 * sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", binary.asm["amdgcn"]))
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    if "STACK:0 " in _of_cubin(binary, "cuobjdump", "-res-usage"):  # where spilled registers live, among other things
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(binary.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        if "STACK:0 " in usage:  # which is where spilled registers live, among other things
-            return 0
         ptx.write_text(binary.asm["ptx"])
         options = ["-v", f"--gpu-name={re.search(r'[.]target ([a-z0-9_]+)', binary.asm['ptx'])[1]}", ptx, "-o", cubin]
         # Triton ships several, of which one knows this version of PTX.
-        tries = [subprocess.run([tool, *options], capture_output=True, text=True) for tool in sorted(tools.glob("ptxas*"))]
+        tries = [subprocess.run([tool, *options], capture_output=True, text=True) for tool in sorted(TOOLS.glob("ptxas*"))]
         report = next((done.stderr for done in tries if done.returncode == 0), None)
         if report is None:
             raise RuntimeError(f"no ptxas of triton's takes its PTX: {tries[0].stderr.strip()}")
         return sum(int(n) for n in re.findall(r"(\d+) bytes spill", report))
 
 
-def _evidence(binary) -> tuple[int, float | None]:
-    """(registers a thread, warp instructions for each KB loaded) by the machine code."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+def _of_cubin(binary, tool: str, option: str) -> str:
+    """What one of the tools that Triton ships says of the machine code."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-    lines = sass.splitlines()
+        return subprocess.run([TOOLS / tool, option, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _evidence(binary) -> tuple[int, float | None]:
+    """(registers a thread, warp instructions for each KB loaded) by the machine code."""
+    usage, lines = _of_cubin(binary, "cuobjdump", "-res-usage"), _of_cubin(binary, "nvdisasm", "-c").splitlines()
     labels = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"([.]L_x_\d+):", line))}
     branches = ((re.search(r"BRA.*`[(]([.]L_x_\d+)[)]", line), at) for at, line in enumerate(lines))
     loops = [lines[labels[b[1]] : at + 1] for b, at in branches if b and labels.get(b[1], at) < at]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, cross_entropy_config, remembered
+from .launch import Launch, alignment, cross_entropy_config, remembered
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -68,7 +68,7 @@ def linear_cross_entropy(features, target, weight, bias, total):
     N, C = delta.shape
     losses = features.new_empty(N)
     if N:
-        launch, BLOCK_N = _to_delta(C, _alignment(delta), delta.get_device())
+        launch, BLOCK_N = _to_delta(C, alignment(C, delta), delta.get_device())
         sizes = (N, float(total)) if BLOCK_N else (C, float(total))
         launch((triton.cdiv(N, max(BLOCK_N, 1)), 1, 1), delta, target.contiguous(), losses, *sizes)
     grad, grad_bias, x_bar = delta.T @ features, delta.sum(0), features.mean(0)
@@ -83,9 +83,3 @@ def _to_delta(C, align, device):
     if BLOCK_N:
         return Launch(short_cross_entropy_kernel, C=C, ALIGN=align, BLOCK_N=BLOCK_N, **config), BLOCK_N
     return Launch(cross_entropy_kernel, **config), 0
-
-
-def _alignment(rows):
-    """The bytes, a power of two up to 16, that divide the address of every row."""
-    address = rows.data_ptr() | rows.stride(0) * rows.element_size()
-    return min(address & -address, 16)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, dtypes, fusion_config, remembered
+from .launch import Launch, alignment, dtypes, fusion_config, remembered
 from .pairs import fma, normalized, reciprocal
 
 
@@ -33,16 +33,10 @@ def _rows_of(m: tl.constexpr, ptrs, strides, present_ptr, n, N, M: tl.constexpr,
 
 
 @triton.jit
-def _load_block(rows, here, c, C: tl.constexpr, ALIGN: tl.constexpr, dtype: tl.constexpr):
-    """[BLOCK_N, BLOCK_C] of logits, −inf outside."""
+def _load_block(rows, here, c, C: tl.constexpr, ALIGN: tl.constexpr, dtype: tl.constexpr, outside: tl.constexpr = -float("inf")):
+    """[BLOCK_N, BLOCK_C] of logits, −inf outside, or of their gradients, with zeros there."""
     inside = here[:, None] & (c < C)[None, :]
-    return tl.load(tl.multiple_of(rows[:, None] + c[None, :], (1, ALIGN)), mask=inside, other=-float("inf")).to(dtype)
-
-
-@triton.jit
-def _load_gradient(rows, here, c, C: tl.constexpr, ALIGN: tl.constexpr, dtype: tl.constexpr):
-    inside = here[:, None] & (c < C)[None, :]
-    return tl.load(tl.multiple_of(rows[:, None] + c[None, :], (1, ALIGN)), mask=inside, other=0.0).to(dtype)
+    return tl.load(tl.multiple_of(rows[:, None] + c[None, :], (1, ALIGN)), mask=inside, other=outside).to(dtype)
 
 
 @triton.jit
@@ -171,7 +165,7 @@ def entropy_fusion_backward_kernel(
     tiles = ()
     if ONE_READ:  # as in the forward kernel
         if HAS_FUSED:
-            g_tile = _load_gradient(g_rows, n < N, tl.arange(0, BLOCK_C), C, ALIGN, dtype)
+            g_tile = _load_block(g_rows, n < N, tl.arange(0, BLOCK_C), C, ALIGN, dtype, 0.0)
         for m in tl.static_range(M):
             rows, here, _ = _rows_of(m, ptrs, strides, present_ptr, n, N, M, MASK)
             tiles = tiles + (_load_block(rows, here, tl.arange(0, BLOCK_C), C, ALIGN, dtype),)
@@ -194,7 +188,7 @@ def entropy_fusion_backward_kernel(
                 if ONE_READ:
                     g = g_tile
                 else:
-                    g = _load_gradient(g_rows, here, c, C, ALIGN, dtype)
+                    g = _load_block(g_rows, here, c, C, ALIGN, dtype, 0.0)
                 gz += tl.sum(tl.where(present, g * z, 0.0), 1)
         d_lam = tl.where(cols == m, gz[:, None], d_lam)
         log_sums = tl.where(cols == m, tl.log(S)[:, None], log_sums)
@@ -225,7 +219,7 @@ def entropy_fusion_backward_kernel(
                 if ONE_READ:
                     g = g_tile
                 else:
-                    g = _load_gradient(g_rows, here, c, C, ALIGN, dtype)
+                    g = _load_block(g_rows, here, c, C, ALIGN, dtype, 0.0)
                 grad += lam_m * g
             grad = tl.where(here[:, None], grad, 0.0).to(grad_ptrs[0].dtype.element_ty)
             stored = writes[:, None] & (c < C)[None, :]
@@ -242,7 +236,7 @@ def entropy_fusion(logits, present=None, slot=None):
     if N:
         strides = tuple(z.stride(0) for z in rows)
         kinds = dtypes(*rows, mask)
-        fuse, BLOCK_N = _forward(M, C, kind, _alignment(C, *rows), wide.itemsize, kinds, strides, fused.get_device())
+        fuse, BLOCK_N = _forward(M, C, kind, alignment(C, *rows), wide.itemsize, kinds, strides, fused.get_device())
         fuse((triton.cdiv(N, BLOCK_N), 1, 1), rows, strides, mask, fused, weights, entropy, N)
     return fused, weights, entropy
 
@@ -255,7 +249,7 @@ def entropy_fusion_backward(logits, present, weights, entropy, g_fused, g_weight
     given = [None if g is None else g.contiguous() for g in (g_fused, g_weights, g_entropy)]
     if N:
         strides = tuple(z.stride(0) for z in rows)
-        align = _alignment(C, *rows, *([] if g_fused is None else given[:1]))
+        align = alignment(C, *rows, *([] if g_fused is None else given[:1]))
         kinds = dtypes(*rows, mask, weights, entropy, *given)
         back, BLOCK_N = _backward(M, C, kind, align, weights.element_size(), kinds, strides, weights.get_device())
         grid = triton.cdiv(N, BLOCK_N), 1, 1
@@ -295,11 +289,3 @@ def _by_modality(tensors, M):
     if tensors[0].dim() == 3:
         return tensors[0].unbind()
     return tuple(tensors) if len(tensors) == M else tuple(tensors) * M
-
-
-def _alignment(C, *tensors):
-    """The bytes, a power of two up to 16, that divide the address of every row: what the compiler cannot see in C = 1000."""
-    address = C * tensors[0].element_size()
-    for t in tensors:
-        address |= t.data_ptr() | t.stride(0) * t.element_size()
-    return min(address & -address, 16)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, dtypes, remembered
+from .pairs import widened
 
 CHUNK, BLOCK = 4096, 1024  # numbers that a program takes, and at a time
 PARTS = 128  # chunks' sums that the last program adds at a time
@@ -27,8 +28,7 @@ def _square_sum(ptr, length, chunk, dtype: tl.constexpr, CHUNK: tl.constexpr, BL
     total = tl.zeros([BLOCK], dtype)
     for begin in range(0, CHUNK, BLOCK):
         i = chunk.to(tl.int64) * CHUNK + begin + tl.arange(0, BLOCK)
-        x = tl.load(ptr + i, mask=i < length, other=0.0)
-        x = (x.to(tl.float32) if x.dtype == tl.bfloat16 else x).to(dtype)
+        x = widened(tl.load(ptr + i, mask=i < length, other=0.0)).to(dtype)
         total += x * x
     return tl.sum(total, 0)
 

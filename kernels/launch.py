@@ -76,6 +76,19 @@ def _kind(args, kind: int = 1) -> int:
     return kind
 
 
+def alignment(C: int, *tensors: torch.Tensor) -> int:
+    """The bytes, a power of two up to 16, that divide the address of every row of C: what the compiler cannot see in C = 1000."""
+    address = C * tensors[0].element_size()
+    for t in tensors:
+        address |= t.data_ptr() | t.stride(0) * t.element_size()
+    return min(address & -address, 16)
+
+
+def padded(length: int) -> int:
+    """The next multiple of 16, by which Triton knows that rows are aligned."""
+    return triton.cdiv(length, 16) * 16
+
+
 def dtypes(*tensors: torch.Tensor | None) -> tuple:
     """By which variants of a kernel differ; None for a tensor that is not given."""
     return tuple(None if t is None else t.dtype for t in tensors)
@@ -99,7 +112,7 @@ def _fitted(op: str, length: int, **sizes: int) -> dict:
 def pending_rows(s: int) -> int:
     """How many steps' corrections wait before P is written: one (lazy), or more where P is several times the L2 cache. One where
     rows are not aligned, whose addresses leave no registers for the others."""
-    return TABLE["deferred"]["rows"] if s >= TABLE["deferred"]["from_s"] and s % 16 == 0 else 1
+    return TABLE["deferred"]["rows"] if s >= TABLE["deferred"]["from_s"] and s == padded(s) else 1
 
 
 def block_c(C: int) -> int:
@@ -115,9 +128,9 @@ def rls_read_config(s: int, C: int, itemsize: int) -> tuple[dict, bool, int, int
     config["BLOCK_C"] = triton.next_power_of_2(C + 1) if few else block_c(C)
     if itemsize > 4 or HIP:  # twice the shared memory, or a third of it
         config["STAGES"] = 2
-    if s % 16 and not few:  # G's numbers are loaded one by one, each with an address of its own in a register
+    if s < padded(s) and not few:  # G's numbers are loaded one by one, each with an address of its own in a register
         config |= {"BLOCK_I": 16, "STAGES": 2}
-    if config["BLOCK_C"] > 64 and not (few or dependent_launch()):  # without Hopper's products operands take more registers
+    if config["BLOCK_C"] > 64 and not (few or hopper()):  # without Hopper's products operands take more registers
         config["num_warps"] = 8
     blocks = triton.cdiv(s, config["BLOCK_J"]) * max(triton.cdiv(C, config["BLOCK_C"]), 1)
     wanted = min(max(row["programs"] // blocks, 1), MAX_SPLITS)
@@ -166,6 +179,6 @@ def splits_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and not HIP
 
 
-def dependent_launch() -> bool:
-    """Whether a kernel may be launched before the one it waits for has ended: on NVIDIA GPUs from Hopper on."""
+def hopper() -> bool:
+    """Whether it is an NVIDIA GPU from Hopper on: kernels may be launched early, and four warps multiply as one."""
     return not HIP and not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 90

@@ -6,13 +6,13 @@ one for each two, converting to float64 costs as much as this. In float64 the sa
 Every rounding counts: kernels that use pairs are compiled with enable_fp_fusion=False, and what may be fused says ``fma``.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
+from . import launch
+
 # Triton's interpreter takes a reduction of ours element by element.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ u never enters P at once. It waits in `pending` [R, s], and the true P is P − 
 How many rows wait is known to the device alone (`slot`), so the same launches replay in a CUDA graph.
 
 A head of few classes is computed in plain multiplications, with x̄ as one more row of G; tensor cores would mostly multiply
-padding. Measured on an H200 in a graph, s = 4096: C = 6 takes 44 µs so and 52 on tensor cores; C = 15 takes 73 and 52.
+padding. Measured on an H200 in a graph, s = 4096: C = 6 takes 44 µs so, and 52 on tensor cores, for which it is 16; C = 15 so 73.
 """
 
 from typing import NamedTuple
@@ -28,8 +28,9 @@ import triton.language as tl
 
 from .launch import (
     Launch,
-    dependent_launch,
     dtypes,
+    hopper,
+    padded,
     remembered,
     rls_finish_config,
     rls_fold_config,
@@ -320,7 +321,7 @@ def _step(s, C, R, waits, project_first, in_place, kinds, device):
     config, few, split_cols, splits = rls_read_config(s, C, kinds[0].itemsize)
     c_blocks, blocks = max(triton.cdiv(C, config["BLOCK_C"]), 1), triton.cdiv(s, config["BLOCK_J"])
     folds_on_the_way, flags, parts = waits and c_blocks == 1, splits * c_blocks, splits * blocks
-    dependent = {"launch_pdl": True} if dependent_launch() else {}
+    dependent = {"launch_pdl": True} if hopper() else {}
     read = Launch(
         rls_read_kernel, R=R, FOLDS=folds_on_the_way, FEW=few, TF32X3=splits_tf32(kinds[0]), DEPENDENT=bool(dependent), **config
     )
@@ -389,8 +390,8 @@ def _take_step(P, x_bar, grad, out, alpha, pending, slot, found_inf, project_fir
 
 def _columns(P):
     """How far P's rows may be read and written: up to a multiple of 16 where they are padded that far."""
-    padded = triton.cdiv(P.shape[0], 16) * 16
-    return padded if P.stride(0) >= padded else P.shape[0]
+    s = P.shape[0]
+    return padded(s) if P.stride(0) >= padded(s) else s
 
 
 def _check_pending(P, pending, slot):

@@ -205,6 +205,17 @@ def pending_rows(backend: str, s: int) -> int:
     return 1 if backend == "cpp" else 0
 
 
+def identity(backend: str, s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """P to begin with, laid out as the backend reads it fastest: with zeros between its rows for the kernels."""
+    if backend != "triton":
+        return torch.eye(s, dtype=dtype, device=device)
+    from mla_fast.kernels.launch import padded
+
+    P = torch.zeros(s, padded(s), dtype=dtype, device=device)[:, :s]
+    P.diagonal().fill_(1)
+    return P
+
+
 def rls_step(
     backend: str,
     P: Tensor,
@@ -324,9 +335,8 @@ def head_check_(
 
 def head_restore_(backend: str, tensors: list[Tensor], copies: list[Tensor], bad: Tensor) -> None:
     """Where bad [] is 1, the first of the tensors become their copies again, and the others zeros."""
-    dense = [t for t in tensors[len(copies) :] if t.is_contiguous()]
-    old = tensors[: len(copies)]
-    if backend == "triton" and len(old) + len(dense) == len(tensors) and _one_launch(old, copies, len(dense)):
+    old, created = tensors[: len(copies)], tensors[len(copies) :]
+    if backend == "triton" and all(t.is_contiguous() for t in created) and _one_launch(old, copies, len(created)):
         _operator("head_restore_", backend, bad.device)(tensors, copies, bad)
         return
     good = bad == 0
@@ -376,16 +386,12 @@ def window_step_(
     alpha: Tensor,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """``window_project`` of grad [C, s], in place, from all rows of means [K, s] but `own`, the row of the modality at hand,
-    which then becomes x_bar; all stay as they are where found_inf is set. Without checks.
+    """``window_project`` of grad [C, s], contiguous, in place, from all rows of means [K, s] but `own`, the row of the modality
+    at hand, which then becomes x_bar; all stay as they are where found_inf is set. Without checks.
 
     gram, float64 [K, K], holds the products of the means. The kernels keep it up to date, so that a step need not form it; the
     other backends leave it alone. Returns [n] numbers whose sum is ‖grad‖² afterwards.
     """
-    if not grad.is_contiguous():
-        squares = window_step_(backend, means, gram, own, x_bar, contiguous := grad.contiguous(), alpha, found_inf)
-        grad.copy_(contiguous)
-        return squares
     if backend != "reference":
         return _operator("window_step_", backend, means.device)(means, gram, own, x_bar, grad, alpha, found_inf)
     others = torch.cat([means[:own], means[own + 1 :]])
@@ -401,9 +407,9 @@ def window_gram(backend: str, means: Tensor) -> Tensor:
     """The gram that steps would have left with these means [K, s], to the last bit; zeros where the backend has no use for it."""
     gram = torch.zeros(len(means), len(means), dtype=torch.float64, device=means.device)
     if backend == "triton":
-        means, nothing = means.clone(), means.new_empty(0, means.shape[1])
+        means, nothing, alpha = means.clone(), means.new_empty(0, means.shape[1]), alpha_tensor(1.0, means.device)
         for own in range(len(means)):
-            window_step_(backend, means, gram, own, means[own].clone(), nothing, alpha_tensor(1.0, means.device))
+            window_step_(backend, means, gram, own, means[own].clone(), nothing, alpha)
     return gram
 
 

@@ -112,9 +112,12 @@ class Projection:
     def _project(self, grad: Tensor, x_bar: Tensor, modality: str | None, skip: Tensor | None) -> Tensor | None:
         return None
 
+    def _identity(self) -> Tensor:
+        return torch.eye(self.size, dtype=self.dtype, device=self._alpha.device)
+
     def matrix(self) -> Tensor:
         """P [s, s] as the next step of the same modality would find it."""
-        return torch.eye(self.size, dtype=self.dtype, device=self._alpha.device)
+        return self._identity()
 
     def norm_and_trace(self) -> tuple[float, float]:
         """(‖P‖_F, trace P)."""
@@ -148,7 +151,7 @@ class _MatrixProjection(Projection):
 
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
-        self.P = torch.eye(size, dtype=dtype, device=device)
+        self.P = self._identity()
         if settings.order == "update_first":
             self.first = torch.ones((), dtype=torch.float32, device=device)
 
@@ -195,14 +198,14 @@ class RLSProjection(_MatrixProjection):
 
     def __init__(self, settings, size, dtype, device, backend):
         super().__init__(settings, size, dtype, device, backend)
-        if self.backend == "triton" and size % 16:  # rows that Triton knows to be aligned are read four numbers at a time
-            padded = torch.zeros(size, -(-size // 16) * 16, dtype=dtype, device=device)
-            self.P = padded[:, :size].copy_(self.P)
         rows = ops.pending_rows(self.backend, size)
         self.pending = self.slot = None
         if rows:
             self.pending = torch.zeros(rows, size, dtype=dtype, device=device)
             self.slot = torch.zeros(2, dtype=torch.int32, device=device)
+
+    def _identity(self):
+        return ops.identity(self.backend, self.size, self.dtype, self._alpha.device)
 
     def _step(self, grad, x_bar, skip):
         waiting = self.pending, self.slot

@@ -148,14 +148,13 @@ class Trainer:
             "accumulate": self.accumulate > 1,
             "in_turn": self.in_turn,
         }
-        reasons = [
-            f"{name} was given, for which modalities take their steps one after another" for name, given in asked.items() if given
-        ]
-        if not can_step_together(self.model):
-            reasons.append("parts of the model share parameters, or it has a forward of its own")
-        if not reasons:
+        if (name := next((name for name, given in asked.items() if given), None)) is not None:
+            reason = f"{name} was given, for which modalities take their steps one after another"
+        elif not can_step_together(self.model):
+            reason = "parts of the model share parameters, or it has a forward of its own"
+        else:
             return GraphedStep(self.model, self.optimizer, amp=self.amp)
-        warnings.warn(f"cuda_graph: steps are taken eagerly: {reasons[0]}", stacklevel=3)
+        warnings.warn(f"cuda_graph: steps are taken eagerly: {reason}", stacklevel=3)
         return None
 
     def fit(
