@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from bench import records
@@ -38,7 +41,31 @@ class GPU:
         return list(dict.fromkeys(r["machine"]["commit"] for r in found))
 
     def latest(self, found: list[Record]) -> list[Record]:
-        return [r for r in found if r["machine"]["commit"] == self.commits(found)[-1]]
+        last = self.commits(found)[-1]
+        return [r for r in found if r["machine"]["commit"] == last]
+
+
+class Times:
+    """Microseconds of the latest operators, by case."""
+
+    def __init__(self, gpu: GPU):
+        self.records = {(r["case"], r["provider"]): r for r in gpu.latest(gpu.operators)}
+
+    def best(self, case: str, *prefixes: str) -> float | None:
+        """The shortest of the providers whose names begin so."""
+        found = [r["median_us"] for (c, name), r in self.records.items() if c == case and name.startswith(prefixes)]
+        return min(found, default=None)
+
+    def ours(self, case: str) -> float | None:
+        return self.records.get((case, "ours"), {}).get("median_us")
+
+    def graph(self, case: str) -> float | None:
+        return self.best(case, "ours graph", "ours padded graph")
+
+    def share(self, case: str) -> float | None:
+        """Of the bandwidth of a copy, what ours in a graph reaches with the bytes of its form."""
+        r = self.records.get((case, "ours graph"), {})
+        return r["gb_per_s"] / r["copy_gb_per_s"] if r.get("gb_per_s") else None
 
 
 def measured_on(gpu: GPU) -> str:
@@ -76,25 +103,82 @@ def _spread(record: Record | None) -> str:
 
 
 def operators(gpu: GPU) -> str:
-    """Ours and the best eager form, as they are and in a CUDA graph, and the released arithmetic."""
-    found: dict[tuple[str, str], float] = {(r["case"], r["provider"]): r["median_us"] for r in gpu.latest(gpu.operators)}
-
-    def best(case: str, prefix: str) -> float | None:
-        return min((us for (c, name), us in found.items() if c == case and name.startswith(prefix)), default=None)
-
+    """Ours and its rivals as they are, in a CUDA graph, and the released arithmetic."""
+    found = Times(gpu)
     rows = []
-    for case in (case for case in OPERATORS if (case, "ours") in found):
-        ours, graph = found[case, "ours"], found.get((case, "ours graph"), found.get((case, "ours padded graph")))
-        eager, captured = best(case, "eager"), best(case, "graph eager")
-        released = found.get((case, "released"))
-        numbers = [ours, eager, _ratio(eager, ours), graph, captured, _ratio(captured, graph), released, _ratio(released, ours)]
-        rows.append([case, *(number(n, 1) for n in numbers)])
-    header = ["operator", "ours, µs", "best eager, µs", "times as fast", "ours in a graph, µs", "best eager in a graph, µs"]
-    return markdown_table([*header, "times as fast", "released, µs", "times as fast (no graph)"], rows)
+    for case in (case for case in OPERATORS if found.ours(case)):
+        times = [found.ours(case), found.best(case, "eager"), found.best(case, "compile"), found.graph(case)]
+        times += [found.best(case, "graph eager"), found.best(case, "released")]
+        rows.append([case, *(number(us, 1) for us in times), _percent(found.share(case))])
+    header = ["µs", "ours", "best eager", "best torch.compile", "ours in a graph", "best eager in a graph", "released"]
+    return markdown_table([*header, "ours in a graph, of a copy's bandwidth"], rows)
 
 
-def _ratio(rival: float | None, ours: float | None) -> float | None:
-    return None if rival is None or ours is None else rival / ours
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _against(*rival: str) -> Callable[[Times, str], float | None]:
+    """How many times as fast ours is, in a graph, as the best of the providers whose names begin so."""
+
+    def ratio(times: Times, case: str) -> float | None:
+        best, ours = times.best(case, *rival), times.graph(case)
+        return None if best is None or ours is None else best / ours
+
+    return ratio
+
+
+# What was asked for before anything had been measured; ours in a CUDA graph.
+TARGETS: tuple[tuple[str, str, Callable[[Times, str], float | None], str, float], ...] = (
+    ("RLS, s ≤ 1024, against the released arithmetic", r"rls s=(512|1024) ", _against("released"), "≥ {:.1f}×", 8),
+    ("RLS, s ≤ 1024, against eager", r"rls s=(512|1024) ", _against("eager"), "≥ {:.1f}×", 3),
+    ("RLS, s ≤ 1024, against eager in a graph", r"rls s=(512|1024) ", _against("graph eager"), "≥ {:.1f}×", 3),
+    ("RLS, s ≤ 1024, against torch.compile", r"rls s=(512|1024) ", _against("compile"), "≥ {:.1f}×", 1.5),
+    ("RLS, s ≥ 4096, of a copy's bandwidth", r"rls s=(4096|8192) ", Times.share, "≥ {:.0%}", 0.85),
+    ("window", "window ", Times.graph, "≤ {:.1f} µs", 10),
+    ("fusion of small logits, against eager", r"fusion \[3, 64, 101\]$", _against("eager"), "≥ {:.1f}×", 10),
+    ("fusion of small logits, against eager in a graph", r"fusion \[3, 64, 101\]$", _against("graph eager"), "≥ {:.1f}×", 10),
+    ("fusion of small logits, against torch.compile", r"fusion \[3, 64, 101\]$", _against("compile"), "≥ {:.1f}×", 1.5),
+    ("fusion of large logits, of a copy's bandwidth", r"fusion \[3, 65536, 1000\]$", Times.share, "≥ {:.0%}", 0.85),
+    ("dispatch, against the mask loop, which no graph can hold", "dispatch ", _against("eager"), "≥ {:.1f}×", 3),
+)
+
+
+def targets(gpu: GPU) -> str:
+    """What came of the targets: the least and the most over the cases that were measured."""
+    times, rows = Times(gpu), []
+    measured = list(dict.fromkeys(case for case, _ in times.records))
+    for what, cases, value, text, bound in TARGETS:
+        values = [v for case in measured if re.match(cases, case) and (v := value(times, case)) is not None]
+        if values:
+            met = min(values) >= bound if text.startswith("≥") else max(values) <= bound
+            least, most = (text[2:].format(number) for number in (min(values), max(values)))
+            span = least if least == most else f"{least} to {most}"
+            rows.append([what, text.format(bound), span, "met" if met else "missed"])
+    return markdown_table(["target", "asked for", "measured, least to most", ""], rows)
+
+
+def largest(gpu: GPU) -> str:
+    """The largest RLS step that ran."""
+    found = [r for r in gpu.operators if r["op"] == "largest"]
+    last = {r["provider"]: r for r in found}
+    rows = [[name, str(r["s"]), _percent(r["share"]), number(r["median_us"] / 1e3, 1)] for name, r in last.items()]
+    return markdown_table(["RLS step, C = 101", "largest s", "P's share of the memory", "ms a step"], rows)
+
+
+COUNTERS = ("DRAM Throughput", "L1/TEX Cache Throughput", "Compute (SM) Throughput", "Achieved Occupancy")
+
+
+def counters(path: Path) -> str:
+    """What ``ncu`` counted, each launch with its grid once: percent of the GPU's peak."""
+    launches: dict[tuple[str, str], dict[str, str]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            launches.setdefault((row["Kernel Name"], row["Grid Size"]), {})[row["Metric Name"]] = row["Metric Value"]
+    rows = [
+        [kernel.removesuffix("_kernel"), grid, *(found[name] for name in COUNTERS)] for (kernel, grid), found in launches.items()
+    ]
+    return markdown_table(["% of peak", "programs", *COUNTERS], rows)
 
 
 def steps(gpu: GPU) -> str:

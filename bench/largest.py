@@ -60,10 +60,10 @@ def checked(make: Callable, s: int, C: int) -> Callable[[], Tensor]:
     step()
     x.copy_(means[1])
     projected = step()
-    if make is not released:
+    if make is not released:  # cuBLAS sums so many numbers with twice the error of ours
         X, exact = means.double(), G.double()
         A = X @ X.T + ALPHA * torch.eye(2, device=CUDA, dtype=torch.float64)
-        check("G P", projected, exact - torch.linalg.solve(A, X @ exact.T).T @ X, 2e-6)
+        check("G P", projected, exact - torch.linalg.solve(A, X @ exact.T).T @ X, 2e-6 if make is ours else 1e-5)
     torch.cuda.synchronize()
     return step
 

@@ -57,6 +57,9 @@ def parts() -> dict[str, str]:
         "gpu steps": gpu.steps(card),
         "gpu ratios": gpu.ratios(card),
         "gpu operators": gpu.operators(card),
+        "gpu targets": gpu.targets(card),
+        "gpu largest": gpu.largest(card),
+        "gpu counters": gpu.counters(RESULTS / f"{GPU}-ncu.csv"),
         "gpu kernels": gpu.kernels(card),
         "steps reading": f"{speed.read_steps(cpu)} {speed.read_overhead(cpu)}",
     }

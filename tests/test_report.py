@@ -182,14 +182,36 @@ def test_a_gpus_tables_are_of_its_last_commit_and_the_best_rival(tmp_path):
     kernel = {"case": "rls s=512 C=6 hot", "kernel": "rls_read_kernel", "copy_gb_per_s": 4000.0, **spread}
     write("kernels", {**kernel, "mean_a_call_us": 4.0, "commit": "a"}, {**kernel, "mean_a_call_us": 3.0, "commit": "b"})
     case = {"case": "rls s=512 C=6", "commit": "a"}
-    times = {"ours": 2.0, "ours graph": 1.0, "eager x": 8.0, "eager y": 6.0, "graph eager y": 5.0, "released": 10.0}
-    write("ops", *({**case, "provider": name, "median_us": us} for name, us in times.items()))
+    times = {
+        "ours": 2.0,
+        "ours graph": 1.0,
+        "eager x": 8.0,
+        "eager y": 6.0,
+        "graph eager y": 5.0,
+        "released": 10.0,
+        "compile": 4.0,
+    }
+    found = [{**case, "op": "rls", "provider": name, "median_us": us} for name, us in times.items()]
+    found[1] |= {"gb_per_s": 2000.0, "copy_gb_per_s": 4000.0}
+    other = {"case": "rls s=1024 C=6", "commit": "a", "op": "rls"}
+    found += [{**other, "provider": "ours graph", "median_us": 1.0}, {**other, "provider": "graph eager x", "median_us": 6.0}]
+    found += [{"case": "window s=8", "commit": "a", "op": "window", "provider": "ours graph", "median_us": 11.0}]
+    large = {"case": "C=101", "commit": "a", "op": "largest", "provider": "ours", "s": 8192, "share": 0.5}
+    write("ops", *found, {**large, "median_us": 2e3})
     batch = {"case": "mlps N=64", "provider": "plain loop", **spread}
     write("step", {**batch, "median_us": 4e3, "commit": "a"}, {**batch, "median_us": 3e3, "commit": "b"})
     card = gpu.GPU(tmp_path, "card")
     assert re.search(r"rls s=512 C=6 +\| +read \| +4.0 \(1.0–9.0\) \| +3.0 \(1.0–9.0\)", gpu.kernels(card))
-    numbers = re.findall(r"\d+\.\d", gpu.operators(card).splitlines()[-1])
-    assert numbers == ["2.0", "6.0", "3.0", "1.0", "5.0", "5.0", "10.0", "5.0"]
+    numbers = re.findall(r"\d+\.\d|\d+ %", gpu.operators(card).splitlines()[-1])
+    assert numbers == ["2.0", "6.0", "4.0", "1.0", "5.0", "10.0", "50 %"]
+    assert [row[1:] for row in cells(gpu.targets(card))[1:]] == [
+        ["≥ 8.0×", "10.0×", "met"],
+        ["≥ 3.0×", "6.0×", "met"],
+        ["≥ 3.0×", "5.0× to 6.0×", "met"],
+        ["≥ 1.5×", "4.0×", "met"],
+        ["≤ 10.0 µs", "11.0 µs", "missed"],
+    ]
+    assert cells(gpu.largest(card))[1:] == [["ours", "8192", "50 %", "2.0"]]
     assert re.search(r"plain loop +\| +3.00 \(0.00–0.01\)", gpu.steps(card)) and "joint" not in gpu.steps(card)
     with pytest.raises(ValueError, match="expected results of make gpu-check for other"):
         gpu.GPU(tmp_path, "other")
