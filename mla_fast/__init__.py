@@ -1,7 +1,6 @@
 """MLA (alternating unimodal adaptation, CVPR 2024) as fused kernels under a drop-in PyTorch optimizer."""
 
 from mla_fast import reference
-from mla_fast.alternating import alternating_step
 from mla_fast.checkpoint import CheckpointError
 from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.distributed import distribute
@@ -10,6 +9,7 @@ from mla_fast.graph import GraphedStep
 from mla_fast.model import MultimodalModel
 from mla_fast.ops import rls_project_, window_project
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.step import alternating_step
 from mla_fast.trainer import Trainer
 
 __version__ = "0.1.0"

@@ -19,7 +19,7 @@ from mla_fast.checkpoint import read_checkpoint
 from mla_fast.encoders import encoder_for
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.projection import BIASES, PROJECTIONS, TARGETS
+from mla_fast.settings import BIASES, PROJECTIONS, TARGETS
 from mla_fast.trainer import Trainer
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from mla_fast.alternating import Rows, alternating_step, can_step_together, check_belong, steps_together, unpack_batch
-from mla_fast.inputs import Inputs, moved
+from mla_fast.batch import Batch, unpack_batch
+from mla_fast.inputs import Inputs
 from mla_fast.model import MultimodalModel
-from mla_fast.optimizer import MLAOptimizer, has_hooks
+from mla_fast.optimizer import MLAOptimizer
 from mla_fast.recorder import Recorder
+from mla_fast.step import alternating_step, can_step_together, check_belong, steps_together
 
 DEVICES = ("cuda",)
 WARM_UP = 3  # eager steps before a capture: what is made by first steps must be there, kernels compiled, algorithms chosen
@@ -80,7 +80,7 @@ class GraphedStep:
         inputs = {modality: inputs[modality] for modality in self.model.modalities if modality in inputs}
         columns = None if present is None else self.model.columns(present, inputs)
         counts = [len(target)] * len(inputs) if columns is None else columns.sum(0).tolist()
-        parts = _Parts(*self._of_those(inputs, [n > 0 for n in counts], columns), target)
+        parts = Batch(*self._of_those(inputs, [n > 0 for n in counts], columns), target)
         if set(counts) <= {0, len(target)}:
             parts.present = None
         if not parts.inputs or (reason := self._obstacle(parts)) is not None:
@@ -120,13 +120,13 @@ class GraphedStep:
             columns = columns[:, kept]
         return {modality: inputs[modality] for modality in names}, columns
 
-    def _obstacle(self, parts: _Parts) -> str | None:
+    def _obstacle(self, parts: Batch) -> str | None:
         """Why this batch cannot be captured."""
         if self._refused is not None:
             return self._refused
         if self.optimizer.process_group is not None:
             return "several processes train together, which agree on every batch"
-        if has_hooks(self.optimizer):
+        if _has_hooks(self.optimizer):
             return "the optimizer has step hooks, which no replay would call; remove them"
         if torch.is_autocast_enabled(self.optimizer.device.type):
             return "autocast is on around the step; give amp= in place of it"
@@ -139,16 +139,16 @@ class GraphedStep:
         return None
 
     def _eager(self, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> dict[str, Tensor]:
-        parts = _Parts(inputs, present, target).to(self.optimizer.device)
+        parts = Batch(inputs, present, target).to(self.optimizer.device)
         return alternating_step(self.model, self.optimizer, (parts.inputs, parts.target, parts.present), amp=self.amp)
 
-    def _step(self, parts: _Parts) -> Tensor:
+    def _step(self, parts: Batch) -> Tensor:
         """The losses [M] of one step of each modality."""
         rows = parts.rows()
         totals = {modality: len(parts.target) for modality in rows}
         return torch.stack(list(steps_together(self.model, self.optimizer, rows, totals, self.amp).values()))
 
-    def _warm_up(self, kind: Any, number: int, parts: _Parts) -> dict[str, Tensor]:
+    def _warm_up(self, kind: Any, number: int, parts: Batch) -> dict[str, Tensor]:
         losses, waits = self._recorder.eager(lambda: self._step(parts))
         self._forget_if_changed()  # as by a modality that is new to the window
         self._kinds[kind] = number + 1
@@ -160,7 +160,7 @@ class GraphedStep:
                 self._refused = f"{type(self.optimizer.optimizer).__name__} keeps {name!r} on the host, where no replay counts it"
         return dict(zip(parts.inputs, losses.unbind(), strict=True))
 
-    def _capture(self, parts: _Parts) -> _Captured | None:
+    def _capture(self, parts: Batch) -> _Captured | None:
         """The step recorded; nothing has moved. None where that failed."""
         layers, held = self.optimizer.layers, parts.like(self.optimizer.device)
         held.copy_(parts)
@@ -182,7 +182,7 @@ class GraphedStep:
         steps = [(end[0] - start[0], *end[1:]) for start, end in zip(before, after, strict=True)]
         return _Captured(held, graph, steps, alphas)
 
-    def _replay(self, captured: _Captured, parts: _Parts) -> dict[str, Tensor]:
+    def _replay(self, captured: _Captured, parts: Batch) -> dict[str, Tensor]:
         layers = self.optimizer.layers
         for layer, alphas in zip(layers, captured.alphas, strict=True):
             layer.projection.fill(alphas)
@@ -235,54 +235,10 @@ class GraphedStep:
 
 
 @dataclass
-class _Parts:
-    """A batch: the inputs of the modalities that some sample has, present bool [N, M] of these or None, target."""
-
-    inputs: dict[str, Inputs]
-    present: Tensor | None
-    target: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        leaves = pytree.tree_leaves(self.inputs)
-        return [*leaves, self.target, *([] if self.present is None else [self.present])]
-
-    def kind(self) -> tuple:
-        shapes = tuple((t.shape, t.dtype) for t in self.tensors())
-        return tuple(self.inputs), pytree.tree_structure(self.inputs), self.present is not None, shapes
-
-    def to(self, device: torch.device) -> _Parts:
-        present = None if self.present is None else moved(self.present, device)
-        return _Parts({m: moved(x, device) for m, x in self.inputs.items()}, present, moved(self.target, device))
-
-    def like(self, device: torch.device) -> _Parts:
-        """Room for such a batch."""
-
-        def room(x: Inputs) -> Inputs:
-            return pytree.tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), x)
-
-        return _Parts(room(self.inputs), None if self.present is None else room(self.present), room(self.target))
-
-    def copy_(self, other: _Parts) -> None:
-        for to, t in zip(self.tensors(), other.tensors(), strict=True):
-            to.copy_(t, non_blocking=True)
-
-    def rows(self) -> dict[str, Rows]:
-        """All N rows of each modality; those of samples without it are copies of another sample's, and weigh nothing."""
-        if self.present is None:
-            return {modality: Rows(x, self.target) for modality, x in self.inputs.items()}
-        rows, every = {}, torch.arange(len(self.target), device=self.target.device)
-        for (modality, x), here in zip(self.inputs.items(), self.present.unbind(1), strict=True):
-            index = torch.where(here, every, here.to(torch.int32).argmax())
-            x = pytree.tree_map(lambda t, index=index: t.index_select(0, index), x)
-            rows[modality] = Rows(x, self.target, here.double() / here.sum())
-        return rows
-
-
-@dataclass
 class _Captured:
     """A recorded step: where it reads its batch, what it did to each layer of the head, and where it reads the layers' α."""
 
-    held: _Parts
+    held: Batch
     graph: Any
     steps: list[tuple[int, str | None, Any]]  # steps that were counted, the last modality, the squares
     alphas: list[Tensor | None]
@@ -310,6 +266,12 @@ def _rate(group: dict[str, Any], device: torch.device) -> _Rate | None:
     if not _reads_rate(group, device):
         return None
     return _Rate(torch.tensor(float(group["lr"]), dtype=torch.float32, device=device), float(group["lr"]))
+
+
+def _has_hooks(optimizer: MLAOptimizer) -> bool:
+    """Whether somebody watches its steps, which torch tells in private alone."""
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or torch.optim.optimizer._global_optimizer_pre_hooks or torch.optim.optimizer._global_optimizer_post_hooks)
 
 
 def _kept_on_host(optimizer: MLAOptimizer) -> str | None:

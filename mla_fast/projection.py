@@ -6,54 +6,19 @@ batch's x̄ [s], projects G in place and moves its state.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mla_fast import ops, reference
-
-PROJECTIONS = ("rls", "window", "none", "official")
-TARGETS = ("gradient", "update")
-BIASES = ("free", "project")
-
-
-@dataclass(frozen=True)
-class ProjectionSettings:
-    """How the head's step is projected; ``MLAOptimizer`` documents each."""
-
-    projection: str = "rls"
-    order: str = "update_first"
-    target: str = "gradient"
-    bias: str = "free"
-    alpha: float | Tensor | Callable[[int], float] = 1.0
-
-    def __post_init__(self) -> None:
-        ops.check_choice("projection", self.projection, PROJECTIONS)
-        ops.check_choice("order", self.order, ops.ORDERS)
-        ops.check_choice("target", self.target, TARGETS)
-        ops.check_choice("bias", self.bias, BIASES)
-        if isinstance(self.alpha, Tensor) and (self.alpha.dim() or self.alpha.dtype != torch.float64):
-            raise TypeError(f"alpha: expected a tensor to be 0-d float64, got {self.alpha.dtype} {list(self.alpha.shape)}")
-        self.alpha_at(0)
-
-    def alpha_at(self, step: int) -> float:
-        """α of the step, checked; waits for the device if it is a tensor."""
-        if isinstance(self.alpha, Tensor):
-            return ops.check_alpha(self.alpha.item())
-        return ops.check_alpha(self.alpha(step) if callable(self.alpha) else self.alpha)
-
-    def state_dict(self) -> dict:
-        """Plain values; a callable alpha cannot be saved and stands as None."""
-        return {**asdict(self), "alpha": None if callable(self.alpha) else self.alpha_at(0)}
+from mla_fast.settings import Settings
 
 
 class Projection:
     """No projection at all, and what all projections share: the count of steps and α on the device."""
 
-    def __init__(self, settings: ProjectionSettings, size: int, dtype: torch.dtype, device: torch.device, backend: str):
+    def __init__(self, settings: Settings, size: int, dtype: torch.dtype, device: torch.device, backend: str):
         self.settings = settings
         self.size = size
         self.backend = ops.resolve(backend, device)
@@ -69,7 +34,7 @@ class Projection:
         self._alpha = settings.alpha if isinstance(settings.alpha, Tensor) else ops.alpha_tensor(self._alpha_value, device)
 
     def alpha(self) -> Tensor:
-        """α of the current step, 0-d float64 on the device."""
+        """Return α of the current step, 0-d float64 on the device."""
         if isinstance(self.settings.alpha, Tensor):
             return self._alpha
         if self.step in self.scheduled:
@@ -81,7 +46,7 @@ class Projection:
         return self._alpha
 
     def schedule(self, count: int) -> Tensor | None:
-        """Where the next `count` steps are to find their α, for a CUDA graph of them; None where it does not depend on the step.
+        """Return where the next `count` steps find their α, for a CUDA graph of them; None where it does not depend on the step.
         ``fill`` writes there before each replay, and ``scheduled`` is emptied once they are captured."""
         if not callable(self.settings.alpha):
             return None
@@ -90,17 +55,17 @@ class Projection:
         return alphas
 
     def fill(self, alphas: Tensor | None) -> None:
-        """Writes α of the steps to come."""
+        """Write α of the steps to come."""
         if alphas is not None:
             values = [self.settings.alpha_at(self.step + i) for i in range(len(alphas))]
             alphas.copy_(torch.tensor(values, dtype=torch.float64), non_blocking=True)
 
-    def layout(self) -> tuple:
-        """What of the state a captured step takes as given, beside the object itself."""
+    def layout(self) -> tuple[int, ...]:
+        """Return what of the state a captured step takes as given, beside the object itself."""
         return ()
 
     def __call__(self, grad: Tensor, x_bar: Tensor, modality: str | None, skip: Tensor | None) -> Tensor | None:
-        """Projects G [C, s], contiguous, in place. Returns partial sums that add up to ‖G P‖², or None where G is as it was.
+        """Project G [C, s], contiguous, in place. Returns partial sums that add up to ‖G P‖², or None where G is as it was.
 
         skip: float32 [1] on the device; where it is not 0 neither G nor a tensor of the state moves. The step is counted all the
         same.
@@ -116,22 +81,22 @@ class Projection:
         return torch.eye(self.size, dtype=self.dtype, device=self._alpha.device)
 
     def matrix(self) -> Tensor:
-        """P [s, s] as the next step of the same modality would find it."""
+        """Return P [s, s] as the next step of the same modality would find it."""
         return self._identity()
 
     def norm_and_trace(self) -> tuple[float, float]:
-        """(‖P‖_F, trace P)."""
+        """Return (‖P‖_F, trace P)."""
         return self.size**0.5, float(self.size)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Copies of the tensors of the state, by names that do not change."""
+        """Return copies of the tensors of the state, by names that do not change."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "modality": self.modality, "modalities": [], "tensors": self.tensors()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a saved state, or raises ValueError and changes nothing."""
+        """Take over a saved state. Raises ValueError and changes nothing if it does not fit."""
         tensors = state.get("tensors", {})  # torch.distributed.checkpoint leaves out what is empty
         self.check(tensors)
         self._load(tensors, state)
@@ -141,7 +106,7 @@ class Projection:
         pass
 
     def check(self, tensors: dict[str, Tensor]) -> None:
-        """Raises ValueError unless `tensors` belong to a state of this projection."""
+        """Raise ValueError unless `tensors` belong to a state of this projection."""
         if tensors:
             raise ValueError(f"state_dict: projection {self.settings.projection!r} keeps no tensors, got {', '.join(tensors)}")
 
@@ -149,13 +114,13 @@ class Projection:
 class _MatrixProjection(Projection):
     """P as a matrix."""
 
-    def __init__(self, settings, size, dtype, device, backend):
+    def __init__(self, settings: Settings, size: int, dtype: torch.dtype, device: torch.device, backend: str):
         super().__init__(settings, size, dtype, device, backend)
         self.P = self._identity()
         if settings.order == "update_first":
             self.first = torch.ones((), dtype=torch.float32, device=device)
 
-    def _project(self, grad, x_bar, modality, skip):
+    def _project(self, grad: Tensor, x_bar: Tensor, modality: str | None, skip: Tensor | None) -> Tensor | None:
         """Algorithm 1: the first step is neither projected nor enters P. On a device `skip` says so."""
         if skip is None and self.step == 0 and self.first is not None:
             self.first.zero_()
@@ -180,7 +145,7 @@ class _MatrixProjection(Projection):
     def tensors(self) -> dict[str, Tensor]:
         return {"P": self.matrix().clone()}
 
-    def _load(self, tensors, state):
+    def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.P.copy_(tensors["P"])
         if self.first is not None:
             self.first.fill_(state["step"] == 0)
@@ -196,7 +161,7 @@ class RLSProjection(_MatrixProjection):
     """Eq. 5. The last corrections wait in `pending` before they enter P, which is read once a step and written at most once.
     What of P is up to date is the backend's affair; ``matrix`` makes it whole."""
 
-    def __init__(self, settings, size, dtype, device, backend):
+    def __init__(self, settings: Settings, size: int, dtype: torch.dtype, device: torch.device, backend: str):
         super().__init__(settings, size, dtype, device, backend)
         rows = ops.pending_rows(self.backend, size)
         self.pending = self.slot = None
@@ -204,10 +169,10 @@ class RLSProjection(_MatrixProjection):
             self.pending = torch.zeros(rows, size, dtype=dtype, device=device)
             self.slot = torch.zeros(2, dtype=torch.int32, device=device)
 
-    def _identity(self):
+    def _identity(self) -> Tensor:
         return ops.identity(self.backend, self.size, self.dtype, self._alpha.device)
 
-    def _step(self, grad, x_bar, skip):
+    def _step(self, grad: Tensor, x_bar: Tensor, skip: Tensor | None) -> Tensor:
         waiting = self.pending, self.slot
         return ops.rls_step_(self.backend, self.P, x_bar, grad, self.alpha(), *waiting, skip, self.project_first)
 
@@ -216,7 +181,7 @@ class RLSProjection(_MatrixProjection):
             ops.rls_fold(self.backend, self.P, self.pending, self.slot)
         return self.P
 
-    def _load(self, tensors, state):
+    def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         super()._load(tensors, state)
         for waiting in (self.pending, self.slot):
             if waiting is not None:
@@ -226,7 +191,7 @@ class RLSProjection(_MatrixProjection):
 class OfficialProjection(_MatrixProjection):
     """The released code's arithmetic, for comparing with its numbers; plain torch, never fast."""
 
-    def _step(self, grad, x_bar, skip):
+    def _step(self, grad: Tensor, x_bar: Tensor, skip: Tensor | None) -> Tensor:
         updated = reference.official_update(self.P, x_bar, self.alpha().to(self.dtype))
         projected = reference.official_project(grad, self.P if self.project_first else updated)
         if skip is not None:
@@ -244,7 +209,7 @@ class WindowProjection(Projection):
 
     CAPACITY = 16  # rows at first
 
-    def __init__(self, settings, size, dtype, device, backend):
+    def __init__(self, settings: Settings, size: int, dtype: torch.dtype, device: torch.device, backend: str):
         super().__init__(settings, size, dtype, device, backend)
         self._buffer = torch.zeros(self.CAPACITY, size, dtype=dtype, device=device)
         self._products = torch.zeros(self.CAPACITY, self.CAPACITY, dtype=torch.float64, device=device)
@@ -273,11 +238,11 @@ class WindowProjection(Projection):
         self._buffer = torch.nn.functional.pad(self._buffer, (0, 0, 0, rows))
         self._products = torch.nn.functional.pad(self._products, (0, rows, 0, rows))
 
-    def _project(self, grad, x_bar, modality, skip):
+    def _project(self, grad: Tensor, x_bar: Tensor, modality: str | None, skip: Tensor | None) -> Tensor | None:
         own = self._row(modality)
         return ops.window_step_(self.backend, self.means, self.gram, own, x_bar, grad, self.alpha(), skip)
 
-    def layout(self):
+    def layout(self) -> tuple[int, ...]:
         return len(self.rows), self._buffer.data_ptr()
 
     def _others(self) -> Tensor:
@@ -299,7 +264,7 @@ class WindowProjection(Projection):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "modalities": list(self.rows)}
 
-    def _load(self, tensors, state):
+    def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         self.rows = {name: row for row, name in enumerate(state["modalities"])}
         self._buffer = tensors["means"].to(self._buffer.device, copy=True)
         self._products = self._products.new_zeros(len(self._buffer), len(self._buffer))
@@ -312,9 +277,7 @@ class WindowProjection(Projection):
             raise ValueError(f"state_dict: expected means {self.dtype} [rows, {self.size}], got {got}")
 
 
-def make_projection(
-    settings: ProjectionSettings, size: int, dtype: torch.dtype, device: torch.device, backend: str
-) -> Projection:
-    """The projection that `settings` asks for, for a layer of `size` input features (the bias's constant included)."""
+def make_projection(settings: Settings, size: int, dtype: torch.dtype, device: torch.device, backend: str) -> Projection:
+    """Return the projection that `settings` asks for, for a layer of `size` input features (the bias's constant included)."""
     kind = {"rls": RLSProjection, "window": WindowProjection, "none": Projection, "official": OfficialProjection}
     return kind[settings.projection](settings, size, dtype, device, backend)

@@ -29,7 +29,8 @@ from torch.library import opcheck
 
 import mla_fast as mla
 from mla_fast import ops, reference
-from mla_fast.projection import ProjectionSettings, make_projection
+from mla_fast.projection import make_projection
+from mla_fast.settings import Settings
 
 pytestmark = pytest.mark.skipif(ops.TRITON_MISSING is not None, reason=f"triton: {ops.TRITON_MISSING}")
 f64 = torch.float64
@@ -143,8 +144,8 @@ def test_a_step_in_place_is_the_step(s, C, R, narrow_blocks):
 @pytest.mark.parametrize("size", [1, 63, 130])
 def test_rows_of_P_begin_at_multiples_of_16_numbers(size):
     """Whatever the size; what is saved knows nothing of it."""
-    padded = make_projection(ProjectionSettings(alpha=ALPHA), size, torch.float32, here(), "triton")
-    plain = make_projection(ProjectionSettings(alpha=ALPHA), size, f64, here(), "reference")
+    padded = make_projection(Settings(alpha=ALPHA), size, torch.float32, here(), "triton")
+    plain = make_projection(Settings(alpha=ALPHA), size, f64, here(), "reference")
     assert padded.P.stride(0) % 16 == 0
     for _ in range(3):
         x_bar, grad = torch.rand(size), torch.randn(2, size)
@@ -222,7 +223,7 @@ def test_products_of_means_do_not_depend_on_how_many_there_are():
 
 
 def test_more_modalities_than_there_is_room_for():
-    window, exact = (make_projection(ProjectionSettings("window"), 5, f64, here(), b) for b in ("triton", "reference"))
+    window, exact = (make_projection(Settings("window"), 5, f64, here(), b) for b in ("triton", "reference"))
     window._buffer, window._products = window._buffer[:2], window._products[:2, :2]
     for t in range(12):
         grad, x_bar = torch.randn(2, 5, dtype=f64), torch.rand(5, dtype=f64)
@@ -477,8 +478,8 @@ def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
 
     assert [kernels.launch.pending_rows(s) for s in (1, 4096, 8191, 8192, 8193)] == [1, 1, 1, 4, 1]
     monkeypatch.setattr(kernels.launch, "pending_rows", lambda s: 4)
-    deferred = make_projection(ProjectionSettings(alpha=ALPHA), 9, torch.float32, here(), "triton")
-    plain = make_projection(ProjectionSettings(alpha=ALPHA), 9, f64, here(), "reference")
+    deferred = make_projection(Settings(alpha=ALPHA), 9, torch.float32, here(), "triton")
+    plain = make_projection(Settings(alpha=ALPHA), 9, f64, here(), "reference")
     for t in range(11):
         x_bar, grad = torch.rand(9), torch.randn(2, 9)
         exact = grad.double()

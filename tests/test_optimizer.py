@@ -329,6 +329,9 @@ def test_an_optimizer_that_only_passes_on_can_be_wrapped():
         def step(self, closure=None):
             return self.optimizer.step(closure)
 
+        def zero_grad(self, set_to_none=True):
+            self.optimizer.zero_grad(set_to_none)
+
     heads = [make_head(), make_head()]
     heads[1].load_state_dict(heads[0].state_dict())
     steps = head_steps(3)

@@ -5,7 +5,8 @@ import torch
 from helpers import PROJECTIONS, here, normal, relative
 
 from mla_fast import ops, reference
-from mla_fast.projection import ProjectionSettings, make_projection
+from mla_fast.projection import make_projection
+from mla_fast.settings import Settings
 
 pytestmark = pytest.mark.many_launches  # test_kernels.py has what is short enough for the interpreter
 
@@ -13,7 +14,7 @@ ORDERS = ("update_first", "project_first")
 
 
 def make(projection="rls", size=7, dtype=torch.float64, backend="reference", **settings):
-    return make_projection(ProjectionSettings(projection, **settings), size, dtype, here(), backend)
+    return make_projection(Settings(projection, **settings), size, dtype, here(), backend)
 
 
 def projected(projection, grad, *step):
@@ -204,7 +205,7 @@ def test_alpha_follows_the_step(backend):
 @pytest.mark.parametrize("name", ["projection", "order", "target", "bias"])
 def test_unknown_settings_are_named(name):
     with pytest.raises(ValueError, match=rf"^{name}: expected one of .*, got 'rsl'"):
-        ProjectionSettings(**{name: "rsl"})
+        Settings(**{name: "rsl"})
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf"), True, "1", None, lambda t: 0.0, lambda t: torch.ones(())])
@@ -214,9 +215,9 @@ def test_bad_alpha_is_named(alpha):
 
 
 def test_settings_are_saved_as_plain_values():
-    settings = ProjectionSettings("window", "project_first", "update", "project", 2)
-    assert ProjectionSettings(**settings.state_dict()) == settings
-    assert ProjectionSettings(alpha=lambda t: 1.0).state_dict()["alpha"] is None
+    settings = Settings("window", "project_first", "update", "project", 2)
+    assert Settings(**settings.state_dict()) == settings
+    assert Settings(alpha=lambda t: 1.0).state_dict()["alpha"] is None
 
 
 @pytest.mark.parametrize("name", ["rls", "official"])

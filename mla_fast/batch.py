@@ -1,0 +1,138 @@
+"""A batch: what it has to look like, and the rows that each modality has in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mla_fast.dispatch import dispatch
+from mla_fast.distributed import added_up, rank_and_size
+from mla_fast.inputs import Inputs, counts, leaves, moved, outline, tree_map
+from mla_fast.model import MultimodalModel
+from mla_fast.optimizer import MLAOptimizer
+
+
+class Rows(NamedTuple):
+    """What one modality has in a batch: inputs [n, …] and target int64 [n], and where not all rows count alike, weights [n] whose
+    sum is 1."""
+
+    inputs: Inputs
+    target: Tensor
+    weights: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """A batch as one value: the inputs of the modalities that some sample has, present bool [N, M] of these or None, target."""
+
+    inputs: dict[str, Inputs]
+    present: Tensor | None
+    target: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        leaves = leaves(self.inputs)
+        return [*leaves, self.target, *([] if self.present is None else [self.present])]
+
+    def kind(self) -> tuple[Any, ...]:
+        """Return what batches must have in common to be trained on by one graph."""
+        structure = repr(tree_map(lambda t: (t.shape, t.dtype), self.inputs))
+        return structure, self.present is not None, self.target.shape
+
+    def to(self, device: torch.device) -> Batch:
+        present = None if self.present is None else moved(self.present, device)
+        return Batch({m: moved(x, device) for m, x in self.inputs.items()}, present, moved(self.target, device))
+
+    def like(self, device: torch.device) -> Batch:
+        """Return room for such a batch."""
+
+        def room(x: Inputs) -> Inputs:
+            return tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), x)
+
+        return Batch(room(self.inputs), None if self.present is None else room(self.present), room(self.target))
+
+    def copy_(self, other: Batch) -> None:
+        for to, t in zip(self.tensors(), other.tensors(), strict=True):
+            to.copy_(t, non_blocking=True)
+
+    def rows(self) -> dict[str, Rows]:
+        """Return all N rows of each modality; those of samples without it are copies of another sample's, and weigh nothing."""
+        if self.present is None:
+            return {modality: Rows(x, self.target) for modality, x in self.inputs.items()}
+        rows, every = {}, torch.arange(len(self.target), device=self.target.device)
+        for (modality, x), here in zip(self.inputs.items(), self.present.unbind(1), strict=True):
+            index = torch.where(here, every, here.to(torch.int32).argmax())
+            x = tree_map(lambda t, index=index: t.index_select(0, index), x)
+            rows[modality] = Rows(x, self.target, here.double() / here.sum())
+        return rows
+
+
+def unpack_batch(
+    model: MultimodalModel, batch: Any, device: torch.device | None = None
+) -> tuple[dict[str, Inputs], Tensor, Tensor | None]:
+    """Return (inputs, target, present), on `device` if it is given; TypeError or ValueError says what is wrong with the batch."""
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
+        raise TypeError(f"batch: expected (inputs: dict, target) or (inputs, target, present), got {outline(batch)}")
+    inputs, target, present = batch if len(batch) == 3 else (*batch, None)
+    if not inputs or not set(inputs).issubset(model.modalities):
+        raise ValueError(f"inputs: expected modalities among {', '.join(model.modalities)}, got {', '.join(inputs)}")
+    if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
+        raise TypeError(f"target: expected int64 [N], got {outline(target)}")
+    for modality, N in counts(inputs).items():
+        if N != len(target):
+            raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {N}")
+    if target.device.type == "cpu" and len(target) and (classes := model.classes) is not None:
+        low, high = map(int, target.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"target: expected labels in 0 … {classes - 1}, got {low if low < 0 else high}")
+    if present is not None:
+        model.columns(present, inputs)
+    if device is None:
+        return dict(inputs), target, present
+    present = None if present is None else moved(present, device)
+    return {modality: moved(x, device) for modality, x in inputs.items()}, moved(target, device), present
+
+
+def rows_by_modality(
+    model: MultimodalModel, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None
+) -> dict[str, Rows]:
+    """Return each modality's rows, in the model's order."""
+    inputs = {modality: inputs[modality] for modality in model.modalities if modality in inputs}
+    if present is None:
+        return {modality: Rows(x, target) for modality, x in inputs.items()}
+    plan = dispatch(model.columns(present, inputs), tuple(inputs))
+    packed, targets = plan.pack(list(inputs.values())), plan.pack([target] * len(inputs))
+    return {modality: Rows(x, y) for modality, x, y in zip(inputs, packed, targets, strict=True)}
+
+
+def row_totals(modalities: tuple[str, ...], optimizer: MLAOptimizer, batches: list[dict[str, Rows]]) -> dict[str, float]:
+    """Return how many rows each modality's mean loss is over, without the modalities that have none.
+
+    With several ranks the rows of all, divided by the ranks, since DistributedDataParallel takes the gradients' mean; a rank that
+    has none takes part all the same. So the ranks must have as many batches with each modality: a rank that has ended gives none.
+    The host waits for the counts, once a batch: what the ranks do next depends on them.
+    """
+    rows_of = dict.fromkeys(modalities, 0)
+    for rows in batches:
+        for modality, part in rows.items():
+            rows_of[modality] += len(part.target)
+    group = optimizer.process_group
+    if group is None:
+        return {modality: count for modality, count in rows_of.items() if count}
+    having = [sum(m in rows for rows in batches) for m in rows_of]
+    each = zip(rows_of.values(), having, (n * n for n in having), strict=True)
+    numbers = torch.tensor([(*numbers, not batches) for numbers in each], dtype=torch.float64)
+    totals, having, squares, (ended, *_) = added_up(numbers, group, optimizer.device).T.tolist()
+    _, size = rank_and_size(group)
+    if ended not in (0, size):
+        raise ValueError(f"loader: expected as many batches on every rank, but {ended:.0f} of {size} have come to their end")
+    for modality, number, square in zip(rows_of, having, squares, strict=True):
+        if number * number != size * square:  # they are equal where all ranks have as many
+            raise ValueError(
+                f"inputs: expected as many batches with {modality!r} on every rank (with no row present where a rank lacks it), "
+                f"got {number:.0f} on {size} ranks"
+            )
+    return {modality: total / size for modality, total in zip(rows_of, totals, strict=True) if total}

@@ -1,0 +1,91 @@
+"""Whether a step of the head may be taken, and how it is taken back where only the device knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mla_fast import ops
+from mla_fast.head import HeadStep, local, on_host
+
+
+class Verdict(NamedTuple):
+    """bad: something is not finite, or torch.amp found an overflow; float32 [] on a device, which nobody waits for. snapshot: of
+    what the step may change there, where the wrapped optimizer cannot be told to leave it."""
+
+    bad: bool | Tensor
+    snapshot: Snapshot | None = None
+
+
+def look_at(
+    steps: list[HeadStep],
+    idle: list[Tensor],
+    *,
+    found_inf: Tensor | None,
+    account: Tensor,
+    wrapped: torch.optim.Optimizer | None,
+    all_reduce: Callable[[Tensor], Tensor],
+) -> Verdict:
+    """Look whether x̄, G and their norms are finite; the steps learn ‖G‖² and ‖x̄‖², and on a device their `skip`.
+
+    idle: the x̄ of frozen layers. account: int32 [2] on the device, which counts bad steps. wrapped: the optimizer whose step is
+    taken back where it was bad; None for a fused one, which reads the verdict itself. all_reduce: the maximum over the ranks, of
+    which each has seen its own rows of a sharded G.
+    """
+    if not steps and not idle:
+        return Verdict(False)
+    sharded = any(step.layer.sharded for step in steps)
+    if on_host(steps[0].x_bar if steps else idle[0]):
+        finite = [_finite(step) for step in steps] + [math.isfinite(x_bar.norm()) for x_bar in idle]
+        bad = not all(finite) or (found_inf is not None and bool(found_inf))
+        return Verdict(bool(all_reduce(torch.tensor([float(bad)]))) if sharded else bad)
+    looked_at = [t for step in steps for t in (step.grad, step.x_bar)] + [t for step in steps for t in step.free] + idle
+    first = [step.layer.projection.first for step in steps if step.layer.projection.first is not None]
+    snapshot = None
+    if steps and wrapped is not None:
+        snapshot = Snapshot(wrapped, [p for step in steps for p in step.layer.module.parameters()])
+    backend = steps[0].layer.projection.backend if steps else ops.resolve("auto", idle[0].device)
+    kept = [] if snapshot is None else list(snapshot.before.values())
+    reduced = all_reduce if sharded else None
+    flag, squares, skip, copies = ops.head_check_(backend, looked_at, len(steps), account, first, found_inf, kept, reduced)
+    for i, step in enumerate(steps):
+        step.squares, step.skip = squares[2 * i : 2 * i + 2], skip[i : i + 1]
+    if snapshot is not None:
+        snapshot.copies = copies
+    return Verdict(flag, snapshot)
+
+
+def _finite(step: HeadStep) -> bool:
+    """Whether all of it is, and its norms."""
+    norms = [norm.item() for norm in torch._foreach_norm([step.grad, step.x_bar, *step.free])]
+    step.squares = norms[0] * norms[0], norms[1] * norms[1]
+    return math.isfinite(sum(norms))
+
+
+class Snapshot:
+    """What an optimizer's step may change about some parameters, and copies that take it back where the device says so."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]):
+        self.optimizer, self.parameters = optimizer, parameters
+        self.before = self._tensors()
+        self.copies: list[Tensor] = []  # of these
+
+    def _tensors(self) -> dict[tuple[Tensor, str | None], Tensor]:
+        """By parameter and name in its state, since an optimizer may put a new tensor there."""
+        device = self.parameters[0].device
+        tensors: dict[tuple[Tensor, str | None], Tensor] = {(p, None): local(p) for p in self.parameters}
+        for p in self.parameters:
+            state = self.optimizer.state.get(p, {})
+            tensors |= {(p, name): local(t) for name, t in state.items() if isinstance(t, Tensor) and t.device == device}
+        return tensors
+
+    def restore(self, backend: str, bad: Tensor) -> None:
+        """Take the step back where bad is 1; state that the step created becomes zero."""
+        tensors = self._tensors()
+        copies = {key: copy for key, copy in zip(self.before, self.copies, strict=True) if key in tensors}
+        created = [t for key, t in tensors.items() if key not in copies]
+        ops.head_restore_(backend, [*(tensors[key] for key in copies), *created], list(copies.values()), bad)

@@ -1,0 +1,81 @@
+"""What an ``MLAOptimizer`` saves beside the wrapped optimizer's state: settings, every P (or window) and the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mla_fast.head import HeadLayer
+from mla_fast.projection import Projection
+from mla_fast.settings import Settings
+
+VERSION = 3
+
+
+class Saved(Protocol):
+    """What of an ``MLAOptimizer`` is saved."""
+
+    optimizer: torch.optim.Optimizer
+    settings: Settings
+    layers: list[HeadLayer]
+    skipped: dict[str, int]
+
+    def counted(self) -> dict[str, int]: ...
+
+
+class HeadState:
+    """The ``"mla"`` part of an ``MLAOptimizer``'s state as an object with ``state_dict`` and ``load_state_dict``, as
+    torch.distributed.checkpoint takes them."""
+
+    def __init__(self, optimizer: Saved):
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        optimizer = self._optimizer
+        return {
+            "version": VERSION,
+            "optimizer": type(optimizer.optimizer).__name__,
+            "settings": optimizer.settings.state_dict(),
+            "layers": [layer.state_dict() for layer in optimizer.layers],
+            "skipped": optimizer.counted(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state. Raises ValueError and changes nothing if it does not fit."""
+        self.prepared(state_dict)()
+
+    def prepared(self, saved: Any) -> Callable[[], None]:
+        """Return what takes the state over, all of it checked and nothing of it in use yet; ValueError if it does not fit."""
+        optimizer = self._optimizer
+        if not isinstance(saved, dict) or saved.get("version") != VERSION:
+            got = f"version {saved.get('version')}" if isinstance(saved, dict) else type(saved).__name__
+            raise ValueError(f"state_dict: expected one that MLAOptimizer saved (version {VERSION}), got {got}")
+        settings = self._settings(saved["settings"])
+        kinds = [kind.__name__ for kind in type(optimizer.optimizer).__mro__]  # AdamW takes Adam's
+        if saved["optimizer"] not in kinds:
+            raise ValueError(f"state_dict: expected one of {kinds[0]}, got one of {saved['optimizer']}")
+        if len(saved["layers"]) != len(optimizer.layers):
+            raise ValueError(f"state_dict: expected {len(optimizer.layers)} head layers, got {len(saved['layers'])}")
+        pairs = list(zip(optimizer.layers, saved["layers"], strict=True))
+        projections = [layer.restored(settings, of_layer) for layer, of_layer in pairs]
+        return lambda: self._take_over(settings, projections, saved)
+
+    def _take_over(self, settings: Settings, projections: list[Projection], saved: dict[str, Any]) -> None:
+        optimizer = self._optimizer
+        optimizer.settings = settings
+        if isinstance(settings.alpha, Tensor):
+            settings.alpha.fill_(saved["settings"]["alpha"])
+        optimizer.counted()  # what the device has counted until now is not of this state
+        optimizer.skipped = dict(saved["skipped"])
+        for layer, projection, of_layer in zip(optimizer.layers, projections, saved["layers"], strict=True):
+            layer.adopt(projection, of_layer)
+
+    def _settings(self, saved: dict[str, Any]) -> Settings:
+        alpha = self._optimizer.settings.alpha
+        if saved["alpha"] is None and not callable(alpha):
+            raise ValueError("state_dict: saved with a callable alpha; build MLAOptimizer with the same callable to load it")
+        ours = saved["alpha"] is None or isinstance(alpha, Tensor)
+        return Settings(**{**saved, "alpha": alpha if ours else saved["alpha"]})

@@ -1,0 +1,94 @@
+"""The state of a training run as a checkpoint: model, optimizer, scheduler, scaler, and each rank's own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from mla_fast.distributed import load_portable_state_dict, of_all_ranks, portable_state_dict, rank_and_size
+from mla_fast.model import MultimodalModel
+from mla_fast.optimizer import MLAOptimizer
+
+
+class Run:
+    """What has a state in a run."""
+
+    def __init__(self, model: MultimodalModel, optimizer: MLAOptimizer, scheduler: Any, scaler: torch.amp.GradScaler | None):
+        self.model, self.optimizer = model, optimizer
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+
+    def _kinds(self) -> dict[str, str]:
+        kinds = {**self.parts, "optimizer": self.optimizer.optimizer}
+        return {name: "none" if part is None else type(part).__name__ for name, part in kinds.items()}
+
+    def save(self, path: str | Path, run: dict[str, Any], own: dict[str, Any]) -> None:
+        """Write all of it, with `run` and what each rank has of its `own`. Every rank calls it; the first one writes."""
+        group = self.optimizer.process_group
+        payload = {
+            **run,
+            "model": portable_state_dict(self.model),
+            **{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
+            "kinds": self._kinds(),
+            "ranks": of_all_ranks(own, group),
+        }
+        failure: Exception | None = None
+        if rank_and_size(group)[0] == 0:
+            try:
+                write_checkpoint(path, payload)
+            except (OSError, TypeError) as error:
+                failure = error
+        failure = of_all_ranks(failure, group)[0]  # and it is there for all of them, or for none
+        if failure is not None:
+            raise failure
+
+    def load(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Continue from a checkpoint. Returns it, and this rank's own part; CheckpointError, and nothing changes, if it does not
+        fit."""
+        saved = read_checkpoint(path)
+        _check_fits(path, portable_state_dict(self.model), saved["model"])
+        for name, kind in self._kinds().items():
+            if saved["kinds"][name] != kind:
+                raise CheckpointError(f"{path}: expected it to be saved with {name} {kind}, got {saved['kinds'][name]}")
+        rank, size = rank_and_size(self.optimizer.process_group)
+        if saved["batches"] and len(saved["ranks"]) != size:
+            raise CheckpointError(
+                f"{path}: saved inside of an epoch by {len(saved['ranks'])} processes, which {size} cannot go on with"
+            )
+        self._load_parts(path, saved)
+        load_portable_state_dict(self.model, saved["model"])
+        return saved, saved["ranks"][rank] if rank < len(saved["ranks"]) else None
+
+    def _load_parts(self, path: str | Path, saved: dict[str, Any]) -> None:
+        """Load all, or raise CheckpointError and load none."""
+        parts = {name: part for name, part in self.parts.items() if part is not None}
+        before, settings = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}, self.optimizer.settings
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except Exception as error:
+            for name, part in parts.items():
+                part.load_state_dict(before[name])
+            raise CheckpointError(f"{path}: its {name} does not fit: {error}") from error
+        if self.optimizer.settings != settings:
+            warnings.warn(
+                f"resume: the projection goes on as it was saved, {self.optimizer.settings}, not {settings}", stacklevel=5
+            )
+
+
+def _check_fits(path: str | Path, model: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless it fits; load_state_dict would copy what fits before it complains about the rest."""
+    expected, got = ({name: tuple(getattr(t, "shape", ())) for name, t in state.items()} for state in (model, saved))
+    if list(expected) != list(got) and expected == got:
+        raise CheckpointError(f"{path}: expected the model's parameters in the same order, which the optimizer counts them in")
+    if expected != got:
+        names = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        differences = ", ".join(f"{name} {expected.get(name, 'none')} ≠ {got.get(name, 'none')}" for name in names[:4])
+        raise CheckpointError(f"{path}: expected a checkpoint of this model, but (model ≠ checkpoint) {differences}")

@@ -1,0 +1,204 @@
+"""One batch of alternating unimodal adaptation (eq. 1): every modality takes one step, on the samples that have it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mla_fast.batch import Rows, row_totals, rows_by_modality, unpack_batch
+from mla_fast.model import MultimodalModel
+from mla_fast.optimizer import MLAOptimizer
+
+
+def alternating_step(
+    model: MultimodalModel, optimizer: MLAOptimizer, batch: tuple[Any, ...], *, amp: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Train on one batch: every modality takes one step, as if one after another, but all encoders in one backward pass.
+
+        features of all modalities;  for each modality in turn: logits, loss, the head's step;  one backward pass through all
+        encoders from ∂L_m/∂features_m;  one step of all encoders
+
+    This is step by step in another order, not an approximation: the step of one modality moves its own encoder and the head, so
+    no features change under the others. It needs encoders that share no parameter (ValueError), a wrapped optimizer that steps
+    every parameter by itself (torch's own do; one that counts its steps as a whole counts M + 1), and room for what all encoders
+    want for their backward pass at once, as joint training does. Hooks of ``optimizer.step`` run once, at the end.
+
+    model, optimizer: a ``MultimodalModel`` and the ``MLAOptimizer`` with its head. batch: ``(inputs, target)`` or ``(inputs,
+    target, present)`` as for ``Trainer``, on the model's device. amp: dtype for autocast, bfloat16; float16 overflows without a
+    ``GradScaler``, which wants ``Trainer``'s step by step.
+
+    Returns the mean loss {modality: 0-d tensor} of those that had a row; over ranks, the mean of the ranks' is the mean of all.
+    A modality whose features or head gradient are not finite takes no step. On CUDA, where nobody waits to see it, its head takes
+    none, nor, with a fused wrapped optimizer, does any encoder. Labels that lie on a GPU are not looked at beforehand: one that
+    names no class makes the loss NaN.
+    """
+    check_belong(model, optimizer)
+    if not can_step_together(model):
+        raise ValueError(
+            "model: expected encoders and a head that share no parameter, and MultimodalModel's own forward; "
+            "Trainer takes them one after another, which is right"
+        )
+    inputs, target, present = unpack_batch(model, batch)
+    if target.device != optimizer.device:
+        raise ValueError(f"target: expected on {optimizer.device} like the head, got {target.device}")
+    rows = rows_by_modality(model, inputs, target, present)
+    totals = row_totals(model.modalities, optimizer, [rows])
+    return steps_together(model, optimizer, rows, totals, amp)
+
+
+def steps_together(
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    rows: dict[str, Rows],
+    totals: dict[str, float],
+    amp: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Take one step of each modality with one backward pass through all encoders; returns the mean losses."""
+    optimizer.zero_grad()
+    with autocast(optimizer, amp):
+        features = model.all_features({modality: rows[modality].inputs for modality in totals})
+    losses: dict[str, Tensor] = {}
+    outputs, gradients, flags = [], [], []
+    head = list(model.head.parameters())
+    for modality, total in totals.items():
+        h = features[modality].detach().requires_grad_()
+        losses[modality] = _head_backward(model, optimizer, h, rows[modality], total, amp)
+        with torch.no_grad():
+            bad = optimizer.take_step(modality)
+        if isinstance(bad, Tensor):
+            flags.append(bad)
+        if bad is not True and features[modality].requires_grad:
+            outputs.append(features[modality])
+            gradients.append(h.grad)
+        for p in head:
+            p.grad = None
+    if outputs:
+        torch.autograd.backward(outputs, gradients)
+    if losses:
+        _step_encoders(optimizer, flags)
+    return losses
+
+
+def _head_backward(
+    model: MultimodalModel, optimizer: MLAOptimizer, features: Tensor, rows: Rows, total: float, amp: torch.dtype | None
+) -> Tensor:
+    """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss."""
+    with torch.enable_grad(), _weighted(optimizer, rows.weights):
+        with autocast(optimizer, amp):
+            loss = mean_loss(model.head(features.clone()), rows.target, total, rows.weights)  # a head may change its inputs
+        torch.autograd.backward(loss)
+    return loss.detach()
+
+
+def _step_encoders(optimizer: MLAOptimizer, flags: list[Tensor]) -> None:
+    """Step what has a gradient, the encoders; a fused wrapped optimizer only where no flag is set."""
+    if flags:
+        optimizer.found_inf = torch.stack(flags).amax()
+    try:
+        optimizer.step()
+    finally:
+        if flags:
+            del optimizer.found_inf
+
+
+def steps_in_turn(
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    batches: list[dict[str, Rows]],
+    totals: dict[str, float],
+    amp: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_norm: float | None = None,
+    backward: Callable[[Tensor], Any] | None = None,
+) -> dict[str, Tensor]:
+    """Take one step of each modality after another (eq. 1), each over its rows of all `batches`; returns the mean losses."""
+    if backward is None:
+        backward = torch.autograd.backward if scaler is None else (lambda loss: torch.autograd.backward(scaler.scale(loss)))
+    losses: dict[str, Tensor] = {}
+    for modality, total in totals.items():
+        optimizer.zero_grad()
+        parts = [rows[modality] for rows in batches if modality in rows]
+        if optimizer.process_group is None:
+            parts = [part for part in parts if len(part.target)]
+        for i, (x, y, _) in enumerate(parts):
+            with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
+                with autocast(optimizer, amp):
+                    loss = mean_loss(model({modality: x})[modality], y, total)
+                backward(loss)
+            losses[modality] = losses.get(modality, 0) + loss.detach()
+        if clip_norm is not None:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            torch.nn.utils.clip_grad_norm_([p for p in held if p.grad is not None], clip_norm)
+        if scaler is None:
+            optimizer.step(modality=modality)
+        else:
+            scaler.step(optimizer, modality=modality)
+            scaler.update()
+    return losses
+
+
+@contextlib.contextmanager
+def _unsynchronized(model: MultimodalModel, modality: str) -> Iterator[None]:
+    """Gradients stay on this rank, to be averaged together with those of a later batch."""
+    with contextlib.ExitStack() as stack:
+        for part in (model.encoders[modality], model.head):
+            if isinstance(part, DistributedDataParallel):
+                stack.enter_context(part.no_sync())
+        yield
+
+
+@contextlib.contextmanager
+def _weighted(optimizer: MLAOptimizer, weights: Tensor | None) -> Iterator[None]:
+    """Count rows by these weights in x̄."""
+    for layer in optimizer.layers:
+        layer.features.weights = weights
+    try:
+        yield
+    finally:
+        for layer in optimizer.layers:
+            layer.features.weights = None
+
+
+def mean_loss(logits: Tensor, target: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
+    """Return these rows' share of the mean cross-entropy over `total` rows (eq. 2); with weights [n], their weighted sum."""
+    if weights is not None:
+        each = F.cross_entropy(logits, target, reduction="none")
+        return (each * weights.to(each.dtype)).sum()
+    if len(target) == total:
+        return F.cross_entropy(logits, target)
+    return F.cross_entropy(logits, target, reduction="sum") / total
+
+
+def autocast(optimizer: MLAOptimizer, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Return autocast on the head's device, or what the caller has."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(optimizer.device.type, dtype=dtype)
+
+
+def check_belong(model: MultimodalModel, optimizer: MLAOptimizer) -> None:
+    """Raises TypeError or ValueError unless the optimizer is an MLAOptimizer with the model's head."""
+    if not isinstance(model, MultimodalModel):
+        raise TypeError(f"model: expected a MultimodalModel (in distributed training mla.distribute's), got {_kind(model)}")
+    if not isinstance(optimizer, MLAOptimizer):
+        raise TypeError(f"optimizer: expected an MLAOptimizer, got {type(optimizer).__name__}")
+    if not any(layer.module is module for module in model.head.modules() for layer in optimizer.layers):
+        raise ValueError("optimizer: expected an MLAOptimizer whose head is in the model, got one for another head")
+
+
+def can_step_together(model: MultimodalModel) -> bool:
+    """No parameter is shared, and nobody has replaced what the model does with its encoders and its head."""
+    own = type(model).forward is MultimodalModel.forward and "forward" not in model.__dict__
+    return own and not model.shared_parameters
+
+
+def _kind(model: Any) -> str:
+    return (
+        f"DistributedDataParallel({_kind(model.module)})" if isinstance(model, DistributedDataParallel) else type(model).__name__
+    )

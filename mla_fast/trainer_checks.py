@@ -1,0 +1,91 @@
+"""What ``Trainer`` is given: errors that name the argument, what it was and what it should be; and when it has enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_fast.callbacks import flatten
+from mla_fast.distributed import is_distributed
+from mla_fast.model import MultimodalModel
+from mla_fast.optimizer import MLAOptimizer
+
+
+def check_trainer(
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    scheduler: Any,
+    amp: torch.dtype | None,
+    scaler: torch.amp.GradScaler | None,
+    accumulate: int,
+    clip_norm: float | None,
+    backward: Callable[[Tensor], Any] | None,
+    callbacks: Sequence[Any],
+) -> None:
+    """Check the arguments of ``Trainer``."""
+    if optimizer.process_group is not None and not is_distributed(model):
+        raise ValueError(
+            "model: expected mla_fast.distribute(model) where torch.distributed has several processes "
+            "(or MLAOptimizer(…, process_group=None), to train a model in each)"
+        )
+    if not _is_count(accumulate) or accumulate < 1:
+        raise ValueError(f"accumulate: expected at least 1 batch, got {accumulate!r}")
+    if clip_norm is not None and not (isinstance(clip_norm, Real) and clip_norm > 0):
+        raise ValueError(f"clip_norm: expected a positive number or None, got {clip_norm!r}")
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"callbacks: expected a sequence of functions of an epoch's record, got {callbacks!r}")
+    if backward is not None and not callable(backward):
+        raise TypeError(f"backward: expected a function of the loss, got {backward!r}")
+    if scheduler is not None and (isinstance(scheduler, type) or not hasattr(scheduler, "step")):
+        raise TypeError(f"scheduler: expected a learning-rate scheduler, got {scheduler!r}")
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler: expected a torch.amp.GradScaler or None, got {scaler!r}")
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp: expected torch.bfloat16, torch.float16 or None, got {amp!r}")
+    if amp is torch.float16 and scaler is None:
+        raise ValueError("scaler: expected a torch.amp.GradScaler with amp=torch.float16, whose small gradients vanish, got None")
+    if scaler is not None and backward is not None:
+        raise ValueError("backward: expected None with a scaler, whose scaled loss goes backward, got both")
+
+
+def check_fit(
+    epochs: float,
+    validation: Iterable[Any] | None,
+    checkpoint: str | Path | None,
+    checkpoint_every: int | None,
+    patience: int | None,
+    monitor: str,
+) -> None:
+    """Check the arguments of ``Trainer.fit``."""
+    for name, value in (("epochs", epochs), ("checkpoint_every", checkpoint_every), ("patience", patience)):
+        if not (value is None or _is_count(value) or (name == "epochs" and value == math.inf)):
+            raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    if checkpoint_every is not None and (checkpoint is None or checkpoint_every < 1):
+        raise ValueError(f"checkpoint_every: expected at least 1 batch, and a checkpoint to write to, got {checkpoint_every}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience: expected at least 1 epoch or None, got {patience}")
+    if patience is not None and validation is None and monitor.startswith("validation/"):
+        raise ValueError(f"validation: expected a loader, for patience to monitor {monitor!r}, got None")
+
+
+def stopped(history: list[dict[str, Any]], patience: int | None, monitor: str) -> bool:
+    """Tell by the history alone whether to stop, so that a resumed run stops where it would have."""
+    if patience is None or not history:
+        return False
+    flat = [flatten(record) for record in history]
+    if monitor not in flat[-1]:
+        raise ValueError(f"monitor: expected one of {', '.join(flat[-1])}, got {monitor!r}")
+    sign = -1 if "loss" in monitor.split("/")[:2] else 1
+    values = [sign * record.get(monitor, float("nan")) for record in flat]
+    best = max(range(len(values)), key=lambda i: values[i] if values[i] == values[i] else -float("inf"))
+    return len(values) - 1 - best >= patience
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
