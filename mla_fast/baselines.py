@@ -48,8 +48,8 @@ class JointModel(nn.Module):
         """Return logits [N, C] from one or more of the modalities; present is bool [N, M] over ``self.modalities``."""
         return self.fuse(*self.embed(inputs, present))
 
-    def fuse(self, h: Tensor, here: Tensor) -> Tensor:
-        """Return logits [N, C] from features h [M, N, s]; here, bool [M, N], says which are present, the others are zero."""
+    def fuse(self, h: Tensor, available: Tensor) -> Tensor:
+        """Return logits [N, C] from features h [M, N, s]; available, bool [M, N], says which are present, the others are zero."""
         raise NotImplementedError
 
     def loss(
@@ -62,23 +62,23 @@ class JointModel(nn.Module):
         """Change the gradients; called between the backward pass and the optimizer's step."""
 
     def embed(self, inputs: Mapping[str, Tensor], present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (features [M, N, s], here bool [M, N]) as ``fuse`` takes them; absent rows of the inputs may hold anything."""
+        """Return (features [M, N, s], available bool [M, N]) for ``fuse``; absent rows of the inputs may hold anything."""
         unknown = [modality for modality in inputs if modality not in self.encoders]
         if unknown or not inputs:
             raise ValueError(f"inputs: expected modalities among {', '.join(self.modalities)}, got {', '.join(inputs) or 'none'}")
         rows = {} if present is None else dict(zip(self.modalities, present.T, strict=True))
         features = {modality: self._encode(modality, x, rows.get(modality)) for modality, x in inputs.items()}
         zeros = torch.zeros_like(next(iter(features.values())))
-        here = torch.stack([zeros.new_full((len(zeros),), m in inputs, dtype=torch.bool) for m in self.modalities])
-        here = here if present is None else here & present.T
-        return torch.stack([features.get(modality, zeros) for modality in self.modalities]), here
+        available = torch.stack([zeros.new_full((len(zeros),), m in inputs, dtype=torch.bool) for m in self.modalities])
+        available = available if present is None else available & present.T
+        return torch.stack([features.get(modality, zeros) for modality in self.modalities]), available
 
-    def _encode(self, modality: str, x: Tensor, here: Tensor | None) -> Tensor:
-        """Return features [N, s]; with here, bool [N], encode these rows alone and return zeros for the others."""
-        h: Tensor = self.encoders[modality](x if here is None else x[here])
+    def _encode(self, modality: str, x: Tensor, available: Tensor | None) -> Tensor:
+        """Return features [N, s]; with available, bool [N], encode these rows alone and return zeros for the others."""
+        h: Tensor = self.encoders[modality](x if available is None else x[available])
         if h.dim() != 2 or h.shape[1] != self.features:
             raise ValueError(f"features: expected [N, {self.features}] from the encoder of {modality!r}, got {list(h.shape)}")
-        return h if here is None else h.new_zeros(len(x), self.features).index_put((here,), h)
+        return h if available is None else h.new_zeros(len(x), self.features).index_put((available,), h)
 
 
 class Sum(JointModel):
@@ -91,7 +91,7 @@ class Sum(JointModel):
         super().__init__(encoders, features)
         self.head = nn.Linear(features, classes)
 
-    def fuse(self, h: Tensor, here: Tensor) -> Tensor:
+    def fuse(self, h: Tensor, available: Tensor) -> Tensor:
         logits: Tensor = self.head(h.sum(0))
         return logits
 
@@ -106,7 +106,7 @@ class Concat(JointModel):
         super().__init__(encoders, features)
         self.head = nn.Linear(features * len(encoders), classes)
 
-    def fuse(self, h: Tensor, here: Tensor) -> Tensor:
+    def fuse(self, h: Tensor, available: Tensor) -> Tensor:
         logits: Tensor = self.head(h.transpose(0, 1).flatten(1))
         return logits
 

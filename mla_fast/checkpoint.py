@@ -17,7 +17,7 @@ FORMAT, VERSION = "mla_fast.checkpoint", 3
 
 
 class CheckpointError(ValueError):
-    """Report a file that is not a checkpoint of this package, is damaged, or has another version."""
+    """Raised for a file that is not a checkpoint of this package, is damaged, or has another version."""
 
 
 def write_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def _classes(dataset: data.MultimodalDataset, config: dict[str, Any]) -> int:
-    """Return the number of classes; raise ValueError if there is one alone, or if the labels are surely no class numbers."""
+    """Return the number of classes; raise ValueError if there is only one, or if the labels cannot be class numbers."""
     label, found = f"{config['data']}: {config['label']!r}", len(dataset.target.unique())
     if found < 2:
         raise ValueError(f"{label}: expected at least two classes, got {dataset.target[0]} alone")
@@ -92,7 +92,7 @@ def _classes(dataset: data.MultimodalDataset, config: dict[str, Any]) -> int:
 
 
 def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any]) -> None:
-    """Continue an interrupted run; raise FileNotFoundError if there is none, ValueError if its settings were others."""
+    """Continue an interrupted run; raise FileNotFoundError if there is none, ValueError if its settings differ."""
     if not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint}: nothing to resume; leave out --resume to start a new run")
     saved = read_checkpoint(checkpoint)["config"] or {}
@@ -133,7 +133,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _note_other_units(dataset: data.MultimodalDataset, trained: data.Statistics) -> None:
-    """Print a note for each modality whose mean is so far from that in training that its units must differ, as for 0 … 255."""
+    """Print a note for each modality whose mean is so far from that in training that its units must differ."""
     for name, (expected, std) in trained.items():
         mean = dataset.rows(name).double().mean().item()  # NaN where there are no rows
         if abs(mean - expected) > 3 * std:
@@ -142,7 +142,7 @@ def _note_other_units(dataset: data.MultimodalDataset, trained: data.Statistics)
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as plain values: with the shapes and statistics of the data, all that rebuilds the model."""
+    """Return the options as plain values; with the shapes and statistics of the data, they suffice to rebuild the model."""
     names = "label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay features amp".split()
     config = {name: getattr(arguments, name) for name in (*names, "accumulate", "clip_norm")}
     config["data"] = str(arguments.data.resolve())

@@ -37,7 +37,7 @@ ROUNDS = 800  # each modality is seen once a round
 
 
 class Learned(NamedTuple):
-    """Say what a network has learned.
+    """The result of an experiment.
 
     found: the share of the (class, modality) pairs for which it has a unit.
     accuracy: on all test samples.

@@ -35,7 +35,7 @@ def distribute(model: MultimodalModel, **settings: Any) -> MultimodalModel:
 
 
 def is_distributed(model: MultimodalModel) -> bool:
-    """Say whether the gradients of some part are averaged over ranks, by DistributedDataParallel or ``fully_shard``."""
+    """Return whether the gradients of some part are averaged over ranks, by DistributedDataParallel or ``fully_shard``."""
     return any(isinstance(m, DistributedDataParallel) for m in model.modules()) or any(is_sharded(p) for p in model.parameters())
 
 

@@ -45,7 +45,7 @@ class MultimodalModel(nn.Module):
         if not encoders:
             raise ValueError("encoders: expected at least one modality, got none")
         if not isinstance(encoders, Mapping):
-            raise TypeError(f"encoders: expected a dict of modules by modality, got {type(encoders).__name__}")
+            raise TypeError(f"encoders: expected a dict {{modality: module}}, got {type(encoders).__name__}")
         for name in ("average", "fused"):
             if name in encoders:
                 raise ValueError(f"encoders: expected another name than {name!r}, which results use for all modalities together")

@@ -47,7 +47,7 @@ class Recorder:
 
 
 class Recorded:
-    """Hold a function as a CUDA graph, in the memory pool of `sharing` if given. Each replay writes to `outputs`."""
+    """A function captured as a CUDA graph, in the memory pool of `sharing` if given; each replay writes to `outputs`."""
 
     def __init__(self, function: Callable[[], Tensor], stream: torch.cuda.Stream, sharing: Recorded | None):
         self.graph = torch.cuda.CUDAGraph()
