@@ -32,9 +32,10 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
 lint: $(READY)
-	@echo "==> ruff"
+	@echo "==> ruff and mypy"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)
 	@echo "==> operators, inference and training steps beside their rivals, on one thread and on two, in four minutes"
@@ -87,4 +88,4 @@ env: $(READY)
 	$(BIN)/mla-fast env
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mla_fast/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info mla_fast/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""``python -m mla_fast``: the same as ``mla-fast``."""
+"""Run ``mla-fast`` as ``python -m mla_fast``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a ``Trainer`` can be told to do with the record of each epoch: any callable that takes the dictionary, or one of these."""
+"""Callbacks for ``Trainer``: any callable that takes the record of an epoch will do; ``TensorBoard`` is one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested record by path: ``{"loss": {"audio": 0.3}}`` → ``{"loss/audio": 0.3}``."""
+    """Return the numbers of a nested record by path: ``{"loss": {"audio": 0.3}}`` becomes ``{"loss/audio": 0.3}``."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
@@ -19,9 +19,11 @@ def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class TensorBoard:
-    """Writes every number of a record as a scalar, the epoch as its step; needs the package ``tensorboard``.
+    """Write every number of a record to `folder` as a scalar, with the epoch as its step.
 
-    trainer = mla.Trainer(model, optimizer, callbacks=[TensorBoard("runs/a")])
+        trainer = mla.Trainer(model, optimizer, callbacks=[TensorBoard("runs/a")])
+
+    Raises ImportError without the package ``tensorboard``.
     """
 
     def __init__(self, folder: str | Path):

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside the old one and moved over it in one step."""
+"""Checkpoint files that are never half written: a new one is written beside the old one and then replaces it in one step."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ FORMAT, VERSION = "mla_fast.checkpoint", 3
 
 
 class CheckpointError(ValueError):
-    """A file that is not a checkpoint of this package, was cut short, or is of another version."""
+    """Raised for a file that is not a checkpoint of this package, is damaged, or has another version."""
 
 
 def write_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
-    """Writes `payload` to `path`. If that fails (a full disk, say): OSError, and what was at `path` before is still there.
+    """Write `payload` to `path`, creating its folder.
 
-    TypeError for what ``read_checkpoint`` could not read: anything but tensors, numbers, strings and containers of these.
+    Raises OSError if that fails, say because the disk is full; the previous file at `path` is then untouched. Raises TypeError
+    for anything that ``read_checkpoint`` could not read: all but tensors, numbers, strings and containers of these.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(os.path.realpath(path))  # replaces the target of a link, not the link
     buffer = io.BytesIO()
     checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)  # whatever else is saved without
+    torch.serialization.set_crc32_options(True)  # read_checkpoint verifies them
     try:
         torch.save({"format": FORMAT, "version": VERSION, **_plain(payload, "checkpoint")}, buffer)
     finally:
         torch.serialization.set_crc32_options(checksums)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process leaves there is overwritten by the next
+    temporary = path.with_name(f".{path.name}.tmp")  # one that a killed process left behind is overwritten
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -42,21 +43,21 @@ def write_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; the checkpoint that was there before is untouched", str(path)) from error
+        raise OSError(error.errno, f"{error.strerror}; the previous checkpoint is untouched", str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)  # moved away if all went well
+        temporary.unlink(missing_ok=True)  # gone already if it was moved
 
 
 def _plain(value: Any, where: str) -> Any:
-    """The value with Python's numbers in place of numpy's."""
+    """Return `value` with Python's numbers in place of NumPy's; raise TypeError, naming the place, for what cannot be saved."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        plain = {_plain(key, f"a key of {where}"): _plain(v, f"{where}[{key!r}]") for key, v in value.items()}
-        return type(value)(plain) if type(value) in (OrderedDict, Counter) else plain
+        items = {_plain(key, f"a key of {where}"): _plain(v, f"{where}[{key!r}]") for key, v in value.items()}
+        return type(value)(items) if type(value) in (OrderedDict, Counter) else items
     if isinstance(value, (list, tuple)):
-        plain = [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-        return type(value)(plain) if type(value) in (list, tuple) else plain
+        elements = [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return tuple(elements) if type(value) is tuple else elements
     if isinstance(value, set):
         return {_plain(v, f"an element of {where}") for v in value}
     if value is None or isinstance(value, (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
@@ -65,15 +66,18 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What ``write_checkpoint`` wrote, on the CPU; else FileNotFoundError or CheckpointError. Never runs code from the file."""
+    """Read what ``write_checkpoint`` wrote, with its tensors on the CPU; never run code from the file.
+
+    Raises FileNotFoundError, or CheckpointError for a foreign, damaged or truncated file and for one of another version.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that are there
+        with zipfile.ZipFile(path) as archive:  # torch.load does not verify the checksums
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"{damaged} is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch.load raises whatever its layers do
+    except Exception as error:  # torch.load lets the exceptions of all its layers through
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path}: expected a checkpoint written by mla_fast, got a foreign or truncated file ({reason})"

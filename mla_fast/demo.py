@@ -1,11 +1,12 @@
-"""What ``mla-fast demo`` runs: joint training and MLA on real digits and on the data of the modality-competition paper."""
+"""The experiments of ``mla-fast demo``: joint training and MLA on real digits, and on synthetic data of modality competition."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,16 +22,17 @@ from mla_fast.trainer import Trainer
 
 FEATURES = 64
 BATCH = 64
-JOINT = {"joint, sum": Sum, "joint, concat": Concat}
+JOINT: dict[str, type[Sum] | type[Concat]] = {"joint, sum": Sum, "joint, concat": Concat}
 COLORS = dict(zip((*JOINT, *MLA_SETTINGS), ("#b8b8b8", "#7a7a7a", "#1f6fb4", "#2a9d5c", "#9cc6e6"), strict=True))
 
 
 def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Runs both experiments, prints what it does, writes ``results.json`` and ``demo.png`` to `output` and returns the results.
+    """Run both experiments, print progress, write ``results.json`` and ``demo.png`` to `output` and return the results.
 
-    About half a minute on two cores; `quick` a few seconds, with too little training for the numbers to mean much. Without
-    scikit-learn the digits are left out, without matplotlib the plot; both are said. `seed` is the first of those used;
-    torch's global generator is set from it.
+    quick: take a few seconds in place of half a minute on two cores, with too little training for the numbers to mean much.
+    seed: the first of the seeds; torch's global generator is seeded from it.
+
+    Without scikit-learn the digits are left out, and without matplotlib the plot; a message says so.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,7 @@ def run(output: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Both tables with what it takes to read them."""
+    """Return the tables of both experiments with notes on how to read them."""
     mean = f"%, mean over seed(s) {', '.join(map(str, results['seeds']))}"
     parts = []
     if results["digits"]:
@@ -62,9 +64,9 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def run_digits(seeds: Sequence[int], epochs: int) -> dict[str, dict[str, float]]:
-    """Method → accuracy, mean over the seeds, of each view alone, of the logits' average and of the entropy-weighted fusion.
+    """Return {method: accuracy}, means over the seeds: of each view alone, of the average of the logits and of entropy fusion.
 
-    Empty, with a line that says so, without scikit-learn.
+    Without scikit-learn, print a message and return nothing.
     """
     print("Digits: 1,797 handwritten digits, three views of the same pixels")
     runs: dict[str, list[dict[str, float]]] = {}
@@ -75,53 +77,47 @@ def run_digits(seeds: Sequence[int], epochs: int) -> dict[str, dict[str, float]]
             print(f"  left out: {error}")
             return {}
         for method in (*JOINT, *MLA_SETTINGS):
-            runs.setdefault(method, []).append(_digits_accuracy(method, train, test, epochs, seed))
+            runs.setdefault(method, []).append(digits_accuracy(method, train, test, epochs, seed))
         print(f"  seed {seed}: {len(train)} to train on, {len(test)} to test; {len(runs)} methods, {epochs} epochs each")
-    return {method: {key: _mean(run[key] for run in each) for key in each[0]} for method, each in runs.items()}
+    return {method: {key: fmean(run[key] for run in each) for key in each[0]} for method, each in runs.items()}
 
 
-def _digits_accuracy(method: str, train: MultimodalDataset, test: MultimodalDataset, epochs: int, seed: int) -> dict[str, float]:
-    """One training run, from the same initial encoders and in the same order of samples for every method."""
+def digits_accuracy(method: str, train: MultimodalDataset, test: MultimodalDataset, epochs: int, seed: int) -> dict[str, float]:
+    """Train once and return the accuracies; all methods start from the same encoders and see the samples in the same order."""
     torch.manual_seed(seed)
     encoders = {modality: encoder_for(x.shape[1:], FEATURES) for modality, x in train.inputs.items()}
     batches = loader(train, BATCH, shuffle=True)
     if method in JOINT:
-        model = JOINT[method](encoders, FEATURES, train.classes)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+        joint = JOINT[method](encoders, FEATURES, train.classes)
+        sgd = torch.optim.SGD(joint.parameters(), lr=0.03, momentum=0.9)
         torch.manual_seed(seed)
-        fit_joint(model, optimizer, batches, epochs)
-        accuracy = joint_accuracy(model, loader(test, 512))
-        return {**{m: accuracy[m] for m in model.modalities}, "average": accuracy["joint"]}
+        fit_joint(joint, sgd, batches, epochs)
+        accuracy = joint_accuracy(joint, loader(test, 512))
+        return {**{m: accuracy[m] for m in joint.modalities}, "average": accuracy["joint"]}
     model = MultimodalModel(encoders, nn.Linear(FEATURES, train.classes))
-    optimizer = MLAOptimizer(torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9), head=model.head, **MLA_SETTINGS[method])
+    sgd = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+    optimizer = MLAOptimizer(sgd, head=model.head, **MLA_SETTINGS[method])
     trainer = Trainer(model, optimizer, seed=seed, progress=False)
     trainer.fit(batches, epochs)
-    return trainer.evaluate(loader(test, 512))["accuracy"]
+    result: dict[str, float] = trainer.evaluate(loader(test, 512))["accuracy"]
+    return result
 
 
 def run_competition(seeds: Sequence[int], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Method → ``competition.Learned`` as a dictionary, one for each seed."""
-    print("Modality competition: made-up data on which joint training picks one modality per class (a tuned regime)")
-    methods = {
-        "joint, sum": lambda seed: train_joint(seed, rounds=rounds),
-        "MLA rls": lambda seed: train_mla(seed, rounds=rounds),
-    }
+    """Return {method: [``competition.Learned`` as a dictionary, one for each seed]}."""
+    print("Modality competition: synthetic data on which joint training picks one modality per class (a tuned regime)")
+    methods: dict[str, Callable[..., Learned]] = {"joint, sum": train_joint, "MLA rls": train_mla}
     runs: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for seed in seeds:
         for method, train in methods.items():
-            learned: Learned = train(seed)
+            learned = train(seed, rounds=rounds)
             runs[method].append(learned._asdict())
             print(f"  seed {seed}, {method}: found {learned.found:.0%} of the (class, modality) pairs")
     return runs
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal: first column to the left, the others to the right."""
+    """Format a Markdown table, padded for the terminal too: the first column is aligned left, the others right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -133,7 +129,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def digits_table(results: dict[str, dict[str, float]]) -> str:
-    """The views alone, for joint training with the others' features at zero; its joint logits stand under "average"."""
+    """Format the results of ``run_digits``; the joint prediction of joint training is in the column "average"."""
     views = [key for key in next(iter(results.values())) if key != "average"]
     columns = {**{view: f"{view} alone" for view in views}, "average": "average", "fused": "entropy"}
     rows = [
@@ -144,13 +140,14 @@ def digits_table(results: dict[str, dict[str, float]]) -> str:
 
 
 def competition_table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Format the results of ``run_competition``, in %, as means over the seeds."""
     columns = {"found": "pairs found", "one_sufficient": "accuracy, one modality shows it", "accuracy": "accuracy, all"}
-    rows = [[method, *(f"{100 * _mean(run[key] for run in runs):.0f}" for key in columns)] for method, runs in results.items()]
+    rows = [[method, *(f"{100 * fmean(run[key] for run in runs):.0f}" for key in columns)] for method, runs in results.items()]
     return markdown_table(["method", *columns.values()], rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> bool:
-    """Both experiments as bars, to `path`. Without matplotlib a line says so, and nothing is written: False."""
+    """Draw both experiments as bars to `path` and return True; without matplotlib, print a message and return False."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -158,16 +155,16 @@ def plot(results: dict[str, Any], path: Path) -> bool:
         print('no plot: matplotlib is missing (pip install "mla_fast[demo]")')
         return False
     figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)  # a figure of its own: the user's pyplot backend stays as it is
+    FigureCanvasAgg(figure)  # not pyplot, whose backend is the user's choice
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     if results["digits"]:
-        keys = [key for key in results["digits"]["MLA rls"] if key != "fused"]
-        bars = {method: [accuracy[key] for key in keys] for method, accuracy in results["digits"].items()}
-        _bars(left, [key if key == "average" else f"{key} alone" for key in keys], bars)
+        views = [key for key in results["digits"]["MLA rls"] if key != "fused"]
+        bars = {method: [accuracy[view] for view in views] for method, accuracy in results["digits"].items()}
+        _bars(left, [view if view == "average" else f"{view} alone" for view in views], bars)
     left.set(title="Digits, three views" if results["digits"] else "Digits: left out, no scikit-learn", ylabel="test accuracy")
-    keys = {"found": "pairs found", "one_sufficient": "accuracy where one\nmodality shows the class"}
-    competition = results["competition"]
-    _bars(right, list(keys.values()), {m: [_mean(run[key] for run in runs) for key in keys] for m, runs in competition.items()})
+    measures = {"found": "pairs found", "one_sufficient": "accuracy where one\nmodality shows the class"}
+    bars = {m: [fmean(run[key] for run in runs) for key in measures] for m, runs in results["competition"].items()}
+    _bars(right, list(measures.values()), bars)
     right.set(title="Modality competition (tuned regime)")
     handles = {label: bar for axes in (right, left) for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
@@ -176,7 +173,7 @@ def plot(results: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def _bars(axes: Any, labels: Sequence[str], groups: dict[str, Sequence[float]]) -> None:
+def _bars(axes: Any, labels: Sequence[str], groups: Mapping[str, Sequence[float]]) -> None:
     width = 0.8 / len(groups)
     for i, (name, heights) in enumerate(groups.items()):
         places = [x + (i - (len(groups) - 1) / 2) * width for x in range(len(labels))]

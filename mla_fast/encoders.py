@@ -1,4 +1,4 @@
-"""Encoders to start with: a sample of one modality → features [s] ≥ 0, the same s for every modality."""
+"""Encoders to start with, each of which maps the samples of one modality to non-negative features [N, s]."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ def _check_positive(name: str, value: int) -> int:
 
 
 class MLP(nn.Sequential):
-    """[N, in_features] → [N, out_features]: linear layers of the widths in `hidden` and of `out_features`, ReLU after each.
+    """Map [N, in_features] → [N, out_features] by linear layers of the widths `hidden` and `out_features`, with ReLU after each.
 
-    The paper's encoders where modalities are missing, three layers of 128: ``MLP(in_features, 128, hidden=(128, 128))``.
+    ``MLP(in_features, 128, hidden=(128, 128))`` is the paper's encoder for data with missing modalities.
     """
 
     def __init__(self, in_features: int, out_features: int, hidden: Sequence[int] = (128,)):
         widths = [_check_positive("in_features", in_features)]
         widths += [_check_positive("hidden", width) for width in hidden]
         widths += [_check_positive("out_features", out_features)]
-        layers = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(before, after), nn.ReLU()]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         super().__init__(*layers)
 
 
 class SmallCNN(nn.Module):
-    """[N, H, W] or [N, C, H, W] → [N, out_features]: conv 5 × 5 stride 2 (8 channels), conv 3 × 3 stride 2 (16), linear; ReLU
-    after each.
+    """Map images [N, H, W] or [N, C, H, W] → [N, out_features] by two convolutions and a linear layer.
 
-    shape: a sample's, (H, W) or (C, H, W), of any size; a sample without channels gets one. Images with a side under 9, which the
-    convolutions would leave nothing of, are padded by half the kernels' widths.
+    The convolutions are 5 × 5 with 8 channels and 3 × 3 with 16, both with stride 2; ReLU follows each layer.
+
+    shape: of a sample, (H, W) or (C, H, W), of any size. Images with a side below 9, of which the convolutions would leave
+        nothing, are padded by half the widths of the kernels.
     """
 
     def __init__(self, shape: Sequence[int], out_features: int):
@@ -45,37 +46,40 @@ class SmallCNN(nn.Module):
         self.shape = tuple(shape)
         channels, height, width = (1, *shape) if len(shape) == 2 else shape
         padded = min(height, width) < 9
-        places = _places(height, padded) * _places(width, padded)
+        positions = _positions(height, padded) * _positions(width, padded)
         self.layers = nn.Sequential(
             nn.Conv2d(channels, 8, 5, stride=2, padding=2 * padded),
             nn.ReLU(),
             nn.Conv2d(8, 16, 3, stride=2, padding=1 * padded),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(16 * places, _check_positive("out_features", out_features)),
+            nn.Linear(16 * positions, _check_positive("out_features", out_features)),
             nn.ReLU(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x: expected [N, {', '.join(map(str, self.shape))}], got {list(x.shape)}")
-        return self.layers(x.unsqueeze(1) if len(self.shape) == 2 else x)
+        features: Tensor = self.layers(x.unsqueeze(1) if len(self.shape) == 2 else x)
+        return features
 
 
-def _places(side: int, padded: bool) -> int:
-    """What the two convolutions leave of a side."""
+def _positions(side: int, padded: bool) -> int:
+    """Return the size of the second convolution's output along a side of the image."""
     return -(-side // 4) if padded else ((side - 5) // 2 - 2) // 2 + 1
 
 
 class ResNet18(nn.Module):
-    """[N, H, W], [N, C, H, W] or, frames of a video, [N, T, C, H, W] → [N, 512]: ResNet-18 (He et al., CVPR 2016) up to its
-    global average pooling, which goes over the frames as well.
+    """Map images [N, H, W] or [N, C, H, W], or videos [N, T, C, H, W], to features [N, 512] by ResNet-18 (He et al., CVPR 2016).
 
-    channels: C of an image or frame; images without it, spectrograms say, are images with one. Any H, W and T from 1 on; in
-    training BatchNorm takes its statistics over all frames of the batch, and a batch of no rows leaves them as they are.
+    The classifier of the original is left out; its global average pooling is over the frames of a video too.
 
-    Parameters are named as in torchvision's ``resnet18``, whose weights can be loaded: ``encoder.load_state_dict(weights,
-    strict=False)``, strictly without its ``fc.*``. For other channels than 3 leave out ``conv1.weight`` too.
+    channels: C. With one channel, images [N, H, W], such as spectrograms, are accepted too. H, W and T may be any from 1.
+
+    In training, the statistics of BatchNorm are over all frames of the batch; a batch without rows leaves them unchanged.
+
+    Parameters are named as in torchvision's ``resnet18``. Load its weights with ``encoder.load_state_dict(weights,
+    strict=False)``, or strictly after removing ``fc.*``; for other channels than 3 remove ``conv1.weight`` too.
     """
 
     out_features = 512
@@ -96,7 +100,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = self._frames(x)  # [N T, C, H, W]
-        h = self.maxpool(F.relu(self.bn1(self.conv1(frames)), inplace=True))
+        h: Tensor = self.maxpool(F.relu(self.bn1(self.conv1(frames)), inplace=True))
         h = self.layer4(self.layer3(self.layer2(self.layer1(h)))).mean((2, 3))
         return h if x.dim() < 5 else h.unflatten(0, x.shape[:2]).mean(1)
 
@@ -105,23 +109,25 @@ class ResNet18(nn.Module):
         if frames.dim() != 4 or frames.shape[1] != self.channels or 0 in x.shape[1:]:
             flat = "[N, H, W], " if self.channels == 1 else ""
             C = self.channels
-            raise ValueError(f"x: expected {flat}[N, {C}, H, W] or [N, T, {C}, H, W], none but N zero, got {list(x.shape)}")
+            raise ValueError(f"x: expected {flat}[N, {C}, H, W] or [N, T, {C}, H, W], where only N may be 0, got {list(x.shape)}")
         return frames
 
 
 class BasicBlock(nn.Module):
-    """[N, before, H, W] → [N, channels, H / stride, W / stride]: two 3 × 3 convolutions beside a shortcut, which is a 1 × 1
-    convolution where the shape changes."""
+    """Map [N, in_channels, H, W] → [N, channels, H / stride, W / stride] by two 3 × 3 convolutions beside a shortcut.
 
-    def __init__(self, before: int, channels: int, stride: int = 1):
+    The shortcut is a 1 × 1 convolution if the shape changes, and otherwise the identity.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(before, channels, 3, stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = None
-        if stride != 1 or before != channels:
-            shortcut = nn.Conv2d(before, channels, 1, stride, bias=False)
+        if stride != 1 or in_channels != channels:
+            shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +137,10 @@ class BasicBlock(nn.Module):
 
 
 def encoder_for(shape: Sequence[int], out_features: int) -> nn.Module:
-    """The encoder for samples of `shape`: ``SmallCNN`` for [H, W] and [C, H, W], ``MLP`` for [F]; ValueError for others."""
+    """Return an encoder for samples of `shape`: ``SmallCNN`` for [H, W] and [C, H, W], ``MLP`` for [F].
+
+    Raises ValueError for other shapes, and for [H, W, C], which has the channels last.
+    """
     if len(shape) == 1:
         return MLP(shape[0], out_features)
     if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4):

@@ -1,4 +1,4 @@
-"""What is installed, which devices there are, which backends run and why the others do not."""
+"""The installed versions, the devices, and which backends run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("mla_fast", "torch", "triton", "numpy", "scikit-learn", "matplotlib"
 
 
 def report() -> list[tuple[str, str]]:
-    """(what, how it is), one line each, in reading order."""
+    """Return (name, state) of Python, packages, devices and backends; for an inactive backend, the state says why."""
     lines = [("python", f"{platform.python_version()} on {platform.platform()}")]
     lines += [(name, _version(name)) for name in PACKAGES]
     lines.append(("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"))

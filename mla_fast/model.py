@@ -1,9 +1,10 @@
-"""``MultimodalModel``: one encoder per modality and one head for all."""
+"""One encoder for each modality and one head shared by all."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,41 +12,43 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.fusion import Fused, entropy_fusion
-from mla_fast.inputs import Inputs, check_by_modality, count, counts, leaves, outline
-from mla_fast.streams import side_by_side
+from mla_fast.inputs import Inputs, check_by_modality, describe, leaves, sample_count, sample_counts
+from mla_fast.streams import run_on_streams
 
 
 class MultimodalModel(nn.Module):
-    """Encoders of your own, each giving features [N, s], and one shared head [N, s] → logits [N, C].
+    """Join encoders, each of which returns features [N, s], with one shared head [N, s] → logits [N, C].
 
         model = MultimodalModel({"audio": audio_encoder, "image": image_encoder}, head=nn.Linear(512, 6))
         model({"audio": x})["audio"]                    # logits [N, 6] of one modality, as MLA trains it
         model.predict({"audio": xa, "image": xv})       # fused logits, weights and entropies
 
-    What a modality's encoder is given is a tensor [N, …], or several of one N in a tuple, list or dict (tokens and their mask,
-    say), nested as you like: the encoder's own affair.
+    The inputs of a modality are a tensor [N, …], or several of the same N in a tuple, list or dict, nested to any depth: tokens
+    and their mask, say. They are passed to its encoder as they are.
 
-    streams: on a GPU the encoders of ``predict`` and ``alternating_step`` run side by side, each on a CUDA stream of its own,
-    forward and backward. It can pay where one encoder leaves the GPU partly idle and the host is ahead of it, as in a CUDA graph.
-    They take turns all the same if they share parameters or are in DistributedDataParallel, and must not share anything else that
-    they write to, such as the memory of CUDA graphs (``torch.compile(mode="reduce-overhead")``).
+    encoders: {modality: module}; "average" and "fused" are reserved names.
+    head: a module, usually an ``nn.Linear``.
+    streams: on a GPU, run the encoders of ``predict`` and ``alternating_step`` concurrently, each on a CUDA stream of its own,
+        forward and backward. This can pay off where one encoder leaves part of the GPU idle and the host is ahead of it, as in a
+        CUDA graph. Encoders that share parameters or are in DistributedDataParallel still take turns. Others must not share
+        anything that they write to, such as the memory of CUDA graphs (``torch.compile(mode="reduce-overhead")``).
 
-    Raises ValueError for a modality it does not have, and where an encoder's features do not fit the head; TypeError where
-    they are no floating tensor. An encoder's own error says in a note (Python 3.11 and later) whose it is and what it was given.
+    Raises ValueError for an unknown modality and for features that do not fit the head, and TypeError for features that are not
+    a floating-point tensor. An error raised by an encoder gets a note (from Python 3.11) with the modality and its inputs.
     """
 
-    streams = False  # of a model that was pickled without it, too
-    _shared: tuple[tuple[nn.Module, ...], bool] = ((), False)  # of these parts
+    streams = False  # also for models that were pickled without it
+    _shared: tuple[tuple[nn.Module, ...], bool] = ((), False)  # (parts, whether they share parameters)
 
     def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module, *, streams: bool = False):
         super().__init__()
         if not encoders:
             raise ValueError("encoders: expected at least one modality, got none")
         if not isinstance(encoders, Mapping):
-            raise TypeError(f"encoders: expected a dict of modules by modality, got {type(encoders).__name__}")
+            raise TypeError(f"encoders: expected a dict {{modality: module}}, got {type(encoders).__name__}")
         for name in ("average", "fused"):
             if name in encoders:
-                raise ValueError(f"encoders: expected another name than {name!r}, which stands for all modalities in results")
+                raise ValueError(f"encoders: expected another name than {name!r}, which results use for all modalities together")
         if not isinstance(head, nn.Module):
             raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
         self.encoders = nn.ModuleDict(encoders)
@@ -54,21 +57,23 @@ class MultimodalModel(nn.Module):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The names, in the order of ``present``'s columns and of the training schedule (eq. 1)."""
+        """The names of the modalities, in the order of the columns of ``present`` and of the training schedule (eq. 1)."""
         return tuple(self.encoders)
 
     @property
     def classes(self) -> int | None:
-        """C, where the head is an ``nn.Linear`` or ends in one."""
-        last = bare(self.head)
+        """C if the head is an ``nn.Linear`` or ends in one, otherwise None."""
+        last = unwrap_ddp(self.head)
         while isinstance(last, nn.Sequential) and len(last):
             last = last[-1]
         return last.out_features if isinstance(last, nn.Linear) else None
 
     @property
     def shared_parameters(self) -> bool:
-        """Some parameter belongs to two encoders, or to an encoder and the head; looked for once, and again where one of these is
-        another module."""
+        """Whether a parameter belongs to two encoders, or to an encoder and the head.
+
+        The answer is kept until an encoder or the head is replaced by another module.
+        """
         parts = (*self.encoders.values(), self.head)
         if self._shared[0] != parts:
             parameters = [p for part in parts for p in part.parameters()]
@@ -76,20 +81,20 @@ class MultimodalModel(nn.Module):
         return self._shared[1]
 
     def features(self, modality: str, inputs: Inputs) -> Tensor:
-        """What `modality`'s encoder makes of its inputs [N, …]: features [N, s]."""
+        """Return the features [N, s] that the encoder of `modality` computes from its inputs [N, …]."""
         encoders = self.encoders
         if modality not in encoders:
             raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
-        N, encoder = count("inputs", modality, inputs), encoders[modality]
-        run = encoder if torch.is_grad_enabled() else bare(encoder)
-        features = run(inputs) if torch.compiler.is_compiling() else _run(run, inputs, modality)
+        N, encoder = sample_count("inputs", modality, inputs), encoders[modality]
+        encoder = encoder if torch.is_grad_enabled() else unwrap_ddp(encoder)
+        features = encoder(inputs) if torch.compiler.is_compiling() else _encode_or_note(encoder, inputs, modality)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a floating tensor from the encoder of {modality!r}, got {got}")
         shape = features.shape
         if len(shape) != 2 or shape[0] != N:
             raise ValueError(f"features: expected [{N}, s] from the encoder of {modality!r}, got {list(shape)}")
-        head = bare(self.head)
+        head = unwrap_ddp(self.head)
         if isinstance(head, nn.Linear) and shape[1] != head.in_features:
             raise ValueError(
                 f"features: expected [N, {head.in_features}] to match head.in_features, "
@@ -98,50 +103,58 @@ class MultimodalModel(nn.Module):
         return features
 
     def all_features(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
-        """``features`` of each modality in `inputs`, side by side with `streams`."""
+        """Return ``features`` of each modality in `inputs`, computed concurrently with `streams`."""
         if not self.streams or not inputs or self._must_take_turns():
             return {modality: self.features(modality, x) for modality, x in inputs.items()}
         jobs = {modality: functools.partial(self.features, modality, x) for modality, x in inputs.items()}
-        return side_by_side(jobs, leaves(next(iter(inputs.values())))[0].device)
+        return run_on_streams(jobs, leaves(next(iter(inputs.values())))[0].device)
 
     def _must_take_turns(self) -> bool:
-        # What autocast has cast for one encoder would be read by another too early.
+        # Another stream would read the weights that autocast has cast for a shared module before they are ready.
         return self.shared_parameters or any(isinstance(part, DistributedDataParallel) for part in self.encoders.values())
 
     def forward(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
-        """Logits [N, C] of each modality in `inputs`; N may differ between them. ``predict`` does not come by here."""
+        """Return {modality: logits [N, C]} for each modality in `inputs`; N may differ between them.
+
+        ``predict`` does not call this method.
+        """
         check_by_modality(inputs)
         return {modality: self.head(self.features(modality, x)) for modality, x in inputs.items()}
 
     @torch.no_grad()
     def packed_logits(self, inputs: Mapping[str, Inputs], plan: DispatchPlan | None = None) -> Tensor:
-        """Logits [K, C] of the modalities in `inputs`, one after another, in evaluation mode: the rows that the plan (of
-        ``mla_fast.dispatch``, over these modalities) has, or all N of each. One product with the head; a modality without rows is
-        not encoded."""
-        sizes = counts(inputs)
+        """Return logits [K, C], one modality of `inputs` after another, computed in evaluation mode with one call of the head.
+
+        plan: of ``mla_fast.dispatch`` over these modalities; only its rows are encoded, by default all N of each modality. A
+        modality without rows is not encoded.
+
+        Raises ValueError if `inputs` is empty or the modalities differ in N.
+        """
+        sizes = sample_counts(inputs)
         if not sizes:
             raise ValueError("inputs: expected at least one modality, got none")
         if len(set(sizes.values())) != 1:
             raise ValueError(f"inputs: expected the same number of samples for every modality, got {sizes}")
-        if plan is not None:
-            inputs = plan.pack(inputs)
-        # Where there is nothing at all, the first encoder makes logits [0, C] of nothing.
-        rows = {modality: x for modality, x in inputs.items() if len(leaves(x)[0])} or dict(list(inputs.items())[:1])
+        packed = dict(inputs if plan is None else plan.pack(inputs))
+        # If there are no rows at all, the first encoder computes the logits [0, C] from none.
+        rows = {modality: x for modality, x in packed.items() if len(leaves(x)[0])} or dict(list(packed.items())[:1])
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            return bare(self.head)(torch.cat(list(self.all_features(rows).values())))
+            logits: Tensor = unwrap_ddp(self.head)(torch.cat(list(self.all_features(rows).values())))
+            return logits
         finally:
             for module in training:  # and no others: an encoder may be in evaluation mode on purpose
                 module.training = True
 
     def predict(self, inputs: Mapping[str, Inputs], present: Tensor | None = None) -> Fused:
-        """Entropy-weighted prediction (eqs. 6–8) for samples of any of the modalities, in evaluation mode.
+        """Return the entropy-weighted prediction (eqs. 6–8) for N samples, each with any of the modalities, in evaluation mode.
 
-        inputs: {modality: [N, …]}, a modality left out is absent for all; present: bool [N, M] over ``self.modalities``. Only
-        present rows are encoded; what absent ones hold does not matter. Weights and entropies [N, M'] are over the modalities in
-        `inputs`, in their order.
+        inputs: {modality: [N, …]}; a modality that is left out is absent from all samples.
+        present: bool [N, M] over ``self.modalities``. Only present rows are encoded; absent rows may hold anything.
+
+        The weights and entropies [N, M'] are over the modalities in `inputs`, in their order.
         """
         if present is None:
             return entropy_fusion(self.packed_logits(inputs).unflatten(0, (len(inputs), -1)))
@@ -149,24 +162,28 @@ class MultimodalModel(nn.Module):
         return plan.fuse(self.packed_logits(inputs, plan))
 
     def columns(self, present: Tensor, inputs: Mapping[str, Inputs]) -> Tensor:
-        """The columns of present [N, M] that belong to the modalities in `inputs`, in their order."""
-        N, M = max(counts(inputs).values(), default=0), len(self.modalities)
+        """Return the columns of present [N, M] that belong to the modalities in `inputs`, in their order.
+
+        Raises ValueError unless `present` is bool [N, M] over ``self.modalities``.
+        """
+        N, M = max(sample_counts(inputs).values(), default=0), len(self.modalities)
         if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != (N, M):
-            raise ValueError(f"present: expected bool [{N}, {M}] (samples, {', '.join(self.modalities)}), got {outline(present)}")
+            expected = f"bool [{N}, {M}] (samples, {', '.join(self.modalities)})"
+            raise ValueError(f"present: expected {expected}, got {describe(present)}")
         if tuple(inputs) == self.modalities:
             return present
         return present[:, [self.modalities.index(m) for m in inputs]]
 
 
-def _run(encoder: nn.Module, inputs: Inputs, modality: str) -> Tensor:
+def _encode_or_note(encoder: nn.Module, inputs: Inputs, modality: str) -> Any:
     try:
         return encoder(inputs)
     except Exception as error:
         if hasattr(error, "add_note"):
-            error.add_note(f"in the encoder of {modality!r}, which was given {outline(inputs)}")
+            error.add_note(f"in the encoder of {modality!r}, which was given {describe(inputs)}")
         raise
 
 
-def bare(part: nn.Module) -> nn.Module:
-    """The module itself, without DistributedDataParallel, whose forward pass may wait for other ranks."""
+def unwrap_ddp(part: nn.Module) -> nn.Module:
+    """Return the module inside a DistributedDataParallel, whose own forward pass may wait for other ranks; others unchanged."""
     return part.module if isinstance(part, DistributedDataParallel) else part

@@ -1,4 +1,4 @@
-"""Random states, so that what was interrupted goes on with the numbers that it would have drawn."""
+"""States of the random generators, so that an interrupted run resumes with the numbers it would have drawn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 
 def random_states() -> dict[str, Any]:
-    """Of torch (on every device), Python and numpy; tensors, numbers and tuples."""
-    name, keys, *rest = np.random.get_state()
+    """Return the states of torch (on every device), Python and NumPy, as tensors, numbers and tuples."""
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -24,7 +25,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """What ``random_states`` gave; that of CUDA if there are as many devices."""
+    """Restore what ``random_states`` returned; leave CUDA alone if the number of devices has changed."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
@@ -34,20 +35,23 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 class Replayable:
-    """An iterator that draws from a state of torch's CPU generator of its own, whatever else is drawn between its items: begun
-    again from the same state, it gives the same items."""
+    """Iterate with a private state of torch's CPU generator: started again from the same state, it yields the same items.
 
-    def __init__(self, begin: Callable[[], Iterator], state: Tensor):
+    begin: returns the iterator; it is called, and every item drawn, with the private state in place of the global one.
+    state: where the private state starts; the attribute `state` is the current one.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Any]], state: Tensor):
         self.state = state
-        self._iterator = self._drawing(begin)
+        self._iterator = self._with_own_state(begin)
 
     def __iter__(self) -> Replayable:
         return self
 
     def __next__(self) -> Any:
-        return self._drawing(functools.partial(next, self._iterator))
+        return self._with_own_state(functools.partial(next, self._iterator))
 
-    def _drawing(self, function: Callable[[], Any]) -> Any:
+    def _with_own_state(self, function: Callable[[], Any]) -> Any:
         outside = torch.get_rng_state()
         torch.set_rng_state(self.state)
         try:

@@ -1,6 +1,6 @@
 """The mathematics of MLA in plain torch: one short function per equation, any floating dtype, any device.
 
-This is the oracle: every fast path is tested against it in float64, and the benchmarks race against it. Shapes throughout:
+Every fast path is tested against these functions in float64, and the benchmarks compare with them. Shapes throughout:
 N samples, s features, C classes, M modalities; features H [N, s], head weight W [C, s], its gradient G = ∂L/∂W [C, s],
 x̄ [s] the mean of the rows of H, P [s, s] symmetric with P_0 = I. Equation numbers are those of Zhang, Yoon, Bansal and Yao,
 "Multimodal Representation Learning by Alternating Unimodal Adaptation", CVPR 2024.
@@ -16,44 +16,45 @@ from torch import Tensor
 
 
 def modality_at(step: int, modalities: Sequence[str]) -> str:
-    """Eq. 1: m_t = t mod M."""
+    """Return the modality of training step `step`, m_t = t mod M (eq. 1)."""
     return modalities[step % len(modalities)]
 
 
 def unimodal_loss(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-    """Eq. 2: mean cross-entropy of the shared head on one modality's features [N, s], target [N]."""
+    """Return the mean cross-entropy of the shared head on one modality's features [N, s], target [N] (eq. 2)."""
     return F.cross_entropy(F.linear(features, weight, bias), target)
 
 
 def linear_cross_entropy(
     features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, total: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Eq. 2 as these rows' share of a mean over `total` rows, its gradients, x̄ and norms: (loss, ∂/∂features, ∂/∂weight, ∂/∂bias,
-    x̄, [‖∂/∂weight‖, ‖x̄‖, ‖∂/∂bias‖]).
+    """Return the loss of eq. 2, summed over these rows and divided by `total`, with its gradients, x̄ and norms.
 
     δ = (softmax(H Wᵀ + b) − onehot(y)) / total;  ∂/∂H = δ W,  G = δᵀ H,  ∂/∂b = Σ_n δ
+
+    (loss, ∂/∂H [N, s], G [C, s], ∂/∂b [C], x̄ [s], norms [3] = [‖G‖, ‖x̄‖, ‖∂/∂b‖])
     """
-    log_p = torch.nn.functional.linear(features, weight, bias).log_softmax(1)
-    loss = torch.nn.functional.nll_loss(log_p, target, reduction="sum") / total
+    log_p = F.linear(features, weight, bias).log_softmax(1)
+    loss = F.nll_loss(log_p, target, reduction="sum") / total
     delta = log_p.exp().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1.0)) / total
     grad, grad_bias, x_bar = delta.T @ features, delta.sum(0), features.mean(0)
-    return loss, delta @ weight, grad, grad_bias, x_bar, torch.stack(torch._foreach_norm([grad, x_bar, grad_bias]))
+    return loss, delta @ weight, grad, grad_bias, x_bar, torch.stack([grad.norm(), x_bar.norm(), grad_bias.norm()])
 
 
 def feature_mean(features: Tensor) -> Tensor:
-    """x̄ [s]: the mean over all rows of features [..., s]."""
+    """Return x̄ [s], the mean over all rows of features [..., s]."""
     return features.flatten(0, -2).mean(0)
 
 
 def with_constant(x_bar: Tensor) -> Tensor:
-    """x̄ with a constant 1 appended [s + 1]: a bias is a column of W whose feature is always 1."""
+    """Append a constant 1 to x̄ [s] → [s + 1]: a bias is a column of W whose feature is always 1."""
     return torch.cat([x_bar, x_bar.new_ones(1)])
 
 
 def rls_gain(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
-    """u = k / √(α + x̄ᵀk) with k = P x̄ (eq. 5), so that P⁺ = P − u uᵀ. [s]
+    """Return u [s] = k / √(α + x̄ᵀk) with k = P x̄, so that eq. 5 is P⁺ = P − u uᵀ.
 
-    P ⪰ 0, so x̄ᵀk < 0 is rounding: x̄ is projected away already, and u is 0.
+    P ⪰ 0, so x̄ᵀk < 0 can only be rounding: P maps x̄ to 0 already, and u = 0.
     """
     k = P @ x_bar
     d = x_bar @ k
@@ -61,30 +62,31 @@ def rls_gain(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
 
 
 def rls_update(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
-    """Eq. 5: P⁺ = P − k kᵀ / (α + x̄ᵀ k). Symmetric to the last bit if P is."""
+    """Return P⁺ = P − k kᵀ / (α + x̄ᵀ k) with k = P x̄ (eq. 5), which is exactly symmetric if P is."""
     u = rls_gain(P, x_bar, alpha)
     return P - torch.outer(u, u)
 
 
 def rls_closed_form(x_bars: Tensor, alpha: float) -> Tensor:
-    """What the recursion of eq. 5 arrives at after the rows of x_bars [T, s]: (I + XᵀX / α)⁻¹."""
+    """Return (I + XᵀX / α)⁻¹, which is P after the recursion of eq. 5 over the rows of X = x_bars [T, s]."""
     eye = torch.eye(x_bars.shape[1], dtype=x_bars.dtype, device=x_bars.device)
-    return torch.linalg.inv(eye + x_bars.T @ x_bars / alpha)
+    P: Tensor = torch.linalg.inv(eye + x_bars.T @ x_bars / alpha)
+    return P
 
 
 def project(grad: Tensor, P: Tensor) -> Tensor:
-    """Eq. 3, the head stored [C, s]: the gradient that the optimizer sees is G P."""
+    """Return G P, the gradient that the optimizer sees, for a head stored as [C, s] (eq. 3)."""
     return grad @ P
 
 
 def rls_project(P: Tensor, x_bar: Tensor, grad: Tensor, alpha: float, *, project_first: bool = False) -> tuple[Tensor, Tensor]:
-    """One step of the head's projection: (P⁺, G P⁺), or (P⁺, G P) with ``project_first``."""
+    """Update P by eq. 5 and project by eq. 3: return (P⁺, G P⁺), or (P⁺, G P) with ``project_first``."""
     updated = rls_update(P, x_bar, alpha)
     return updated, project(grad, P if project_first else updated)
 
 
 def window_projection(others: Tensor, alpha: float) -> Tensor:
-    """P [s, s] from the latest x̄ of every *other* modality, others [M − 1, s]: eq. 5 started anew from I at each step."""
+    """Return P [s, s] from the latest x̄ of every *other* modality, others [M − 1, s], by eq. 5 started from I."""
     P = torch.eye(others.shape[1], dtype=others.dtype, device=others.device)
     for x_bar in others:
         P = rls_update(P, x_bar, alpha)
@@ -92,9 +94,9 @@ def window_projection(others: Tensor, alpha: float) -> Tensor:
 
 
 def algorithm_1(weight: Tensor, steps: Iterable[tuple[Tensor, Tensor]], lr: float, alpha: float) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 for a head without bias on given features: plain SGD over steps of (features [N, s], target [N]).
+    """Train a head without bias by algorithm 1 and plain SGD on steps of (features [N, s], target [N]); return the last (W, P).
 
-    The step t = 0 is neither projected nor enters P. Returns (W, P) after the last step.
+    The first step, t = 0, is not projected and does not enter P.
     """
     P = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     for t, (features, target) in enumerate(steps):
@@ -107,12 +109,13 @@ def algorithm_1(weight: Tensor, steps: Iterable[tuple[Tensor, Tensor]], lr: floa
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Eq. 7: e = −Σ p log p over the last dimension, p = softmax(logits). [..., C] → [...]"""
-    return torch.special.entr(logits.softmax(-1)).sum(-1)
+    """Return e = −Σ p log p over the last dimension, p = softmax(logits), [..., C] → [...] (eq. 7)."""
+    e: Tensor = torch.special.entr(logits.softmax(-1)).sum(-1)
+    return e
 
 
 def fusion_weights(entropies: Tensor, present: Tensor | None = None) -> Tensor:
-    """Eq. 8: λ_m = exp(max e − e_m) / Σ exp(max e − e_v) over the present modalities. [N, M] → [N, M], zeros where absent.
+    """Return λ_m = exp(max e − e_m) / Σ exp(max e − e_v) over the present modalities, [N, M] → [N, M], 0 where absent (eq. 8).
 
     The maximum cancels: λ = softmax(−e).
     """
@@ -123,15 +126,15 @@ def fusion_weights(entropies: Tensor, present: Tensor | None = None) -> Tensor:
 
 
 def fuse(logits: Tensor, weights: Tensor) -> Tensor:
-    """Eq. 6: Σ_m λ_m z_m. logits [M, N, C], weights [N, M] → [N, C]"""
+    """Return Σ_m λ_m z_m, logits [M, N, C], weights [N, M] → [N, C] (eq. 6)."""
     return torch.einsum("nm,mnc->nc", weights, logits)
 
 
 def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Eqs. 6–8: logits [M, N, C], present bool [N, M] → (fused [N, C], weights [N, M], entropies [N, M]).
+    """Fuse logits [M, N, C] with present bool [N, M]: return (fused [N, C], weights [N, M], entropies [N, M]) (eqs. 6–8).
 
-    What an absent modality's logits hold does not matter, NaN included; its weight and entropy are 0. A sample with nothing
-    present gets zeros throughout.
+    The logits of an absent modality may be anything, NaN included; its weight and entropy are 0. All results are 0 for a sample
+    without any modality.
     """
     if present is not None:
         logits = torch.where(present.T[..., None], logits, 0)
@@ -143,11 +146,12 @@ def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tenso
 
 
 def dispatch_plan(present: Tensor, padded: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the rows of each modality go when only those that are present are kept, modality by modality.
+    """Plan how present rows, bool [N, M], are packed, modality after modality: return (rows, offsets, counts, slot).
 
-    present bool [N, M] → rows [N M], the sample of each packed row, −1 where none is; offsets [M + 1], where each modality's
-    rows begin; counts [M]; slot [N, M], the packed row of each (sample, modality), −1 where absent. Padded: every modality has
-    room for N rows.
+    rows [N M]: the sample of each packed row, −1 where there is none.
+    offsets [M + 1]: where each modality's rows begin; with `padded` every modality has room for N rows.
+    counts [M]: how many rows each modality has.
+    slot [N, M]: the packed row of each (sample, modality), −1 where absent.
     """
     N, M = present.shape
     counts = present.sum(0)
@@ -158,31 +162,31 @@ def dispatch_plan(present: Tensor, padded: bool = False) -> tuple[Tensor, Tensor
 
 
 def packed_rows(slot: Tensor, K: int) -> Tensor:
-    """The sample of each packed row [K], −1 where no slot [N, M] names it."""
+    """Return the sample of each packed row [K], −1 for rows that no slot [N, M] refers to."""
     rows = slot.new_full((K + 1,), -1)
     samples = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
     return rows.scatter_(0, torch.where(slot < 0, K, slot).flatten(), samples.flatten())[:K]
 
 
 def _rows_or_zeros(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], zeros where rows is −1; x may have no rows then."""
+    """Return x[rows] with zeros where rows is −1; in that case x may be empty."""
     zeros = x.new_zeros(1, *x.shape[1:])
     return torch.cat([zeros, x])[rows + 1]
 
 
 def pack_rows(inputs: Sequence[Tensor], rows: Tensor, offsets: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The rows of each modality [N, …] that are present: [sizes[m], …]."""
+    """Return the present rows [sizes[m], …] of each modality [N, …]."""
     begins = offsets.tolist()
     return [_rows_or_zeros(x, rows[b : b + n]) for x, b, n in zip(inputs, begins, sizes, strict=False)]
 
 
 def unpack_rows(packed: Sequence[Tensor], slot: Tensor, offsets: Tensor) -> list[Tensor]:
-    """Packed rows back at their samples, zeros where there are none: [N, …] each."""
+    """Return each modality's packed rows at their samples [N, …], zeros where absent."""
     return [_rows_or_zeros(x, torch.where(k < 0, -1, k - begin)) for x, k, begin in zip(packed, slot.T, offsets, strict=False)]
 
 
 def segment_mean(features: Tensor, offsets: Tensor, counts: Tensor | None = None) -> Tensor:
-    """x̄ of each modality's packed rows: features [K, s] → [M, s], zeros where there are none."""
+    """Return x̄ of each modality's packed rows, features [K, s] → [M, s], zeros for a modality without rows."""
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     begins = offsets.tolist()
     ends = begins[1:] if counts is None else (offsets[:-1] + counts).tolist()
@@ -190,29 +194,31 @@ def segment_mean(features: Tensor, offsets: Tensor, counts: Tensor | None = None
 
 
 def official_alpha(batch: int, batches: int) -> float:
-    """α = 0.1^(1 + i/L) for batch i of the L in an epoch."""
-    return 0.1 ** (1 + batch / batches)
+    """Return α = 0.1^(1 + i/L) for batch i of L in an epoch, as the authors' code has it."""
+    alpha: float = 0.1 ** (1 + batch / batches)
+    return alpha
 
 
 def official_update(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
-    """P ← P − (k kᵀ) / (α + k x̄ᵀ), divided *element by element* by an s × s matrix, then P ← P / ‖P‖_F.
+    """Return P − (k kᵀ) / (α + k x̄ᵀ), normalised to ‖P‖_F = 1, as the authors' code has it.
 
-    The paper divides by the scalar α + x̄ᵀk. P loses its symmetry here.
+    The division is element by element, by an s × s matrix, where the paper divides by the scalar α + x̄ᵀk. P loses its symmetry.
     """
     k = P @ x_bar
     P = P - torch.outer(k, k) / (alpha + torch.outer(k, x_bar))
-    return P / P.norm()
+    normalised: Tensor = P / P.norm()
+    return normalised
 
 
 def official_project(grad: Tensor, P: Tensor) -> Tensor:
-    """G Pᵀ, which differs from eq. 3 once P is not symmetric."""
+    """Return G Pᵀ as the authors' code has it, which differs from eq. 3 once P is not symmetric."""
     return grad @ P.T
 
 
 def official_fusion(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the *batch* and one scalar entropy per modality per batch: logits [M, N, C] → (fused [N, C], weights [M]).
+    """Fuse logits [M, N, C] → (fused [N, C], weights [M]) as the authors' code does, with one entropy per modality and batch.
 
-    A prediction depends on its neighbours in the batch; with eqs. 6–8 it does not.
+    The softmax is over the *batch*, so that a prediction depends on the other samples in it; with eqs. 6–8 it does not.
     """
     p = logits.softmax(1)
     entropies = torch.special.entr(p).sum(-1).mean(-1)

@@ -1,4 +1,4 @@
-"""Work that is independent, side by side on one GPU."""
+"""CUDA streams for work that is independent."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import torch
 from torch import Tensor
 
 
-def side_by_side(jobs: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """What each job returns: the first one's work on the current CUDA stream, every other's on a stream of its own.
+def run_on_streams(jobs: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """Run the jobs concurrently: the first on the current CUDA stream, each other one on a stream of its own.
 
-    All of it comes after what the current stream had to do before and before what it is given next. Autograd runs the backward
-    pass of each where its forward pass ran. On other devices, one after another.
+    The jobs begin after the work that is queued on the current stream, and work queued on it later waits for all of them.
+    Autograd runs the backward pass of each job on the stream of its forward pass. On other devices the jobs run one by one.
     """
     if device.type != "cuda" or len(jobs) < 2:
         return {name: job() for name, job in jobs.items()}
-    here = torch.cuda.current_stream(device)
-    ready = here.record_event()
+    current = torch.cuda.current_stream(device)
+    ready = current.record_event()
     (first, work), *others = jobs.items()
     results = {first: work()}
     for number, (name, job) in enumerate(others):
-        stream = _stream(here, number)
+        stream = _stream(current, number)
         stream.wait_event(ready)
         try:
             with torch.cuda.stream(stream):
                 results[name] = job()
         finally:
-            here.wait_stream(stream)
-        results[name].record_stream(here)  # its memory is the other stream's, not to be reused before this one is done with it
+            current.wait_stream(stream)
+        results[name].record_stream(current)  # so that its memory is not reused before the current stream is done with it
     return results
 
 
 @functools.cache
-def _stream(here: torch.cuda.Stream, number: int) -> torch.cuda.Stream:
-    """One that works for `here` alone, so that what either has freed is never reused before both are done with it."""
-    return torch.cuda.Stream(here.device)
+def _stream(current: torch.cuda.Stream, number: int) -> torch.cuda.Stream:
+    """Return a stream that only ever works for `current`: memory that either frees is not reused before both are done with it."""
+    return torch.cuda.Stream(current.device)

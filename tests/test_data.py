@@ -345,15 +345,15 @@ class TestDigits:
             data.digits()
 
 
-class TestCompetition:
+class TestSparseCoding:
     def test_directions_are_orthonormal(self):
-        M = data.competition_directions(4)
+        M = data.sparse_coding_directions(4)
         assert M.shape == (2, 100, 10)
         torch.testing.assert_close(M.mT @ M, torch.eye(10).expand(2, 10, 10), atol=1e-5, rtol=0)
 
     def test_is_what_the_recipe_says(self):
-        directions = data.competition_directions(7)
-        dataset = data.competition(20000, 0.3, 1, directions=directions)
+        directions = data.sparse_coding_directions(7)
+        dataset = data.sparse_coding(20000, 0.3, 1, directions=directions)
         assert {m: tuple(x.shape) for m, x in dataset.inputs.items()} == {"r0": (20000, 100), "r1": (20000, 100)}
         sufficient = torch.from_numpy(dataset.fields["sufficient"])
         assert sufficient.any(1).all()
@@ -369,16 +369,16 @@ class TestCompetition:
             assert abs((x - z @ directions[r].T).pow(2).sum(1).mean() / 90 - 0.01) < 1e-4
 
     def test_all_sufficient_and_one_each(self):
-        assert data.competition(50, 0, 0).fields["sufficient"].all()
-        assert (data.competition(50, 1, 0).fields["sufficient"].sum(1) == 1).all()
+        assert data.sparse_coding(50, 0, 0).fields["sufficient"].all()
+        assert (data.sparse_coding(50, 1, 0).fields["sufficient"].sum(1) == 1).all()
 
     def test_the_seed_decides(self):
-        a, b, c = (data.competition(5, 0.3, seed) for seed in (0, 0, 1))
+        a, b, c = (data.sparse_coding(5, 0.3, seed) for seed in (0, 0, 1))
         assert torch.equal(a.inputs["r1"], b.inputs["r1"]) and not torch.equal(a.inputs["r1"], c.inputs["r1"])
 
     def test_directions_default_to_those_of_the_seed(self):
-        dataset = data.competition(500, 0, 9)
-        z = dataset.inputs["r0"] @ data.competition_directions(9)[0]
+        dataset = data.sparse_coding(500, 0, 9)
+        z = dataset.inputs["r0"] @ data.sparse_coding_directions(9)[0]
         assert (z.argmax(1) == dataset.target).all()
 
     @pytest.mark.parametrize(
@@ -391,11 +391,11 @@ class TestCompetition:
     )
     def test_refuses(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            data.competition(*arguments)
+            data.sparse_coding(*arguments)
 
     def test_refuses_directions_of_another_shape(self):
         with pytest.raises(ValueError, match=r"directions: expected \[M, d, K\], got \[100, 10\]"):
-            data.competition(5, 0.3, 0, directions=torch.zeros(100, 10))
+            data.sparse_coding(5, 0.3, 0, directions=torch.zeros(100, 10))
 
 
 class TestMissing:

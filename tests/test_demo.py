@@ -70,7 +70,7 @@ def test_every_method_starts_from_the_same_encoders(monkeypatch):
     drawn = []
     real = demo.encoder_for
     monkeypatch.setattr(demo, "encoder_for", lambda shape, s: drawn.append(real(shape, s)) or drawn[-1])
-    accuracies = [demo._digits_accuracy(method, dataset, dataset, 0, seed=2) for method in METHODS]
+    accuracies = [demo.digits_accuracy(method, dataset, dataset, 0, seed=2) for method in METHODS]
     assert len(drawn) == 10 and len(accuracies) == 5
     weights = [[e[0].weight for e in drawn[i : i + 2]] for i in range(0, 10, 2)]
     assert all(torch.equal(w, first) for pair in weights for w, first in zip(pair, weights[0], strict=True))

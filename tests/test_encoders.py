@@ -222,6 +222,6 @@ WRONG = ((8, 8), (2, 2, 8, 8), (2, 3, 2, 8, 8), (2, 0, 3, 8, 8), (2, 0, 1, 8, 8)
 @pytest.mark.parametrize(("channels", "shape"), [(1, shape) for shape in WRONG] + [(3, shape) for shape in (*WRONG, (2, 8, 8))])
 def test_resnet_refuses_other_inputs(channels, shape):
     flat = r"\[N, H, W\], " if channels == 1 else ""
-    expected = rf"x: expected {flat}\[N, {channels}, H, W\] or \[N, T, {channels}, H, W\], none but N zero, got \["
+    expected = rf"x: expected {flat}\[N, {channels}, H, W\] or \[N, T, {channels}, H, W\], where only N may be 0, got \["
     with pytest.raises(ValueError, match=expected):
         ResNet18(channels)(torch.zeros(shape))

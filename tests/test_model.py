@@ -166,14 +166,14 @@ def test_side_by_side_every_stream_waits_for_what_was_before_and_is_waited_for(m
     running = [Stream(None)]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: running[-1])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(streams, "_stream", lambda here, number: Stream(here))
-    done = streams.side_by_side({"a": work, "b": work, "c": work}, torch.device("cuda"))
+    monkeypatch.setattr(streams, "_stream", lambda current, number: Stream(current))
+    done = streams.run_on_streams({"a": work, "b": work, "c": work}, torch.device("cuda"))
     assert list(done) == ["a", "b", "c"] and running == current[:1]
     other = [(1, "event"), (1, "work"), (0, "wait for 1"), (0, "uses a result")]
     third = [(2, "event"), (2, "work"), (0, "wait for 2"), (0, "uses a result")]
     assert notes == [(0, "record"), (0, "work"), *other, *third]
     with pytest.raises(RuntimeError):
-        streams.side_by_side({"a": work, "b": lambda: work(fails=True)}, torch.device("cuda"))
+        streams.run_on_streams({"a": work, "b": lambda: work(fails=True)}, torch.device("cuda"))
     assert notes[-1] == (0, "wait for 3") and running == current[:1]
 
 
@@ -181,7 +181,7 @@ def test_side_by_side_every_stream_waits_for_what_was_before_and_is_waited_for(m
 def test_encoders_that_share_parameters_take_turns(shared, monkeypatch):
     calls, one = [], nn.Linear(4, 3)
     monkeypatch.setattr(
-        "mla_fast.model.side_by_side", lambda jobs, device: calls.append(device) or {m: job() for m, job in jobs.items()}
+        "mla_fast.model.run_on_streams", lambda jobs, device: calls.append(device) or {m: job() for m, job in jobs.items()}
     )
     other = one if shared else nn.Linear(4, 3)
     mla.MultimodalModel({"a": one, "b": other}, nn.Linear(3, 2), streams=True).predict(dict.fromkeys("ab", torch.rand(5, 4)))

@@ -1,0 +1,28 @@
+"""Multimodal data sets in memory: reading, splitting, standardising, missing modalities, and the built-in sets."""
+
+from mla_fast.data.built_in import digits, sparse_coding, sparse_coding_directions
+from mla_fast.data.dataset import MultimodalDataset, loader
+from mla_fast.data.missing import missing_mask, with_missing
+from mla_fast.data.npz import load_npz
+from mla_fast.data.splits import random_split, rows_where, split_where
+from mla_fast.data.standardization import Statistics, apply_statistics, standardize, statistics
+
+competition, competition_directions = sparse_coding, sparse_coding_directions  # until their users have moved
+
+__all__ = [
+    "MultimodalDataset",
+    "Statistics",
+    "apply_statistics",
+    "digits",
+    "load_npz",
+    "loader",
+    "missing_mask",
+    "random_split",
+    "rows_where",
+    "sparse_coding",
+    "sparse_coding_directions",
+    "split_where",
+    "standardize",
+    "statistics",
+    "with_missing",
+]

@@ -1,0 +1,137 @@
+"""A multimodal data set in memory, and batches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+
+Array = NDArray[Any]
+Index = int | slice | Sequence[int] | Tensor | Array
+Sample = tuple[dict[str, Tensor], Tensor] | tuple[dict[str, Tensor], Tensor, Tensor]
+
+
+class MultimodalDataset(Dataset[Sample]):
+    """Hold N samples, each with its modalities and its class.
+
+    inputs: {modality: tensor [N, ...]} of any dtype.
+    target: classes [N] from 0, of any integer dtype; kept as int64.
+    fields: {name: array [N, ...]}, anything else known about the samples, such as their speakers; ``split_where`` splits by them.
+    present: bool [N, M], which modalities each sample has, in the order of `inputs`; None if every sample has all of them. Absent
+        rows of `inputs` may hold anything.
+
+    Raises ValueError or TypeError for arguments of the wrong shape, dtype or type.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Tensor],
+        target: Tensor,
+        fields: Mapping[str, Array] | None = None,
+        present: Tensor | None = None,
+    ):
+        if not inputs:
+            raise ValueError("inputs: expected at least one modality, got none")
+        self.target = checked_target(target)
+        self.inputs = dict(inputs)
+        self.fields = {name: np.asarray(column) for name, column in (fields or {}).items()}
+        N = len(self.target)
+        for modality, x in self.inputs.items():
+            if not isinstance(x, Tensor):
+                raise TypeError(f"inputs[{modality!r}]: expected a tensor [{N}, ...], got {type(x).__name__}")
+        shapes = {f"inputs[{name!r}]": tuple(x.shape) for name, x in self.inputs.items()}
+        shapes |= {f"fields[{name!r}]": column.shape for name, column in self.fields.items()}
+        for argument, shape in shapes.items():
+            if shape[:1] != (N,):
+                raise ValueError(f"{argument}: expected [{N}, ...] to match target, got {list(shape)}")
+        if present is not None and (present.dtype != torch.bool or present.shape != (N, len(self.inputs))):
+            got = f"{present.dtype} {list(present.shape)}"
+            raise ValueError(f"present: expected bool [{N}, {len(self.inputs)}] (samples, modalities), got {got}")
+        self.present = present
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The names of the modalities, in the order of the columns of `present`."""
+        return tuple(self.inputs)
+
+    @property
+    def classes(self) -> int:
+        """The highest class plus one. A class below it may have no samples."""
+        return int(self.target.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, index: Index) -> Sample:
+        """Return ``({modality: x[index]}, target[index])``, followed by ``present[index]`` if there is a mask.
+
+        An int selects one sample; a slice, indices or a bool mask [N] select a batch.
+        """
+        index = _as_index(index)
+        inputs = {modality: x[index] for modality, x in self.inputs.items()}
+        if self.present is None:
+            return inputs, self.target[index]
+        return inputs, self.target[index], self.present[index]
+
+    def subset(self, mask_or_indices: Index) -> MultimodalDataset:
+        """Return the samples that a bool mask [N], indices or a slice select, with their fields.
+
+        Raises ValueError for a mask of another length, or if no sample is selected.
+        """
+        index = _as_index(mask_or_indices)
+        index = index.cpu() if isinstance(index, Tensor) else index
+        if isinstance(index, Tensor) and index.dtype == torch.bool and index.shape != (len(self),):
+            raise ValueError(f"mask_or_indices: expected a mask [{len(self)}], got {list(index.shape)}")
+        rows = torch.arange(len(self))[index].reshape(-1)
+        if not len(rows):
+            raise ValueError("mask_or_indices: expected to select at least one sample, got none")
+        fields = {name: column[rows.numpy()] for name, column in self.fields.items()}
+        present = None if self.present is None else self.present[rows]
+        return MultimodalDataset({m: x[rows] for m, x in self.inputs.items()}, self.target[rows], fields, present)
+
+    def rows(self, modality: str) -> Tensor:
+        """Return the inputs [K, ...] of the K samples that have `modality`."""
+        x = self.inputs[modality]
+        return x if self.present is None else x[self.present[:, self.modalities.index(modality)]]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(x.shape[1:])}" for name, x in self.inputs.items())
+        fields = f", fields {', '.join(self.fields)}" if self.fields else ""
+        missing = "" if self.present is None else f", {1 - self.present.float().mean():.0%} missing"
+        return f"MultimodalDataset({len(self)} samples, {self.classes} classes, {shapes}{fields}{missing})"
+
+
+def checked_target(target: Tensor, name: str = "target") -> Tensor:
+    """Return `target` as int64 [N]; raise TypeError or ValueError, naming it `name`, if it does not hold classes from 0."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name}: expected an integer tensor [N], got {type(target).__name__}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor [N], got {target.dtype}")
+    if target.dim() != 1 or not len(target):
+        raise ValueError(f"{name}: expected [N] with at least one sample, got {list(target.shape)}")
+    target = target.long()
+    if (lowest := int(target.min())) < 0:
+        raise ValueError(f"{name}: expected classes from 0, got {lowest}")
+    return target
+
+
+def _as_index(index: Index) -> int | slice | Tensor:
+    if isinstance(index, (int, slice, Tensor)):
+        return index
+    # Each tensor would convert a list anew, which is slow, and an empty list to floats, which cannot index.
+    return torch.as_tensor(index) if len(index) else torch.empty(0, dtype=torch.long)
+
+
+def loader(dataset: MultimodalDataset, batch_size: int, *, shuffle: bool = False) -> DataLoader[Sample]:
+    """Return a DataLoader of batches ``(inputs, target)`` or ``(inputs, target, present)``; the last batch may be smaller.
+
+    With `shuffle` the order is drawn from torch's global generator in every epoch. The data set is indexed once per batch:
+    collating sample by sample, as DataLoader does by default, costs more than a training step of a small model.
+    """
+    sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    return DataLoader(dataset, sampler=BatchSampler(sampler, batch_size, drop_last=False), batch_size=None)

@@ -1,0 +1,67 @@
+"""Inputs in containers: what is mapped and moved, counted and described."""
+
+from collections import OrderedDict, defaultdict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from mla_fast.inputs import describe, leaves, sample_count, sample_counts, to_device, tree_map
+
+Tokens = namedtuple("Tokens", ["ids", "mask"])
+
+
+@dataclass
+class Pair:
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+NESTED = [
+    3,
+    (),
+    [1, [2, (3,)], {}],
+    {"b": 1, "a": (2, {"c": 3})},
+    Tokens(1, [2, 3]),
+    OrderedDict(b=1, a=2),
+    defaultdict(list, b=1, a=Tokens(2, 3)),
+]
+
+
+@pytest.mark.parametrize("nested", NESTED, ids=repr)
+def test_a_map_keeps_containers_and_order(nested):
+    seen = []
+    mapped = tree_map(lambda x: seen.append(x) or -x, nested)
+    assert seen == leaves(nested) and type(mapped) is type(nested) and leaves(mapped) == [-x for x in seen]
+    assert tree_map(lambda x: -x, mapped) == nested
+
+
+def test_other_objects_are_leaves():
+    pair = Pair(torch.ones(1), torch.ones(1))
+    assert leaves({"a": pair, "b": None}) == [pair, None] and tree_map(lambda x: x, [pair])[0] is pair
+    with pytest.raises(TypeError, match=r"^inputs\['a'\]: expected a tensor .* got Pair"):
+        sample_count("inputs", "a", pair)
+
+
+def test_tensors_are_moved_and_nothing_else():
+    ids, name = torch.arange(3), object()
+    moved = to_device({"tokens": Tokens(ids, [ids, name])}, torch.device("meta"))
+    assert moved["tokens"].ids.device.type == moved["tokens"].mask[0].device.type == "meta" and moved["tokens"].mask[1] is name
+    assert to_device(ids, torch.device("cpu")) is ids
+
+
+def test_samples_are_counted_in_any_container():
+    x = torch.ones(4, 2)
+    assert sample_counts({"a": x, "b": Tokens(x, {"m": x[:, 0]})}) == {"a": 4, "b": 4}
+    for nothing in ((), torch.tensor(1.0), [x, None], "text"):
+        with pytest.raises(TypeError, match=r"^present\[0\]: expected a tensor \[N, …\], or such tensors in"):
+            sample_count("present", 0, nothing)
+    with pytest.raises(ValueError, match=r"^inputs\['a'\]: expected tensors of the same N, got \(torch.float32 \[4, 2\], torch"):
+        sample_count("inputs", "a", (x, x[:3]))
+    with pytest.raises(TypeError, match=r"^inputs: expected a dict \{modality: tensor\}, got torch.float32 \[4, 2\]"):
+        sample_counts(x)
+
+
+def test_descriptions():
+    assert describe((torch.ones(2), None)) == "(torch.float32 [2], NoneType)"
+    assert describe({"a": 1, "b": 2}) == "dict with a, b" and describe([0] * 9) == "list"
