@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mla_fast.dispatch import dispatch
-from mla_fast.distributed import added_up, rank_and_size
-from mla_fast.inputs import Inputs, counts, leaves, moved, outline, tree_map
+from mla_fast.distributed import all_reduce_sum, rank_and_size
+from mla_fast.inputs import Inputs, describe, leaves, sample_counts, to_device, tree_map
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 
@@ -34,8 +35,7 @@ class Batch:
     target: Tensor
 
     def tensors(self) -> list[Tensor]:
-        leaves = leaves(self.inputs)
-        return [*leaves, self.target, *([] if self.present is None else [self.present])]
+        return [*leaves(self.inputs), self.target, *([] if self.present is None else [self.present])]
 
     def kind(self) -> tuple[Any, ...]:
         """Return what batches must have in common to be trained on by one graph."""
@@ -43,8 +43,8 @@ class Batch:
         return structure, self.present is not None, self.target.shape
 
     def to(self, device: torch.device) -> Batch:
-        present = None if self.present is None else moved(self.present, device)
-        return Batch({m: moved(x, device) for m, x in self.inputs.items()}, present, moved(self.target, device))
+        present = None if self.present is None else to_device(self.present, device)
+        return Batch({m: to_device(x, device) for m, x in self.inputs.items()}, present, to_device(self.target, device))
 
     def like(self, device: torch.device) -> Batch:
         """Return room for such a batch."""
@@ -65,7 +65,7 @@ class Batch:
         rows, every = {}, torch.arange(len(self.target), device=self.target.device)
         for (modality, x), here in zip(self.inputs.items(), self.present.unbind(1), strict=True):
             index = torch.where(here, every, here.to(torch.int32).argmax())
-            x = tree_map(lambda t, index=index: t.index_select(0, index), x)
+            x = tree_map(functools.partial(torch.index_select, dim=0, index=index), x)
             rows[modality] = Rows(x, self.target, here.double() / here.sum())
         return rows
 
@@ -75,13 +75,13 @@ def unpack_batch(
 ) -> tuple[dict[str, Inputs], Tensor, Tensor | None]:
     """Return (inputs, target, present), on `device` if it is given; TypeError or ValueError says what is wrong with the batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
-        raise TypeError(f"batch: expected (inputs: dict, target) or (inputs, target, present), got {outline(batch)}")
+        raise TypeError(f"batch: expected (inputs: dict, target) or (inputs, target, present), got {describe(batch)}")
     inputs, target, present = batch if len(batch) == 3 else (*batch, None)
     if not inputs or not set(inputs).issubset(model.modalities):
         raise ValueError(f"inputs: expected modalities among {', '.join(model.modalities)}, got {', '.join(inputs)}")
     if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
-        raise TypeError(f"target: expected int64 [N], got {outline(target)}")
-    for modality, N in counts(inputs).items():
+        raise TypeError(f"target: expected int64 [N], got {describe(target)}")
+    for modality, N in sample_counts(inputs).items():
         if N != len(target):
             raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {N}")
     if target.device.type == "cpu" and len(target) and (classes := model.classes) is not None:
@@ -92,8 +92,8 @@ def unpack_batch(
         model.columns(present, inputs)
     if device is None:
         return dict(inputs), target, present
-    present = None if present is None else moved(present, device)
-    return {modality: moved(x, device) for modality, x in inputs.items()}, moved(target, device), present
+    present = None if present is None else to_device(present, device)
+    return {modality: to_device(x, device) for modality, x in inputs.items()}, to_device(target, device), present
 
 
 def rows_by_modality(
@@ -125,7 +125,7 @@ def row_totals(modalities: tuple[str, ...], optimizer: MLAOptimizer, batches: li
     having = [sum(m in rows for rows in batches) for m in rows_of]
     each = zip(rows_of.values(), having, (n * n for n in having), strict=True)
     numbers = torch.tensor([(*numbers, not batches) for numbers in each], dtype=torch.float64)
-    totals, having, squares, (ended, *_) = added_up(numbers, group, optimizer.device).T.tolist()
+    totals, having, squares, (ended, *_) = all_reduce_sum(numbers, group, optimizer.device).T.tolist()
     _, size = rank_and_size(group)
     if ended not in (0, size):
         raise ValueError(f"loader: expected as many batches on every rank, but {ended:.0f} of {size} have come to their end")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mla_fast.batch import unpack_batch
 from mla_fast.dispatch import dispatch
-from mla_fast.distributed import added_up
+from mla_fast.distributed import all_reduce_sum
 from mla_fast.model import MultimodalModel
 
 
@@ -28,7 +28,7 @@ class Sums(dict[str, list[Any]]):
         if group is None:
             return self
         both = [[float(total), float(count)] for total, count in (self.get(name, (0, 0)) for name in names)]
-        return Sums(zip(names, added_up(torch.tensor(both, dtype=torch.float64), group, device).tolist(), strict=True))
+        return Sums(zip(names, all_reduce_sum(torch.tensor(both, dtype=torch.float64), group, device).tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / float(count) if count else float("nan") for name, (total, count) in self.items()}
@@ -52,7 +52,7 @@ def evaluate(
         for modality, z, y in zip(inputs, parts, targets, strict=True):
             loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
             correct.add(modality, _right(z, y).sum(), len(y))
-        average = torch.stack(plan.unpack(list(parts))).sum(0)  # as good as the mean for the largest class
+        average = torch.stack([*plan.unpack(list(parts))]).sum(0)  # as good as the mean for the largest class
         for name, z in (("average", average), ("fused", plan.fuse(logits).logits)):
             correct.add(name, (_right(z, target) & some).sum(), some.sum())
     samples = samples.over_ranks(["all"], group, device)

@@ -54,7 +54,7 @@ class FeatureMean:
         if torch.compiler.is_compiling():  # tensor hooks do not survive compilation
             self._count(features)
         else:
-            output.register_hook(lambda _: self.add(features))  # type: ignore[no-untyped-call]  # torch says nothing of it
+            output.register_hook(lambda _: self.add(features))
 
     def add(self, features: Tensor) -> None:
         """Count features [..., s]."""

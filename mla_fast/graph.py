@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mla_fast.batch import Batch, unpack_batch
 from mla_fast.inputs import Inputs
@@ -25,7 +26,7 @@ _MIXES_ROWS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class GraphedStep:
-    """Trains on batches as ``alternating_step`` does, replaying a CUDA graph where a batch looks like those before it.
+    """Train on batches as ``alternating_step`` does, replaying a CUDA graph where a batch looks like those before it.
 
         step = mla.GraphedStep(model, optimizer)
         for batch in loader:            # (inputs, target) or (inputs, target, present), on the GPU or in pinned memory
@@ -75,7 +76,7 @@ class GraphedStep:
         self._refused: str | None = None  # why nothing can be captured at all
         self._said: set[str] = set()
 
-    def __call__(self, batch: tuple) -> dict[str, Tensor]:
+    def __call__(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         inputs, target, present = unpack_batch(self.model, batch)
         inputs = {modality: inputs[modality] for modality in self.model.modalities if modality in inputs}
         columns = None if present is None else self.model.columns(present, inputs)
@@ -83,9 +84,10 @@ class GraphedStep:
         parts = Batch(*self._of_those(inputs, [n > 0 for n in counts], columns), target)
         if set(counts) <= {0, len(target)}:
             parts.present = None
-        if not parts.inputs or (reason := self._obstacle(parts)) is not None:
-            if parts.inputs:
-                self.say(reason)
+        if not parts.inputs:
+            return self._eager(inputs, target, present)
+        if (reason := self._obstacle(parts)) is not None:
+            self.say(reason)
             return self._eager(inputs, target, present)
         self._forget_if_changed()
         kind = parts.kind()
@@ -99,15 +101,16 @@ class GraphedStep:
         if isinstance(found, int) and found < WARM_UP:
             return self._warm_up(kind, found, parts.to(self.optimizer.device))
         if isinstance(found, int):
-            found = self._capture(parts)
-            if found is None:
+            try:
+                found = self._kinds[kind] = self._capture(parts)
+            except _CannotCapture as error:
+                self._refused = str(error)
                 self.say(self._refused)
                 return self._eager(inputs, target, present)
-            self._kinds[kind] = found
         return self._replay(found, parts)
 
     def say(self, reason: str) -> None:
-        """Warns once that steps are taken eagerly, and why."""
+        """Warn once that steps are taken eagerly, and why."""
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"cuda_graph: steps are taken eagerly: {reason}", stacklevel=3)
@@ -121,7 +124,7 @@ class GraphedStep:
         return {modality: inputs[modality] for modality in names}, columns
 
     def _obstacle(self, parts: Batch) -> str | None:
-        """Why this batch cannot be captured."""
+        """Return why this batch cannot be captured, or None."""
         if self._refused is not None:
             return self._refused
         if self.optimizer.process_group is not None:
@@ -143,7 +146,7 @@ class GraphedStep:
         return alternating_step(self.model, self.optimizer, (parts.inputs, parts.target, parts.present), amp=self.amp)
 
     def _step(self, parts: Batch) -> Tensor:
-        """The losses [M] of one step of each modality."""
+        """Return the losses [M] of one step of each modality."""
         rows = parts.rows()
         totals = {modality: len(parts.target) for modality in rows}
         return torch.stack(list(steps_together(self.model, self.optimizer, rows, totals, self.amp).values()))
@@ -160,8 +163,8 @@ class GraphedStep:
                 self._refused = f"{type(self.optimizer.optimizer).__name__} keeps {name!r} on the host, where no replay counts it"
         return dict(zip(parts.inputs, losses.unbind(), strict=True))
 
-    def _capture(self, parts: Batch) -> _Captured | None:
-        """The step recorded; nothing has moved. None where that failed."""
+    def _capture(self, parts: Batch) -> _Captured:
+        """Record the step; nothing moves. Raises _CannotCapture where that fails."""
         layers, held = self.optimizer.layers, parts.like(self.optimizer.device)
         held.copy_(parts)
         before = [(layer.projection.step, layer.projection.modality, layer.squares) for layer in layers]
@@ -171,9 +174,8 @@ class GraphedStep:
                 graph = self._recorder.capture(lambda: self._step(held))
             after = [(layer.projection.step, layer.projection.modality, layer.squares) for layer in layers]
         except RuntimeError as error:
-            self._refused = f"the step cannot be captured: {error}"
             self.optimizer.zero_grad()
-            return None
+            raise _CannotCapture(f"the step cannot be captured: {error}") from error
         finally:
             for layer, (step, modality, squares) in zip(layers, before, strict=True):
                 layer.projection.scheduled = {}
@@ -199,7 +201,7 @@ class GraphedStep:
 
     @contextlib.contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Learning rates as tensors while a step is captured; schedulers and states see numbers at all other times."""
+        """Put tensors in the place of learning rates while a step is captured; otherwise schedulers and states see numbers."""
         groups = self.optimizer.param_groups
         before = [group["lr"] for group in groups]
         for group, rate in zip(groups, self._rates, strict=True):
@@ -211,7 +213,7 @@ class GraphedStep:
                 group["lr"] = lr
 
     def _forget_if_changed(self) -> None:
-        """Drops all graphs where something that they take as given has changed: settings, state, parameters, modes."""
+        """Drop all graphs where something that they take as given has changed: settings, state, parameters, modes."""
         optimizer, device = self.optimizer, self.optimizer.device
         projections = [layer.projection for layer in optimizer.layers]
         parts = [*self.model.encoders.values(), self.model.head]
@@ -232,6 +234,10 @@ class GraphedStep:
         # Other settings alone need one eager step, which makes what state they want: momentum, where there was none.
         self._kinds = {kind: found if isinstance(found, int) else WARM_UP - 1 for kind, found in kinds.items()}
         self._rates = [_rate(group, device) for group in optimizer.param_groups]
+
+
+class _CannotCapture(Exception):
+    """Says why."""
 
 
 @dataclass
@@ -262,7 +268,7 @@ def _on(value: Any, device: torch.device) -> bool:
 
 
 def _rate(group: dict[str, Any], device: torch.device) -> _Rate | None:
-    """None where it is the user's own tensor or a constant of the graph."""
+    """Return where graphs read the group's rate; None where it is the user's own tensor or a constant of the graph."""
     if not _reads_rate(group, device):
         return None
     return _Rate(torch.tensor(float(group["lr"]), dtype=torch.float32, device=device), float(group["lr"]))
@@ -271,13 +277,13 @@ def _rate(group: dict[str, Any], device: torch.device) -> _Rate | None:
 def _has_hooks(optimizer: MLAOptimizer) -> bool:
     """Whether somebody watches its steps, which torch tells in private alone."""
     own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(own or torch.optim.optimizer._global_optimizer_pre_hooks or torch.optim.optimizer._global_optimizer_post_hooks)
+    return bool(own or _global_optimizer_pre_hooks or _global_optimizer_post_hooks)
 
 
 def _kept_on_host(optimizer: MLAOptimizer) -> str | None:
-    """The name of some state that the wrapped optimizer keeps and changes on the host."""
+    """Return the name of some state that the wrapped optimizer keeps and changes on the host, or None."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if value is not None and not _on(value, optimizer.device):
-                return name
+                return str(name)
     return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mla_fast.evaluate import Sums
-from mla_fast.inputs import Inputs, outline
+from mla_fast.inputs import Inputs, describe
 from mla_fast.random_state import Replayable, random_states, set_random_states
 
 Loader = Iterable[Any] | Mapping[str, Iterable[Any]]
@@ -133,6 +133,6 @@ def take_turns(loaders: Mapping[str, Iterable[Any]], modalities: tuple[str, ...]
             if batch is None:
                 raise ValueError(f"loader: expected at least one batch of {modality!r}, got none")
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise TypeError(f"loader: expected batches (x, target) of {modality!r}, got {outline(batch)}")
+                raise TypeError(f"loader: expected batches (x, target) of {modality!r}, got {describe(batch)}")
             x, y = batch
             yield {modality: x}, y

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from mla_fast.distributed import load_portable_state_dict, of_all_ranks, portable_state_dict, rank_and_size
+from mla_fast.distributed import all_gather_object, load_portable_state_dict, portable_state_dict, rank_and_size
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 
@@ -37,7 +37,7 @@ class Run:
             "model": portable_state_dict(self.model),
             **{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
             "kinds": self._kinds(),
-            "ranks": of_all_ranks(own, group),
+            "ranks": all_gather_object(own, group),
         }
         failure: Exception | None = None
         if rank_and_size(group)[0] == 0:
@@ -45,7 +45,7 @@ class Run:
                 write_checkpoint(path, payload)
             except (OSError, TypeError) as error:
                 failure = error
-        failure = of_all_ranks(failure, group)[0]  # and it is there for all of them, or for none
+        failure = all_gather_object(failure, group)[0]  # and it is there for all of them, or for none
         if failure is not None:
             raise failure
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def steps_together(
     model: MultimodalModel,
     optimizer: MLAOptimizer,
     rows: dict[str, Rows],
-    totals: dict[str, float],
+    totals: Mapping[str, float],
     amp: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Take one step of each modality with one backward pass through all encoders; returns the mean losses."""
@@ -111,7 +111,7 @@ def steps_in_turn(
     model: MultimodalModel,
     optimizer: MLAOptimizer,
     batches: list[dict[str, Rows]],
-    totals: dict[str, float],
+    totals: Mapping[str, float],
     amp: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     clip_norm: float | None = None,

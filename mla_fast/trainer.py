@@ -20,7 +20,7 @@ from mla_fast.evaluate import evaluate
 from mla_fast.fusion import Fused
 from mla_fast.graph import GraphedStep
 from mla_fast.head import FROZEN
-from mla_fast.inputs import Inputs, counts, moved, outline
+from mla_fast.inputs import Inputs, describe, sample_counts, to_device
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.random_state import Replayable
@@ -239,16 +239,16 @@ class Trainer:
         """
         return evaluate(self.model, loader, self.device, self.optimizer.process_group)
 
-    def predict(self, batch: Mapping[str, Inputs] | tuple) -> Fused:
+    def predict(self, batch: Mapping[str, Inputs] | tuple[Any, ...]) -> Fused:
         """Return ``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
         inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
         if not isinstance(inputs, Mapping):
-            raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {outline(batch)}")
-        counts(inputs)
+            raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {describe(batch)}")
+        sample_counts(inputs)
         present = rest[-1] if rest else None
         if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
             present = None  # it is the target
-        inputs = {modality: moved(x, self.device) for modality, x in inputs.items()}
+        inputs = {modality: to_device(x, self.device) for modality, x in inputs.items()}
         return self.model.predict(inputs, present.to(self.device) if isinstance(present, Tensor) else present)
 
     def save(self, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
