@@ -18,6 +18,8 @@ import torch
 from mla_fast import reference
 from mla_fast.registration import SCHEMAS
 
+pytestmark = pytest.mark.xdist_group("cuda_on_host")  # which is compiled once
+
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 FLOATING = DTYPES[:4]
@@ -177,6 +179,7 @@ def test_bad_arguments_are_named(op):
             call()
 
 
+@pytest.mark.exhaustive
 def test_a_missing_barrier_shows(tmp_path):
     """What the tests above would see: segment_mean whose warps do not wait for each other."""
     op = on_host(
