@@ -160,7 +160,7 @@ def test_rows_of_P_begin_at_multiples_of_16_numbers(size):
     assert torch.equal(padded.matrix(), 2 * saved) and padded.P.stride(0) % 16 == 0
 
 
-def one_of_each(s=100, C=17, N=9):
+def one_of_each(s=70, C=17, N=5):
     """Every kernel on several programs; all that it leaves behind."""
     from mla_fast import kernels
 
@@ -172,13 +172,13 @@ def one_of_each(s=100, C=17, N=9):
     alpha, left = torch.tensor(ALPHA, dtype=f64), []
     for R, classes in ((1, C), (2, 3), (2, C)):
         P, pending, slot = state(s, R)
-        for _ in range(R + 2):
+        for _ in range(R + 1):
             left.append(ops.rls_step("triton", P, normal(s), normal(classes, s), alpha, pending, slot).clone())
         ops.rls_fold("triton", P, pending, slot)
         left += [P, pending]
-    means, gram, grad = normal(4, s), normal(4, 4).double(), normal(C, s)
+    means, gram, grad = normal(3, s), normal(3, 3).double(), normal(9, s)
     left += [ops.window_step_("triton", means, gram, 1, normal(s), grad, alpha), means, gram, grad]
-    left.append(ops.window_project(means, normal(C, s), ALPHA, backend="triton"))
+    left.append(ops.window_project(means, normal(3, s), ALPHA, backend="triton"))
     account, first, kept = torch.zeros(2, dtype=torch.int32), [torch.ones(())], [normal(90, s), normal(7)]
     for found_inf in (None, torch.ones(())):
         copies = [torch.empty_like(t) for t in kept]
@@ -306,12 +306,15 @@ def test_masked_classes_at_the_beginning_of_a_row(least, C):
     torch.testing.assert_close(fused.weights.double(), expected[1], rtol=0, atol=1e-5)
 
 
-def test_registration():
+@pytest.mark.parametrize("every_form", [False, *exhaustive(True)])
+def test_registration(every_form):
+    """Of each operator one form, or all."""
     s, alpha = 7, torch.tensor(1.0, dtype=f64)
     (P, pending, slot), x_bar, grad = state(s, 1), torch.rand(s), torch.randn(3, s)
-    opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha))
+    if every_form:
+        opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha))
+        opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, torch.zeros(2, s), torch.zeros(2, dtype=torch.int32)))
     opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, pending, slot, torch.zeros(1), True))
-    opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, torch.zeros(2, s), torch.zeros(2, dtype=torch.int32)))
     opcheck(LIBRARY.rls_step_.default, (P, x_bar, grad.clone(), alpha, pending, slot, torch.zeros(1), True))
     opcheck(LIBRARY.rls_fold_.default, (P, pending))
     opcheck(LIBRARY.linear_cross_entropy.default, (torch.randn(4, s), torch.tensor([0, 2, 1, 1]), grad, torch.randn(3), 4.0))
@@ -320,15 +323,16 @@ def test_registration():
     account, first, kept, one = torch.zeros(2, dtype=torch.int32), [torch.ones(())], [grad.clone(), torch.rand(3)], torch.ones(())
     looked_at, copies = [grad, x_bar, torch.rand(3).bfloat16()], [torch.empty_like(t) for t in kept]
     opcheck(LIBRARY.head_check_.default, (looked_at, 1, account, first, one, kept, [c.zero_() for c in copies]))
-    opcheck(LIBRARY.head_check_.default, (looked_at, 0, account, [], None, [], []))
     opcheck(LIBRARY.head_restore_.default, ([*kept, torch.rand(4)], copies, one))
     logits = torch.randn(2, 4, 5, requires_grad=True)
     opcheck(LIBRARY.entropy_fusion.default, ([logits], None, None))
-    opcheck(LIBRARY.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
-    opcheck(LIBRARY.entropy_fusion.default, ([torch.randn(3, 5)], None, torch.tensor([[0, 2], [-1, 1]])))
+    if every_form:
+        opcheck(LIBRARY.head_check_.default, (looked_at, 0, account, [], None, [], []))
+        opcheck(LIBRARY.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
+        opcheck(LIBRARY.entropy_fusion.default, ([torch.randn(3, 5)], None, torch.tensor([[0, 2], [-1, 1]])))
 
 
-@pytest.mark.parametrize("C,s", [(1, 1), (3, 63), *exhaustive((0, 5), (9, 513))])
+@pytest.mark.parametrize("C,s", [(3, 63), *exhaustive((1, 1), (0, 5), (9, 513))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *exhaustive(f64)])
 def test_the_check_is_what_the_reference_says(C, s, dtype):
     """Several layers, and what is not finite in each of the tensors in turn."""
@@ -339,7 +343,7 @@ def test_the_check_is_what_the_reference_says(C, s, dtype):
     state = {
         backend: (torch.zeros(2, dtype=torch.int32), [torch.ones(()), torch.zeros(())]) for backend in ("reference", "triton")
     }
-    bads = [(at, value, None) for at in range(len(looked_at)) for value in (torch.nan, -torch.inf)]
+    bads = [(at, (torch.nan, -torch.inf)[at % 2], None) for at in range(len(looked_at))]
     for at, value, found_inf in [(None, 0, None), *bads, (None, 0, torch.zeros(1)), (None, 0, torch.ones(1))]:
         spoiled = [t.clone() for t in looked_at]
         if at is not None and spoiled[at].numel():
