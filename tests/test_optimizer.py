@@ -430,7 +430,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not ops.INTERPRETED, reason="counts what a GPU would launch, where there is none")
-@pytest.mark.parametrize("target,extra", [("gradient", 0), *exhaustive(("update", 5))])  # W_old, ΔW, ‖ΔW‖², W_old + ΔW P, and back
+@pytest.mark.parametrize("target,extra", [("gradient", 0), *exhaustive(("update", 5))])  # W_old, ΔW, ‖ΔW‖², their sum, and back
 @pytest.mark.parametrize("make,restore", [(fused_sgd, 0), (momentum_sgd, 1)])
 @pytest.mark.parametrize("projection,launches", [("none", 2), ("window", 3), ("rls", 4)])
 def test_what_a_step_launches_on_a_gpu(projection, launches, make, restore, target, extra, monkeypatch):
