@@ -97,7 +97,7 @@ def fused_adam(parameters):
     return torch.optim.Adam(parameters, lr=0.01, fused=True)
 
 
-INNER = [momentum_sgd, fused_adam, *exhaustive(adam, fused_sgd)]
+INNER = [momentum_sgd, fused_sgd, fused_adam, *exhaustive(adam)]
 
 
 def backward(model, optimizer, modality, x, y):

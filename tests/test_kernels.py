@@ -237,6 +237,17 @@ def test_more_modalities_than_there_is_room_for():
     assert relative(window.gram, window.means @ window.means.T) < 1e-15 and len(window._buffer) == 8
 
 
+def test_a_loaded_window_forms_its_products_anew():
+    window, loaded = (make_projection(ProjectionSettings("window"), 5, torch.float32, here(), "triton") for _ in range(2))
+    for modality in ("audio", "image", "text"):
+        window(torch.randn(1, 5), torch.rand(5), modality, None)
+    loaded.load_state_dict(window.state_dict())
+    x_bar, grad = torch.rand(5), torch.randn(1, 5)
+    again = grad.clone()
+    window(grad, x_bar, "audio", None), loaded(again, x_bar, "audio", None)
+    assert torch.equal(again, grad) and torch.equal(loaded.gram, window.gram)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
 def test_sums_of_pairs_as_they_are_compiled(dtype, monkeypatch):
     """In place of the sums in float64 that the interpreter is given."""
