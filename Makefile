@@ -1,5 +1,5 @@
 # make demo    watch MLA beat joint training, in a minute
-# make test    lint is separate: make lint
+# make test    every behaviour once, in some minutes; make test-all: at every size, too. Lint is separate: make lint
 # The first of these makes a virtual environment in .venv; PYTHON, TORCH and VENV may be set to something else.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +13,7 @@ TARGETS ?= sm_90 sm_100 sm_80 gfx942
 RESULTS ?= bench/results/cpu-xeon.jsonl
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench results report accuracy kernels-check gpu-check tune env clean
+.PHONY: demo test test-exhaustive test-all lint bench results report accuracy kernels-check gpu-check tune env clean
 # The build needs the torch that is installed, not one that pip would fetch into an isolated environment.
 $(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "==> preparing $(VENV) with $(TORCH)"
@@ -28,8 +28,14 @@ demo: $(READY)
 	$(BIN)/mla-fast demo
 
 test: $(READY)
-	@echo "==> the whole test suite, a process on each core"
-	$(BIN)/python -m pytest -n auto
+	@echo "==> the tests, a process on each core"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not exhaustive"
+
+test-all: test test-exhaustive
+
+test-exhaustive: $(READY)
+	@echo "==> the exhaustive part: all sizes of the interpreted kernels, long runs, more seeds"
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m exhaustive
 
 lint: $(READY)
 	@echo "==> ruff and mypy"

@@ -12,7 +12,23 @@ from mla_fast import competition, ops  # noqa: E402
 if ops.INTERPRETED and ops.TRITON_MISSING is None:
     from mla_fast.kernels import launch
 
-    launch.MAX_SPLITS = 2  # interpreted programs run one after another, and two shares of a sum say as much as sixteen
+    # Interpreted programs run one after another, and take long whatever their size: few and large ones say as much as many.
+    launch.MAX_SPLITS = 2
+    for row in launch.TABLE["rls_read"]:
+        row["config"]["BLOCK_J"] = max(row["config"]["BLOCK_J"], 32)
+    for row in launch.TABLE["rls_finish"]:
+        row["config"]["BLOCK_C"] = 16
+    for op in ("entropy_fusion", "entropy_fusion_backward"):
+        launch.TABLE[op][0]["config"]["elements"] = 1024
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks
+def pytest_collection_modifyitems(items):
+    """``exhaustive("triton")`` is so only of kernels that are interpreted: the other backends, and a GPU, take no time for it."""
+    for item in items:
+        interpreted = ops.INTERPRETED and item.callspec.params.get("backend") == "triton" if hasattr(item, "callspec") else False
+        marks = [mark for mark in item.own_markers if mark.name != "exhaustive" or not mark.args or interpreted]
+        item.own_markers[:] = marks
 
 
 @pytest.fixture(autouse=True)

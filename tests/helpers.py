@@ -3,6 +3,7 @@
 import copy
 import io
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,6 +16,12 @@ CLASSES = 3
 PROJECTIONS = ("rls", "window", "none", "official")
 ORDERS, TARGETS, BIASES = ("update_first", "project_first"), ("gradient", "update"), ("free", "project")
 ALTERNATION = tuple(WIDTHS)
+
+
+def exhaustive(*cases, where=None):
+    """Parameters that `make test` leaves out; where: ``"triton"`` if only where that is interpreted."""
+    mark = pytest.mark.exhaustive(*filter(None, [where]))
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=mark) for case in cases]
 
 
 def here():
@@ -90,7 +97,7 @@ def fused_adam(parameters):
     return torch.optim.Adam(parameters, lr=0.01, fused=True)
 
 
-INNER = [momentum_sgd, adam, fused_sgd, fused_adam]
+INNER = [momentum_sgd, fused_sgd, fused_adam, *exhaustive(adam)]
 
 
 def backward(model, optimizer, modality, x, y):

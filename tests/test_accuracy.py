@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,6 @@ from bench import accuracy, records, settings, tables
 from bench.accuracy import METHODS, Batches
 from bench.settings import setting
 from mla_fast import data, reference
-
-AVDIGITS = Path(__file__).parents[2] / "shared" / "data" / "avdigits.npz"
 
 
 @pytest.fixture
@@ -106,7 +103,7 @@ def test_a_file_cut_in_half_keeps_what_was_finished(npz, tmp_path, capsys):
     assert output.read_text().startswith(whole[0])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_find_what_one_does(npz, tmp_path):
     for jobs in ("1", "2"):
         main(npz, tmp_path / jobs, "--methods", "Concat,MLA rls", "--seeds", "0", "--missing", "0.5", "--jobs", jobs)
@@ -190,13 +187,6 @@ def test_avdigits_c_asks_for_the_sum(tmp_path):
     assert len(added) == 480 and torch.equal(added.target - added.inputs["image"][:, 0, 0].long(), whole.target.repeat(4))
     assert ((spoken - whole.target.repeat(4)).abs() <= 1).all()
     assert added.target.unique().tolist() == list(range(19))
-
-
-@pytest.mark.skipif(not AVDIGITS.exists(), reason="avdigits.npz is not beside this checkout")
-def test_the_real_avdigits_splits():
-    for config, sizes in (("B", (2000, 1000)), ("C", (8000, 4000))):
-        parts = setting(str(AVDIGITS), config).parts(1)
-        assert tuple(map(len, parts)) == sizes and abs(parts[0].inputs["audio"].mean()) < 1e-4
 
 
 def made_up_records():

@@ -124,6 +124,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX")
 def test_a_write_cut_short_by_the_system_leaves_the_old_one(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "c.pt")]

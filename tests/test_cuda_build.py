@@ -55,6 +55,7 @@ print(*(name for name in sys.argv[2:] if torch._C._dispatch_has_kernel_for_dispa
 """
 
 
+@pytest.mark.exhaustive
 def test_module_compiles_for_every_architecture(flags, tmp_path):
     extension = next(e for e in flags["extensions"]() if e.name == "mla_fast._C_cuda")
     module = tmp_path / "_C_cuda.abi3.so"

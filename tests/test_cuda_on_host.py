@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import exhaustive
 
 from mla_fast import reference
 from mla_fast.registration import SCHEMAS
+
+pytestmark = pytest.mark.xdist_group("cuda_on_host")  # which is compiled once
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -122,14 +125,14 @@ def test_plan_pack_and_unpack(op, N, M, padded):
     assert equal(op.unpack_rows(packed, slot, offsets), reference.unpack_rows(packed, slot, offsets))
 
 
-@pytest.mark.parametrize("N,M", [(140_000, 2), (720_000, 3)])
+@pytest.mark.parametrize("N,M", [(140_000, 2), *exhaustive((720_000, 3))])
 def test_plan_of_many_samples(op, N, M):
     """Several groups of samples for each block; more pairs than a byte counts in one round."""
     check_plan(op, torch.rand(N, M) > 0.4, False)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("s,first", [(1, 0), (8, 0), (8, 1), (8, 4), (63, 8), (513, 8), (2048, 8)])
+@pytest.mark.parametrize("s,first", [(1, 0), (8, 0), (8, 1), (8, 4), (63, 8), (513, 8), *exhaustive((2048, 8))])
 @pytest.mark.parametrize("padded", [False, True])
 def test_segment_means(op, s, first, dtype, padded):
     """first: the column that features begin with, whose address decides how wide they can be read."""
@@ -177,6 +180,7 @@ def test_bad_arguments_are_named(op):
             call()
 
 
+@pytest.mark.exhaustive
 def test_a_missing_barrier_shows(tmp_path):
     """What the tests above would see: segment_mean whose warps do not wait for each other."""
     op = on_host(

@@ -3,7 +3,6 @@
 import sys
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ import torch
 
 from mla_fast import data
 from mla_fast.data import MultimodalDataset
-
-AVDIGITS = Path(__file__).parents[2] / "shared" / "data" / "avdigits.npz"
 
 
 def make(N=13, classes=3, **fields):
@@ -204,15 +201,6 @@ class TestLoadNpz:
             data.load_npz(path, "audio")
         with pytest.raises(ValueError, match="label: expected another key"):
             data.load_npz(path, ["audio", "label"])
-
-    @pytest.mark.skipif(not AVDIGITS.exists(), reason="avdigits.npz is not beside this checkout")
-    def test_spoken_and_written_digits(self):
-        dataset = data.load_npz(AVDIGITS, ["audio", "image"])
-        assert len(dataset) == 3000 and dataset.classes == 10 and set(dataset.fields) == {"speaker", "take", "mnist_index"}
-        assert dataset.inputs["audio"].shape == (3000, 32, 32) and dataset.inputs["image"].shape == (3000, 28, 28)
-        assert all(0 == x.min() and x.max() == 1 for x in dataset.inputs.values())
-        train, test = data.split_where(dataset, "speaker=2,4")
-        assert (len(train), len(test)) == (2000, 1000) and set(test.fields["speaker"]) == {2, 4}
 
 
 class TestSplitWhere:

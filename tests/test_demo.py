@@ -30,7 +30,7 @@ def test_quick_run_writes_results_and_plot(tmp_path, capsys):
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_full_run(tmp_path):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     results = demo.run(tmp_path)

@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import ALTERNATION, CLASSES, assert_bitwise, everything, make_inputs, make_model, momentum_sgd, noisy_model
+from helpers import (
+    ALTERNATION,
+    CLASSES,
+    assert_bitwise,
+    everything,
+    exhaustive,
+    make_inputs,
+    make_model,
+    momentum_sgd,
+    noisy_model,
+)
 from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,7 +68,7 @@ def together(rank, world):
     return results
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, *exhaustive(3)])
 def test_ranks_are_one_process_with_all_samples(tmp_path, world):
     ranks = run_ranks(together, world, tmp_path)
     for projection in ranks[0]:
@@ -98,7 +108,7 @@ def loop(rank, world):
     return results
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, *exhaustive(3)])
 def test_P_is_equal_to_the_last_bit_after_200_steps(tmp_path, world):
     ranks = run_ranks(loop, world, tmp_path)
     for kind in ("parts", "whole"):
@@ -171,7 +181,7 @@ def sharded(rank, world):
 
 
 @pytest.mark.filterwarnings("ignore:step skipped")
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, *exhaustive(3)])
 def test_a_head_split_by_rows_is_projected_where_its_rows_are(tmp_path, world):
     ranks = run_ranks(sharded, world, tmp_path)
     for (projection, target), (weight, bias, tensors, kept) in ranks[0].items():

@@ -12,6 +12,7 @@ from helpers import (
     PROJECTIONS,
     adam,
     everything,
+    exhaustive,
     fused_sgd,
     head_steps,
     here,
@@ -77,19 +78,22 @@ def folded(P, pending, slot):
     return P
 
 
-@pytest.mark.parametrize("s,C,R", [(1, 1, 4), (63, 6, 4), (65, 17, 1), (130, 17, 2), (33, 0, 1), (33, 0, 4)])
+@pytest.mark.parametrize(
+    "s,C,R", [(1, 1, 4), (33, 6, 4), (65, 17, 1), (33, 0, 2), *exhaustive((63, 6, 4), (130, 17, 2), (33, 0, 1), (33, 0, 4))]
+)
 @pytest.mark.parametrize("project_first", [False, True])
 def test_deferred_and_wide_steps_follow_the_reference(s, C, R, project_first, narrow_blocks):
     """Past two foldings, with more classes than one block holds, and with none."""
     (P, pending, slot), exact = state(s, R), torch.eye(s, dtype=f64)
     alpha = torch.tensor(ALPHA, dtype=f64)
-    for _ in range(2 * R + 2):
+    for step in range(2 * R + 2):
         x_bar, grad = torch.rand(s), torch.randn(C, s)
         projected = ops.rls_step("triton", P, x_bar, grad, alpha, pending, slot, None, project_first)
         exact, expected = reference.rls_project(exact, x_bar.double(), grad.double(), ALPHA, project_first=project_first)
         assert projected.shape == (C, s) and (C == 0 or relative(projected, expected) < 2e-6)
-        assert relative(folded(P, pending, slot), exact) < 1e-6
         assert torch.equal(P, P.T)
+        if step % 3 == 0 or step > 2 * R:
+            assert relative(folded(P, pending, slot), exact) < 1e-6
 
 
 def test_foldings_change_no_bit_of_a_deferred_run():
@@ -104,8 +108,7 @@ def test_foldings_change_no_bit_of_a_deferred_run():
         torch.testing.assert_close(folded(P, pending, slot), entered, rtol=0, atol=2**-22)
 
 
-@pytest.mark.parametrize("R", [1, 4])
-@pytest.mark.parametrize("C", [3, 19])
+@pytest.mark.parametrize("R,C", [(1, 19), (4, 3), *exhaustive((1, 3), (4, 19))])
 @pytest.mark.parametrize("what", ["x_bar", "grad", "found_inf"])
 def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
     s = 21
@@ -115,7 +118,7 @@ def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
         ops.rls_step("triton", P, torch.rand(s), torch.randn(C, s), alpha, pending, slot, found_inf)
     before = folded(P, pending, slot)
     x_bar, grad = torch.rand(s), torch.randn(C, s)
-    for value in (torch.nan, torch.inf, -torch.inf):
+    for value in (1,) if what == "found_inf" else (torch.nan, -torch.inf):
         if what == "found_inf":
             found_inf.fill_(1)
         else:
@@ -125,14 +128,14 @@ def test_a_bad_step_moves_nothing(R, C, what, narrow_blocks):
         assert torch.equal(folded(P, pending, slot), before)
 
 
-@pytest.mark.parametrize("s,C,R", [(1, 1, 1), (63, 7, 2), (65, 8, 1), (70, 17, 2)])
+@pytest.mark.parametrize("s,C,R", [(1, 1, 1), (33, 7, 2), (65, 8, 1), *exhaustive((63, 7, 2), (70, 17, 2))])
 def test_a_step_in_place_is_the_step(s, C, R, narrow_blocks):
     """To the last bit, with the squares of what it leaves; and nothing moves where found_inf is set."""
     from mla_fast import kernels
 
     (P, pending, slot), (P_too, pending_too, slot_too) = state(s, R), state(s, R)
     alpha, found_inf = torch.tensor(ALPHA, dtype=f64), torch.zeros(1)
-    for step in range(R + 3):
+    for step in range(R + 2):
         found_inf.fill_(step == R)
         x_bar, grad = torch.rand(s), torch.randn(C, s)
         projected = kernels.rls_project_(P, x_bar, grad, alpha, pending, slot, found_inf)
@@ -141,7 +144,7 @@ def test_a_step_in_place_is_the_step(s, C, R, narrow_blocks):
         torch.testing.assert_close(squares.sum().double(), projected.double().square().sum(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("size", [1, 63, 130])
+@pytest.mark.parametrize("size", [1, 63, *exhaustive(130)])
 def test_rows_of_P_begin_at_multiples_of_16_numbers(size):
     """Whatever the size; what is saved knows nothing of it."""
     padded = make_projection(Settings(alpha=ALPHA), size, torch.float32, here(), "triton")
@@ -158,7 +161,7 @@ def test_rows_of_P_begin_at_multiples_of_16_numbers(size):
     assert torch.equal(padded.matrix(), 2 * saved) and padded.P.stride(0) % 16 == 0
 
 
-def one_of_each(s=100, C=17, N=9):
+def one_of_each(s=70, C=17, N=5):
     """Every kernel on several programs; all that it leaves behind."""
     from mla_fast import kernels
 
@@ -170,13 +173,13 @@ def one_of_each(s=100, C=17, N=9):
     alpha, left = torch.tensor(ALPHA, dtype=f64), []
     for R, classes in ((1, C), (2, 3), (2, C)):
         P, pending, slot = state(s, R)
-        for _ in range(R + 2):
+        for _ in range(R + 1):
             left.append(ops.rls_step("triton", P, normal(s), normal(classes, s), alpha, pending, slot).clone())
         ops.rls_fold("triton", P, pending, slot)
         left += [P, pending]
-    means, gram, grad = normal(4, s), normal(4, 4).double(), normal(C, s)
+    means, gram, grad = normal(3, s), normal(3, 3).double(), normal(9, s)
     left += [ops.window_step_("triton", means, gram, 1, normal(s), grad, alpha), means, gram, grad]
-    left.append(ops.window_project(means, normal(C, s), ALPHA, backend="triton"))
+    left.append(ops.window_project(means, normal(3, s), ALPHA, backend="triton"))
     account, first, kept = torch.zeros(2, dtype=torch.int32), [torch.ones(())], [normal(90, s), normal(7)]
     for found_inf in (None, torch.ones(())):
         copies = [torch.empty_like(t) for t in kept]
@@ -194,8 +197,10 @@ def one_of_each(s=100, C=17, N=9):
     return left
 
 
-@pytest.mark.parametrize("K,s,C", [(1, 1, 1), (2, 63, 6), (3, 513, 2), (5, 40, 0), (7, 1100, 1), (2, 2100, 1), (4, 2100, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, f64])
+@pytest.mark.parametrize("dtype", [torch.float32, *exhaustive(f64)])
+@pytest.mark.parametrize(
+    "K,s,C", [(1, 1, 1), (2, 63, 6), (3, 513, 2), (7, 1100, 1), (2, 2100, 1), *exhaustive((5, 40, 0), (4, 2100, 1))]
+)
 def test_a_window_step_in_place(K, s, C, dtype):
     """Against the reference in float64; what it must not read is NaN, and what it must not write stays."""
     own, alpha, eps = K - 1, torch.tensor(ALPHA, dtype=f64), torch.finfo(dtype).eps
@@ -225,12 +230,23 @@ def test_products_of_means_do_not_depend_on_how_many_there_are():
 def test_more_modalities_than_there_is_room_for():
     window, exact = (make_projection(Settings("window"), 5, f64, here(), b) for b in ("triton", "reference"))
     window._buffer, window._products = window._buffer[:2], window._products[:2, :2]
-    for t in range(12):
-        grad, x_bar = torch.randn(2, 5, dtype=f64), torch.rand(5, dtype=f64)
+    for t in range(7):
+        grad, x_bar = torch.randn(1, 5, dtype=f64), torch.rand(5, dtype=f64)
         projected = grad.clone()
         window(projected, x_bar, f"modality {t % 6}", None), exact(grad, x_bar, f"modality {t % 6}", None)
         assert relative(projected, grad) < 1e-13
     assert relative(window.gram, window.means @ window.means.T) < 1e-15 and len(window._buffer) == 8
+
+
+def test_a_loaded_window_forms_its_products_anew():
+    window, loaded = (make_projection(ProjectionSettings("window"), 5, torch.float32, here(), "triton") for _ in range(2))
+    for modality in ("audio", "image", "text"):
+        window(torch.randn(1, 5), torch.rand(5), modality, None)
+    loaded.load_state_dict(window.state_dict())
+    x_bar, grad = torch.rand(5), torch.randn(1, 5)
+    again = grad.clone()
+    window(grad, x_bar, "audio", None), loaded(again, x_bar, "audio", None)
+    assert torch.equal(again, grad) and torch.equal(loaded.gram, window.gram)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
@@ -249,26 +265,28 @@ def test_sums_of_pairs_as_they_are_compiled(dtype, monkeypatch):
         assert abs(got.item() - want) < 1e-12 * abs(exact[0])
 
 
+def backwards(count):
+    return torch.arange(count).flip(0)
+
+
 @pytest.mark.skipif(not ops.INTERPRETED, reason="a GPU runs programs in an order of its own")
-def test_programs_in_any_order_do_the_same_to_the_last_bit(narrow_blocks, monkeypatch):
+@pytest.mark.parametrize("order_of", [backwards, *exhaustive(torch.randperm)])
+def test_programs_in_any_order_do_the_same_to_the_last_bit(order_of, narrow_blocks, monkeypatch):
     """The interpreter takes a grid's programs one by one from the first to the last; a GPU takes many at once."""
     from triton.runtime.interpreter import interpreter_builder
 
-    forwards, in_order, sizes = one_of_each(), interpreter_builder.set_grid_idx, []
-    for order_of in (lambda count: torch.arange(count).flip(0), torch.randperm):
-        orders = {}
+    forwards, in_order, orders = one_of_each(), interpreter_builder.set_grid_idx, {}
 
-        def out_of_order(*index, order_of=order_of, orders=orders):
-            grid = interpreter_builder.grid_dim
-            if grid not in orders:
-                orders[grid] = order_of(math.prod(grid)).view(grid)
-                sizes.append(math.prod(grid))
-            in_order(*(int(i) for i in torch.unravel_index(orders[grid][index], grid)))
+    def out_of_order(*index):
+        grid = interpreter_builder.grid_dim
+        if grid not in orders:
+            orders[grid] = order_of(math.prod(grid)).view(grid)
+        in_order(*(int(i) for i in torch.unravel_index(orders[grid][index], grid)))
 
-        monkeypatch.setattr(interpreter_builder, "set_grid_idx", out_of_order)
-        for got, want in zip(one_of_each(), forwards, strict=True):
-            assert torch.equal(got, want)
-    assert max(sizes) > 8, "nothing to put in another order"
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", out_of_order)
+    for got, want in zip(one_of_each(), forwards, strict=True):
+        assert torch.equal(got, want)
+    assert max(map(math.prod, orders)) > 8, "nothing to put in another order"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -300,12 +318,15 @@ def test_masked_classes_at_the_beginning_of_a_row(least, C):
     torch.testing.assert_close(fused.weights.double(), expected[1], rtol=0, atol=1e-5)
 
 
-def test_registration():
+@pytest.mark.parametrize("every_form", [False, *exhaustive(True)])
+def test_registration(every_form):
+    """Of each operator one form, or all."""
     s, alpha = 7, torch.tensor(1.0, dtype=f64)
     (P, pending, slot), x_bar, grad = state(s, 1), torch.rand(s), torch.randn(3, s)
-    opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha))
+    if every_form:
+        opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha))
+        opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, torch.zeros(2, s), torch.zeros(2, dtype=torch.int32)))
     opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, pending, slot, torch.zeros(1), True))
-    opcheck(LIBRARY.rls_project_.default, (P, x_bar, grad, alpha, torch.zeros(2, s), torch.zeros(2, dtype=torch.int32)))
     opcheck(LIBRARY.rls_step_.default, (P, x_bar, grad.clone(), alpha, pending, slot, torch.zeros(1), True))
     opcheck(LIBRARY.rls_fold_.default, (P, pending))
     opcheck(LIBRARY.linear_cross_entropy.default, (torch.randn(4, s), torch.tensor([0, 2, 1, 1]), grad, torch.randn(3), 4.0))
@@ -314,16 +335,17 @@ def test_registration():
     account, first, kept, one = torch.zeros(2, dtype=torch.int32), [torch.ones(())], [grad.clone(), torch.rand(3)], torch.ones(())
     looked_at, copies = [grad, x_bar, torch.rand(3).bfloat16()], [torch.empty_like(t) for t in kept]
     opcheck(LIBRARY.head_check_.default, (looked_at, 1, account, first, one, kept, [c.zero_() for c in copies]))
-    opcheck(LIBRARY.head_check_.default, (looked_at, 0, account, [], None, [], []))
     opcheck(LIBRARY.head_restore_.default, ([*kept, torch.rand(4)], copies, one))
     logits = torch.randn(2, 4, 5, requires_grad=True)
     opcheck(LIBRARY.entropy_fusion.default, ([logits], None, None))
-    opcheck(LIBRARY.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
-    opcheck(LIBRARY.entropy_fusion.default, ([torch.randn(3, 5)], None, torch.tensor([[0, 2], [-1, 1]])))
+    if every_form:
+        opcheck(LIBRARY.head_check_.default, (looked_at, 0, account, [], None, [], []))
+        opcheck(LIBRARY.entropy_fusion.default, (list(logits.detach().unbind(0)), torch.rand(4, 2) > 0.5, None))
+        opcheck(LIBRARY.entropy_fusion.default, ([torch.randn(3, 5)], None, torch.tensor([[0, 2], [-1, 1]])))
 
 
-@pytest.mark.parametrize("C,s", [(1, 1), (0, 5), (3, 63), (9, 513)])
-@pytest.mark.parametrize("dtype", [torch.float32, f64, torch.bfloat16])
+@pytest.mark.parametrize("C,s", [(3, 63), *exhaustive((1, 1), (0, 5), (9, 513))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *exhaustive(f64)])
 def test_the_check_is_what_the_reference_says(C, s, dtype):
     """Several layers, and what is not finite in each of the tensors in turn."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -333,7 +355,7 @@ def test_the_check_is_what_the_reference_says(C, s, dtype):
     state = {
         backend: (torch.zeros(2, dtype=torch.int32), [torch.ones(()), torch.zeros(())]) for backend in ("reference", "triton")
     }
-    bads = [(at, value, None) for at in range(len(looked_at)) for value in (torch.nan, -torch.inf)]
+    bads = [(at, (torch.nan, -torch.inf)[at % 2], None) for at in range(len(looked_at))]
     for at, value, found_inf in [(None, 0, None), *bads, (None, 0, torch.zeros(1)), (None, 0, torch.ones(1))]:
         spoiled = [t.clone() for t in looked_at]
         if at is not None and spoiled[at].numel():
@@ -358,7 +380,7 @@ def test_a_step_is_taken_back_where_the_device_says_so(bad):
     assert torch.equal(widened, bad * kept[1].float()) and bool(created.any()) is not bool(bad)
 
 
-@pytest.mark.parametrize("M,N,C", [(1, 1, 1), (2, 5, 101), (3, 33, 6), (5, 2, 9000)])
+@pytest.mark.parametrize("M,N,C", [(1, 1, 1), (2, 5, 101), (3, 33, 6), *exhaustive((5, 2, 9000))])
 def test_packed_rows_fuse_as_tensors_with_a_mask_do(M, N, C):
     from mla_fast import kernels
 
@@ -444,15 +466,15 @@ def test_a_short_training_is_that_of_the_reference_backend(projection, order, ta
         model = make_model(f64)
         settings = {"projection": projection, "order": order, "target": target, "bias": bias, "alpha": 0.3}
         optimizer = mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head, backend=backend, **settings)
-        train(model, optimizer, make_steps(7, f64))
+        train(model, optimizer, make_steps(4, f64))
         optimizer.state_dict()  # which folds
-        train(model, optimizer, make_steps(2, f64, start=7))
+        train(model, optimizer, make_steps(2, f64, start=4))
         parameters.append([p.detach() for p in model.parameters()])
     for reference_p, triton_p in zip(*parameters, strict=True):
         assert relative(triton_p, reference_p) < 1e-12
 
 
-@pytest.mark.parametrize("make", [momentum_sgd, adam, fused_sgd])
+@pytest.mark.parametrize("make", [momentum_sgd, *exhaustive(adam, fused_sgd)])
 @pytest.mark.parametrize("projection,target", [("rls", "gradient"), ("rls", "update"), ("window", "gradient")])
 def test_bad_steps_on_a_device(monkeypatch, projection, target, make):
     """With the first step and one later on that are not finite, against the reference backend, which tests without a kernel."""
@@ -490,22 +512,22 @@ def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
             assert relative(saved, plain.matrix()) < 1e-6 and not deferred.pending.any() and not deferred.slot.any()
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_kernels_compile_without_spilling(target):
+def test_kernels_compile_without_spilling():
     """One case of each, from the launchers themselves; `make kernels-check` compiles every configuration for every target."""
     only = "^(rls s=1024 C=(6|101)|fold|window step K=5 s=8192 torch.float32|head C=101|fusion M=3 C=1000 torch.float32 slot)$"
     done = subprocess.run(
-        [sys.executable, "-m", "mla_fast.kernels.aot", "--targets", target, "--only", only],
+        [sys.executable, "-m", "mla_fast.kernels.aot", "--targets", "sm_90", "--only", only],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "7 kernels in 9 launches, 0 bytes spilled" in done.stdout
-    assert ("| rls_read_kernel | rls s=1024 C=6 |" in done.stdout) == (target == "sm_90")
+    assert "| rls_read_kernel | rls s=1024 C=6 |" in done.stdout
 
 
 LAUNCHES_TWICE = """
+import sys
 import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -536,25 +558,26 @@ slot, means, z = torch.zeros(2, dtype=torch.int32), torch.empty(3, s), [torch.em
 gram = torch.empty(3, 3, dtype=torch.float64)
 small, present, rows = torch.empty(N, 3), torch.ones(N, 3, dtype=torch.bool), torch.zeros(N, 3, dtype=torch.int64)
 backward = kernels.entropy_fusion_backward
-for pending in (None, torch.empty(1, s), torch.empty(4, s)):
+few = sys.argv[1] == "few"
+for pending in (None,) if few else (None, torch.empty(1, s), torch.empty(4, s)):
     for options in ({}, {"found_inf": torch.zeros(1), "project_first": True}):
         step = lambda: kernels.rls_project_(P, x, G, alpha, pending, slot, **options)
         (first, compiled), (second, again) = seen(step), seen(step)
         assert first == second and len(first) > 1 and compiled and not again, (compiled, again)
 for call in (
+    lambda: kernels.head_check_([G, x], 1, slot, [x[0]], None, [G, x], [P[:C], torch.empty(s)]),
+    lambda: kernels.window_step_(means, gram, 1, x, G, alpha),
+    lambda: kernels.entropy_fusion(z),
     lambda: kernels.rls_fold_(P, torch.empty(4, s), slot),
     lambda: kernels.linear_cross_entropy(G, torch.zeros(C, dtype=torch.int64), G, None, 6),
-    lambda: kernels.head_check_([G, x], 1, slot, [x[0]], None, [G, x], [P[:C], torch.empty(s)]),
     lambda: kernels.head_restore_([G, x], [P[:C]], x[0]),
     lambda: kernels.window_project(means, G, alpha),
-    lambda: kernels.window_step_(means, gram, 1, x, G, alpha),
     lambda: kernels.window_step_(means, gram, 1, x, G, alpha, torch.zeros(1)),
-    lambda: kernels.entropy_fusion(z),
     lambda: kernels.entropy_fusion(z, present),
     lambda: kernels.entropy_fusion(z[:1], None, rows),
     lambda: backward(z, None, small, small, z[0], None, None),
     lambda: backward(z, present, small, small, None, small, small),
-):
+)[: 3 if few else None]:
     (first, compiled), (second, again) = seen(call), seen(call)
     assert first == second and len(first) == len(compiled) == 1 and not again, (compiled, again)
 
@@ -579,13 +602,15 @@ print("the same")
 """
 
 
-def test_later_launches_go_around_triton_and_are_the_same():
+@pytest.mark.parametrize("which", ["few", *exhaustive("all")])
+def test_later_launches_go_around_triton_and_are_the_same(which):
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHES_TWICE], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
+        [sys.executable, "-c", LAUNCHES_TWICE, which], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.exhaustive
 def test_the_bench_of_launches():
     done = subprocess.run([sys.executable, "-m", "bench.launches", "--seconds", "0.01"], capture_output=True, text=True)
     assert done.returncode == 0 and "| entropy_fusion | 1 |" in done.stdout, done.stderr[-2000:]

@@ -5,15 +5,16 @@ import random
 import signal
 import time
 
+import pytest
 import torch
-from helpers import CLASSES, assert_bitwise, everything, make_inputs, momentum_sgd, noisy_model
+from helpers import CLASSES, assert_bitwise, everything, exhaustive, make_inputs, momentum_sgd, noisy_model
 from ranks import CONTEXT
 from torch.utils.data import DataLoader
 
 import mla_fast as mla
 from mla_fast.checkpoint import read_checkpoint
 
-EPOCHS, KILLS = 16, 20
+EPOCHS = 16
 
 
 def train(path, epochs=EPOCHS):
@@ -32,7 +33,7 @@ def train(path, epochs=EPOCHS):
     return trainer
 
 
-def kill_again_and_again(path):
+def kill_again_and_again(path, kills):
     """Copies of this process, which has done everything once, train until they are killed."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a backward pass would start threads, which no copy has
     moments = random.Random()
@@ -40,7 +41,7 @@ def kill_again_and_again(path):
         begun = time.perf_counter()
         train(path.with_name(f"{begun}.pt"), epochs=1)
     epoch = time.perf_counter() - begun
-    for _ in range(KILLS):
+    for _ in range(kills):
         child = os.fork()
         if not child:
             train(path)
@@ -54,15 +55,16 @@ def kill_again_and_again(path):
                 print(saved["epoch"], saved["batches"], file=file)
 
 
-def test_a_killed_run_goes_on_to_the_last_bit(tmp_path):
+@pytest.mark.parametrize("kills", [6, *exhaustive(20)])
+def test_a_killed_run_goes_on_to_the_last_bit(tmp_path, kills):
     expected = train(tmp_path / "whole.pt")
     path = tmp_path / "killed" / "c.pt"
-    process = CONTEXT.Process(target=kill_again_and_again, args=(path,))
+    process = CONTEXT.Process(target=kill_again_and_again, args=(path, kills))
     process.start()
     process.join(120)
     assert process.exitcode == 0
     reached = [tuple(map(int, line.split())) for line in path.with_name("reached").read_text().splitlines()]
-    assert reached == sorted(reached) and len(set(reached)) > KILLS // 4, reached
+    assert reached == sorted(reached) and len(set(reached)) > kills // 4, reached
     resumed = train(path)
     assert resumed.history == expected.history
     assert_bitwise(everything(resumed.model, resumed.optimizer), everything(expected.model, expected.optimizer))

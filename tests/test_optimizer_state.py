@@ -87,6 +87,20 @@ def test_a_saved_state_continues_to_the_last_bit(projection, bias, target, backe
     assert_bitwise(everything(fresh, restored), everything(bystander, undisturbed))
 
 
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_a_saved_state_continues_on_a_device(monkeypatch, projection):
+    """Where only the device knows that the first step has been taken."""
+    on_device(monkeypatch)
+    heads = [make_head(), make_head()]
+    optimizers = [wrap(head, projection=projection) for head in heads]
+    train(heads[0], optimizers[0], head_steps(4))
+    heads[1].load_state_dict(heads[0].state_dict())
+    optimizers[1].load_state_dict(through_a_file(optimizers[0].state_dict()))
+    for head, optimizer in zip(heads, optimizers, strict=True):
+        train(head, optimizer, head_steps(4, seed=3))
+    assert_bitwise(everything(heads[1], optimizers[1]), everything(heads[0], optimizers[0]))
+
+
 def test_state_dict_hooks_run():
     head, calls = make_head(), []
     optimizer = wrap(head)

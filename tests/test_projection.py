@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import PROJECTIONS, here, normal, relative
+from helpers import PROJECTIONS, exhaustive, here, normal, relative
 
 from mla_fast import ops, reference
 from mla_fast.projection import make_projection
@@ -58,9 +58,10 @@ def test_rls_reaches_the_closed_form(size, alpha, order, backend):
     assert torch.equal(P, P.T)
 
 
+@pytest.mark.parametrize("count", [1000, *exhaustive(10_000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("C,unseen", [(1, 4), (20, 0)])
-def test_ten_thousand_updates(dtype, C, unseen, backend):
+def test_thousands_of_updates(dtype, C, unseen, count, backend):
     """P stays bitwise symmetric and its eigenvalues in (0, 1]; a correction that waits for the next step changes no bit of it.
 
     Where the features leave a direction unseen its eigenvalue is 1 and may exceed it by rounding: over t updates a random walk,
@@ -71,8 +72,8 @@ def test_ten_thousand_updates(dtype, C, unseen, backend):
     plain.pending = plain.slot = None
     generator = torch.Generator().manual_seed(3)
     basis = normal(generator, s, s - unseen, dtype=dtype) / 10
-    grads, coordinates = normal(generator, 10_000, C, s, dtype=dtype), normal(generator, 10_000, s - unseen, dtype=dtype)
-    for t in range(10_000):
+    grads, coordinates = normal(generator, count, C, s, dtype=dtype), normal(generator, count, s - unseen, dtype=dtype)
+    for t in range(count):
         x_bar = basis @ coordinates[t]
         assert torch.equal(projected(lazy, grads[t], x_bar, None, None), projected(plain, grads[t], x_bar, None, None))
         if t % 500 == 499:

@@ -121,6 +121,7 @@ def fabric_on_two():
     names["trainer"].save("checkpoint.pt")
 
 
+@pytest.mark.exhaustive
 def test_fabric_on_two_devices(tmp_path):
     pytest.importorskip("lightning_fabric")
     torchrun(fabric_on_two, tmp_path)
