@@ -23,7 +23,6 @@ if MODE not in ("auto", "cpu", "cuda", "none"):
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030A0000")]
 SOURCES = [
     "registration.cpp",
-    "linear_cross_entropy.cpp",
     "rls_project.cpp",
     "window_project.cpp",
     "entropy_fusion.cpp",

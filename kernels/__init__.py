@@ -4,7 +4,6 @@ They import triton and torch, nothing of ours. With TRITON_INTERPRET=1, set befo
 """
 
 from . import launch
-from .cross_entropy import linear_cross_entropy
 from .entropy_fusion import entropy_fusion, entropy_fusion_backward
 from .head_step import head_check_, head_restore_
 from .rls_project import rls_fold_, rls_project_, rls_step_
@@ -16,7 +15,6 @@ __all__ = [
     "head_check_",
     "head_restore_",
     "launch",
-    "linear_cross_entropy",
     "rls_fold_",
     "rls_project_",
     "rls_step_",

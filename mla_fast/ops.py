@@ -112,25 +112,6 @@ def _check_projection_inputs(means: Tensor, name: str, grad: Tensor) -> None:
         raise ValueError(f"grad: expected on {means.device} like {name}, got {grad.device}")
 
 
-SMALL_HEAD = 1 << 21  # multiplications of one product; above, matrix libraries on many threads are faster than one loop on one
-
-
-def linear_cross_entropy(
-    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, total: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, ∂L/∂features, ∂L/∂weight, ∂L/∂bias, x̄, three norms) of a linear head on features [N, s] as
-    ``reference.linear_cross_entropy`` has them; in one call where the head is small and on the CPU, with one kernel between the
-    products on CUDA. Without checks."""
-    if features.device.type == "cpu":
-        small = len(features) <= 512 and features.numel() * len(weight) <= SMALL_HEAD
-        compiled = small and CPP_MISSING is None and features.dtype in (torch.float32, torch.float64)
-    else:
-        compiled = features.is_cuda and TRITON_MISSING is None and features.dtype == torch.float32
-    if compiled:
-        return torch.ops.mla_fast.linear_cross_entropy.default(features, target, weight, bias, total)
-    return reference.linear_cross_entropy(features, target, weight, bias, total)
-
-
 def rls_project_(
     P: Tensor,
     x_bar: Tensor,

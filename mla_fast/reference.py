@@ -25,21 +25,6 @@ def unimodal_loss(features: Tensor, weight: Tensor, bias: Tensor | None, target:
     return F.cross_entropy(F.linear(features, weight, bias), target)
 
 
-def linear_cross_entropy(
-    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, total: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Eq. 2 as these rows' share of a mean over `total` rows, its gradients, x̄ and norms: (loss, ∂/∂features, ∂/∂weight, ∂/∂bias,
-    x̄, [‖∂/∂weight‖, ‖x̄‖, ‖∂/∂bias‖]).
-
-    δ = (softmax(H Wᵀ + b) − onehot(y)) / total;  ∂/∂H = δ W,  G = δᵀ H,  ∂/∂b = Σ_n δ
-    """
-    log_p = torch.nn.functional.linear(features, weight, bias).log_softmax(1)
-    loss = torch.nn.functional.nll_loss(log_p, target, reduction="sum") / total
-    delta = log_p.exp().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1.0)) / total
-    grad, grad_bias, x_bar = delta.T @ features, delta.sum(0), features.mean(0)
-    return loss, delta @ weight, grad, grad_bias, x_bar, torch.stack(torch._foreach_norm([grad, x_bar, grad_bias]))
-
-
 def feature_mean(features: Tensor) -> Tensor:
     """x̄ [s]: the mean over all rows of features [..., s]."""
     return features.flatten(0, -2).mean(0)

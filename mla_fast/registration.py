@@ -15,8 +15,6 @@ from torch import Tensor
 from mla_fast import reference
 
 SCHEMAS = (
-    "linear_cross_entropy(Tensor features, Tensor target, Tensor weight, Tensor? bias, float total) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "head_check_(Tensor[] looked_at, int layers, Tensor(a!) account, Tensor(b!)[] first, Tensor? found_inf, Tensor[] kept, "
     "Tensor(c!)[] snapshot) -> (Tensor, Tensor, Tensor)",
     "head_restore_(Tensor(a!)[] tensors, Tensor[] snapshot, Tensor bad) -> ()",
@@ -110,11 +108,6 @@ def segment_mean_backward(grad: Tensor, offsets: Tensor, counts: Tensor | None, 
 
 def _register(library: str) -> None:
     """What torch.compile and autograd need to know about the operators."""
-
-    @torch.library.register_fake(f"{library}::linear_cross_entropy")
-    def _(features, target, weight, bias, total):
-        (N, s), C = features.shape, len(weight)
-        return tuple(features.new_empty(shape) for shape in ((), (N, s), (C, s), (C,), (s,), (3,)))
 
     @torch.library.register_fake(f"{library}::head_check_")
     def _(looked_at, layers, account, first, found_inf, kept, snapshot):
