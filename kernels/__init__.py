@@ -4,10 +4,10 @@ They import triton and torch, nothing of ours. With TRITON_INTERPRET=1, set befo
 """
 
 from . import launch
-from .entropy_fusion import entropy_fusion, entropy_fusion_backward
+from .fusion import entropy_fusion, entropy_fusion_backward
 from .head_step import head_check_, head_restore_
-from .rls_project import rls_fold_, rls_project_, rls_step_
-from .window_project import window_project, window_step_
+from .rls import rls_fold_, rls_project_, rls_step_
+from .window import window_project, window_step_
 
 __all__ = [
     "entropy_fusion",

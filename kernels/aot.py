@@ -24,10 +24,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from . import launch
-from .entropy_fusion import entropy_fusion, entropy_fusion_backward
+from .fusion import entropy_fusion, entropy_fusion_backward
 from .head_step import head_check_, head_restore_
-from .rls_project import rls_fold_, rls_project_
-from .window_project import window_project, window_step_
+from .rls import rls_fold_, rls_project_
+from .window import window_project, window_step_
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
