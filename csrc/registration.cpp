@@ -1,4 +1,4 @@
-// CPU implementations of the operators. Their schemas, fakes and autograd rules are in mla_fast/registration.py, which is the same
+// CPU implementations of the operators. Their schemas, fakes and autograd rules are in mla_fast/ops/, which is the same
 // with and without this extension; the CUDA implementations are in kernels/.
 #include "ops.h"
 

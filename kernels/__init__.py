@@ -1,4 +1,4 @@
-"""Triton kernels, installed as ``mla_fast.kernels``: the CUDA side of operators that ``mla_fast.registration`` declares.
+"""Triton kernels, installed as ``mla_fast.kernels``: the CUDA side of operators that ``mla_fast.ops`` declares.
 
 They import triton and torch, nothing of ours. With TRITON_INTERPRET=1, set before this is imported, they run on CPU tensors.
 """

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mla_fast.dispatch import dispatch
 from mla_fast.distributed import added_up, rank_and_size
 from mla_fast.head import HeadLayer
 from mla_fast.inputs import Inputs, counts, moved, outline
 from mla_fast.model import MultimodalModel
+from mla_fast.ops.dispatch import dispatch
 from mla_fast.optimizer import MLAOptimizer
 
 

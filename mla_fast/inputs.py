@@ -1,57 +1,82 @@
-"""What an encoder is given: a tensor [N, …], or several of one N in tuples, lists and dictionaries, as tokens and their mask."""
+"""The inputs of an encoder: a tensor [N, …], or several of one N (tokens and their mask, say) in tuples, lists and dicts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-Inputs = Any
-
-
-def leaves(x: Inputs) -> list[Tensor]:
-    return [x] if isinstance(x, Tensor) else pytree.tree_leaves(x)
+Inputs = Any  # a recursive type would refuse a user's own named tuples and typed dicts
 
 
-def count(argument: str, name: str | int, x: Inputs) -> int:
-    """N, or TypeError or ValueError that names argument[name] where x is nothing of the kind."""
+def tree_map(function: Callable[[Any], Any], inputs: Inputs) -> Any:
+    """Apply `function` to everything in nested tuples, named tuples, lists and dicts; return the results in like containers."""
+    if isinstance(inputs, dict):
+        mapped = copy.copy(inputs)  # of the same class, whatever its constructor takes
+        for name, x in inputs.items():
+            mapped[name] = tree_map(function, x)
+        return mapped
+    if isinstance(inputs, (tuple, list)):
+        values = [tree_map(function, x) for x in inputs]
+        return inputs._make(values) if hasattr(inputs, "_make") else type(inputs)(values)
+    return function(inputs)
+
+
+def leaves(inputs: Inputs) -> list[Any]:
+    """Return everything in nested tuples, named tuples, lists and dicts, in the order in which ``tree_map`` goes through it."""
+    if isinstance(inputs, (dict, tuple, list)):
+        parts = inputs.values() if isinstance(inputs, dict) else inputs
+        return [leaf for part in parts for leaf in leaves(part)]
+    return [inputs]
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Any:
+    """Return `inputs` with every tensor on `device`, copied without waiting where the device allows it."""
+    return tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, inputs)
+
+
+def sample_count(argument: str, name: str | int, x: Inputs) -> int:
+    """Return N of one modality's inputs.
+
+    Raises TypeError unless all of `x` are tensors of at least one dimension, and ValueError if their first dimensions differ;
+    both call it ``argument[name]``.
+    """
     if isinstance(x, Tensor) and x.dim():
         return x.shape[0]
     tensors = leaves(x)
     if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
         expected = "expected a tensor [N, …], or such tensors in tuples, lists and dicts"
-        raise TypeError(f"{argument}[{name!r}]: {expected}, got {outline(x)}")
-    N = tensors[0].shape[0]
+        raise TypeError(f"{argument}[{name!r}]: {expected}, got {describe(x)}")
+    N: int = tensors[0].shape[0]
     if any(t.shape[0] != N for t in tensors):
-        raise ValueError(f"{argument}[{name!r}]: expected tensors of the same N, got {outline(x)}")
+        raise ValueError(f"{argument}[{name!r}]: expected tensors of the same N, got {describe(x)}")
     return N
 
 
 def check_by_modality(inputs: Mapping[str, Inputs]) -> None:
+    """Raise TypeError unless `inputs` is a mapping."""
     if not isinstance(inputs, Mapping):
-        raise TypeError(f"inputs: expected a dict by modality, got {outline(inputs)}")
+        raise TypeError(f"inputs: expected a dict {{modality: tensor}}, got {describe(inputs)}")
 
 
-def counts(inputs: Mapping[str, Inputs]) -> dict[str, int]:
-    """N of each modality, or TypeError or ValueError."""
+def sample_counts(inputs: Mapping[str, Inputs]) -> dict[str, int]:
+    """Return {modality: N}; raise TypeError or ValueError as ``sample_count`` does."""
     check_by_modality(inputs)
-    return {modality: count("inputs", modality, x) for modality, x in inputs.items()}
+    return {modality: sample_count("inputs", modality, x) for modality, x in inputs.items()}
 
 
-def moved(x: Inputs, device: torch.device) -> Inputs:
-    if isinstance(x, Tensor):
-        return x.to(device, non_blocking=True)
-    return pytree.tree_map(lambda t: t.to(device, non_blocking=True), x)
-
-
-def outline(value: Any) -> str:
-    """What something is, for an error: a tensor's dtype and shape, a container's kind and contents."""
+def describe(value: Any) -> str:
+    """Describe a value for an error message: a tensor by dtype and shape, a container by its kind and contents."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, (tuple, list)) and len(value) < 5:
-        return f"({', '.join(map(outline, value))})"
+        return f"({', '.join(map(describe, value))})"
     kind = type(value).__name__
     return f"{kind} with {', '.join(map(str, value))}" if isinstance(value, Mapping) else kind
+
+
+# until their users have moved
+count, counts, moved, outline = sample_count, sample_counts, to_device, describe

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mla_fast.dispatch import DispatchPlan, dispatch
-from mla_fast.fusion import Fused, entropy_fusion
 from mla_fast.inputs import Inputs, check_by_modality, count, counts, leaves, outline
+from mla_fast.ops.dispatch import DispatchPlan, dispatch
+from mla_fast.ops.fusion import Fused, entropy_fusion
 from mla_fast.streams import side_by_side
 
 

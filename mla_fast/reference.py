@@ -35,7 +35,7 @@ def with_constant(x_bar: Tensor) -> Tensor:
     return torch.cat([x_bar, x_bar.new_ones(1)])
 
 
-def rls_gain(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
+def rls_gain(P: Tensor, x_bar: Tensor, alpha: float | Tensor) -> Tensor:
     """u = k / √(α + x̄ᵀk) with k = P x̄ (eq. 5), so that P⁺ = P − u uᵀ. [s]
 
     P ⪰ 0, so x̄ᵀk < 0 is rounding: x̄ is projected away already, and u is 0.
@@ -45,7 +45,7 @@ def rls_gain(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
     return torch.where(d <= 0, 0, k / (alpha + d).sqrt())
 
 
-def rls_update(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
+def rls_update(P: Tensor, x_bar: Tensor, alpha: float | Tensor) -> Tensor:
     """Eq. 5: P⁺ = P − k kᵀ / (α + x̄ᵀ k). Symmetric to the last bit if P is."""
     u = rls_gain(P, x_bar, alpha)
     return P - torch.outer(u, u)
@@ -62,13 +62,15 @@ def project(grad: Tensor, P: Tensor) -> Tensor:
     return grad @ P
 
 
-def rls_project(P: Tensor, x_bar: Tensor, grad: Tensor, alpha: float, *, project_first: bool = False) -> tuple[Tensor, Tensor]:
+def rls_project(
+    P: Tensor, x_bar: Tensor, grad: Tensor, alpha: float | Tensor, *, project_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """One step of the head's projection: (P⁺, G P⁺), or (P⁺, G P) with ``project_first``."""
     updated = rls_update(P, x_bar, alpha)
     return updated, project(grad, P if project_first else updated)
 
 
-def window_projection(others: Tensor, alpha: float) -> Tensor:
+def window_projection(others: Tensor, alpha: float | Tensor) -> Tensor:
     """P [s, s] from the latest x̄ of every *other* modality, others [M − 1, s]: eq. 5 started anew from I at each step."""
     P = torch.eye(others.shape[1], dtype=others.dtype, device=others.device)
     for x_bar in others:

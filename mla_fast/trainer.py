@@ -29,7 +29,6 @@ from mla_fast.alternating import (
 )
 from mla_fast.callbacks import flatten
 from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from mla_fast.dispatch import dispatch
 from mla_fast.distributed import (
     added_up,
     is_distributed,
@@ -38,11 +37,12 @@ from mla_fast.distributed import (
     portable_state_dict,
     rank_and_size,
 )
-from mla_fast.fusion import Fused
 from mla_fast.graph import GraphedStep
 from mla_fast.head import FROZEN
 from mla_fast.inputs import Inputs, counts, moved, outline
 from mla_fast.model import MultimodalModel
+from mla_fast.ops.dispatch import dispatch
+from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.random_state import Replayable, random_states, set_random_states
 

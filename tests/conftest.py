@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
 
 from mla_fast import competition, ops  # noqa: E402
 
-if ops.INTERPRETED and ops.TRITON_MISSING is None:
+if ops.INTERPRETED and ops.available("triton"):
     from mla_fast.kernels import launch
 
     launch.MAX_SPLITS = 2  # interpreted programs run one after another, and two shares of a sum say as much as sixteen

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mla_fast import reference
-from mla_fast.registration import SCHEMAS
+from mla_fast.ops.backend import SCHEMAS
 
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]

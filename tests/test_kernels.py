@@ -31,7 +31,7 @@ import mla_fast as mla
 from mla_fast import ops, reference
 from mla_fast.projection import ProjectionSettings, make_projection
 
-pytestmark = pytest.mark.skipif(ops.TRITON_MISSING is not None, reason=f"triton: {ops.TRITON_MISSING}")
+pytestmark = pytest.mark.skipif(not ops.available("triton"), reason=f"triton: {ops.MISSING['triton']}")
 f64 = torch.float64
 ALPHA = 0.7
 LIBRARY = torch.ops.mla_fast_interpreted if ops.INTERPRETED else torch.ops.mla_fast

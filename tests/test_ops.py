@@ -10,7 +10,7 @@ from torch.library import opcheck
 import mla_fast as mla
 from mla_fast import ops, reference
 
-needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
+needs_cpp = pytest.mark.skipif(not ops.available("cpp"), reason=str(ops.MISSING["cpp"]))
 many_launches = pytest.mark.many_launches
 SIZES = [1, 2, 7, 63, 64, 65, 513]
 CLASSES = [1, 6, 7, 20, 21, 101]
@@ -237,7 +237,7 @@ def test_backends_that_cannot_run_say_why(monkeypatch):
 
 def test_a_fallback_is_announced_once(monkeypatch):
     monkeypatch.setitem(ops.MISSING, "cpp", "it was not built; build it with make")
-    monkeypatch.setattr(ops, "_announced", set())
+    monkeypatch.setattr("mla_fast.ops.backend._announced", set())
     with pytest.warns(UserWarning, match="build it with make") as warned:
         for _ in range(3):
             assert ops.resolve("auto", torch.device("cpu")) == "reference"
