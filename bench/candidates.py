@@ -23,7 +23,6 @@ AXES: dict[str, list[tuple[tuple[str, ...], list[tuple[int, ...]]]]] = {
     "rls_finish": [(("BLOCK", "BLOCK_C", "num_warps"), [*product((64, 128, 256), (4, 8, 16), (2, 4, 8))])],
     "rls_fold": [(("BLOCK_ROWS", "BLOCK_COLS", "num_warps"), [*product((32, 64, 128), (32, 64, 128), (4, 8))])],
     "window": [(("BLOCK", "num_warps"), [*product((128, 256, 512, 1024, 2048), (2, 4, 8))])],
-    "cross_entropy": [(("BLOCK", "num_warps"), [*product((256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16))])],
     "entropy_fusion": [
         (("elements", "num_warps"), [*product((256, 512, 1024, 2048, 4096, 8192), (1, 2, 4, 8, 16))]),
         (("maxnreg",), [(64,), (128,), (255,)]),
@@ -36,7 +35,6 @@ SIZES = {
     "rls_finish": [{"s": 1024}, {"s": 4096}],
     "rls_fold": [{"s": 4096}],
     "window": [{"s": s, "J": 2} for s in (1024, 8192)],
-    "cross_entropy": [{"C": C} for C in (101, 4096, 32000)],
     "entropy_fusion": [{"C": C} for C in (101, 1000, 4096, 8192, 32000)],
 }
 SIZES["entropy_fusion_backward"] = SIZES["entropy_fusion"]

@@ -94,7 +94,7 @@ def kernels(gpu: GPU) -> str:
 
 def _family(kernel: str) -> str:
     """Which of ours it is; empty for others."""
-    names = ("read", "finish", "fold", "window", "fusion_backward", "fusion", "cross_entropy")
+    names = ("read", "finish", "fold", "window", "fusion_backward", "fusion")
     return next((n.replace("_", " ") for n in names if n in kernel and kernel.endswith("_kernel")), "")
 
 

@@ -22,7 +22,6 @@ import mla_fast as mla
 from bench.problems import RLS, Fusion, State, Window
 from bench.providers import capture, random
 from bench.timing import Timing, copy_bandwidth, interleave, summary, write_jsonl
-from mla_fast import ops
 
 CUDA = torch.device("cuda")
 CALLS = 40
@@ -59,12 +58,6 @@ def fusion_backward(M: int, N: int, C: int) -> Callable[[], object]:
     return step
 
 
-def head(C: int, N: int = 64, s: int = 512) -> Callable[[], object]:
-    features, weight = (torch.randn(rows, s, device=CUDA, generator=random(CUDA)) for rows in (N, C))
-    target = torch.randint(C, (N,), device=CUDA, generator=random(CUDA))
-    return lambda: ops.linear_cross_entropy(features, target, weight, None, N)
-
-
 def cases() -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
     """(name, what makes the step)."""
     for s, C in itertools.product((512, 1024, 4096, 8192), (6, 101)):
@@ -75,8 +68,6 @@ def cases() -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
     for shape in ((2, 64, 6), (3, 64, 101), (3, 4096, 101), (3, 65536, 1000)):
         yield f"fusion {list(shape)}", lambda shape=shape: fusion(*shape)
         yield f"fusion backward {list(shape)}", lambda shape=shape: fusion_backward(*shape)
-    for C in (6, 101):
-        yield f"head C={C}", lambda C=C: head(C)
 
 
 def measure(step: Callable[[], object]) -> dict[str, list[float]]:

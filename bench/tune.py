@@ -45,8 +45,6 @@ def problem(op: str, size: dict[str, int], device: torch.device) -> Start:
     if op == "window":
         window = Window(size["s"], CLASSES, size["J"], device)
         return functools.partial(window.start, captured(window.ours))
-    if op == "cross_entropy":
-        return functools.partial(start_head, size["C"], device)
     N = min(4096 if size["C"] <= 128 else 2**24, 2**24 // size["C"])
     fusion = Fusion(MODALITIES, N, size["C"], False, device)
     if op == "entropy_fusion":
@@ -71,20 +69,6 @@ def start_fold(s: int, device: torch.device, R: int = 4) -> tuple[Step, Callable
 
     folded = capture(step)
     return folded, gate
-
-
-def start_head(C: int, device: torch.device, N: int = 64, s: int = 512) -> tuple[Step, Callable[[], None]]:
-    generator = random(device)
-    features, weight = (torch.randn(rows, s, device=device, generator=generator) for rows in (N, C))
-    target = torch.randint(C, (N,), device=device, generator=generator)
-    step = capture(lambda: ops.linear_cross_entropy(features, target, weight, None, N))
-
-    def gate():
-        right = reference.linear_cross_entropy(features.double(), target, weight.double(), None, N)
-        for name, got, expected in zip(("loss", "features", "weight"), step(), right[:3], strict=False):
-            check(name, got, expected, 1e-5)
-
-    return step, gate
 
 
 def start_backward(fusion: Fusion, device: torch.device) -> Start:

@@ -1,5 +1,5 @@
-// The CPU implementations of the operators whose schemas are in mla_fast/registration.py. Arguments were checked in Python
-// (mla_fast/ops.py), where an error can name them; what is checked again here guards callers of torch.ops.mla_fast.
+// The CPU implementations of the operators whose schemas are in mla_fast/ops/. Arguments were checked there, in Python,
+// where an error can name them; what is checked again here guards callers of torch.ops.mla_fast.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -19,13 +19,6 @@ namespace mla_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
-    Tensor features,
-    Tensor target,
-    Tensor weight,
-    std::optional<Tensor> bias,
-    double total);
 
 Tensor rls_project_(
     Tensor P,

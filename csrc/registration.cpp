@@ -1,9 +1,8 @@
-// CPU implementations of the operators. Their schemas, fakes and autograd rules are in mla_fast/registration.py, which is the same
+// CPU implementations of the operators. Their schemas, fakes and autograd rules are in mla_fast/ops/, which is the same
 // with and without this extension; the CUDA implementations are in kernels/.
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(mla_fast, CPU, m) {
-  m.impl("linear_cross_entropy", TORCH_BOX(&mla_fast::linear_cross_entropy));
   m.impl("rls_project_", TORCH_BOX(&mla_fast::rls_project_));
   m.impl("rls_fold_", TORCH_BOX(&mla_fast::rls_fold_));
   m.impl("window_project", TORCH_BOX(&mla_fast::window_project));

@@ -99,11 +99,6 @@ MLA_INLINE T sum(vec_t<T, B> v) {
   return reduce<T, B>(v, plus);
 }
 
-template <typename T, int B>
-MLA_INLINE T maximum(vec_t<T, B> v) {
-  return reduce<T, B>(v, greater);
-}
-
 #if defined(__clang__) || __GNUC__ >= 12
 template <typename T, int B, class Op, int... lanes>
 MLA_INLINE vec_t<T, B> combine_neighbours(vec_t<T, B> a, vec_t<T, B> b, const Op& op, std::integer_sequence<int, lanes...>) {

@@ -1,14 +1,13 @@
-"""Triton kernels, installed as ``mla_fast.kernels``: the CUDA side of operators that ``mla_fast.registration`` declares.
+"""Triton kernels, installed as ``mla_fast.kernels``: the CUDA side of operators that ``mla_fast.ops`` declares.
 
 They import triton and torch, nothing of ours. With TRITON_INTERPRET=1, set before this is imported, they run on CPU tensors.
 """
 
 from . import launch
-from .cross_entropy import linear_cross_entropy
-from .entropy_fusion import entropy_fusion, entropy_fusion_backward
+from .fusion import entropy_fusion, entropy_fusion_backward
 from .head_step import head_check_, head_restore_
-from .rls_project import rls_fold_, rls_project_, rls_step_
-from .window_project import window_project, window_step_
+from .rls import rls_fold_, rls_project_, rls_step_
+from .window import window_project, window_step_
 
 __all__ = [
     "entropy_fusion",
@@ -16,7 +15,6 @@ __all__ = [
     "head_check_",
     "head_restore_",
     "launch",
-    "linear_cross_entropy",
     "rls_fold_",
     "rls_project_",
     "rls_step_",

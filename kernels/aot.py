@@ -24,11 +24,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from . import launch
-from .cross_entropy import linear_cross_entropy
-from .entropy_fusion import entropy_fusion, entropy_fusion_backward
+from .fusion import entropy_fusion, entropy_fusion_backward
 from .head_step import head_check_, head_restore_
-from .rls_project import rls_fold_, rls_project_
-from .window_project import window_project, window_step_
+from .rls import rls_fold_, rls_project_
+from .window import window_project, window_step_
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -132,9 +131,6 @@ def _cases():
     for dtype in LIKELY:
         for C, s, layers, states in ((6, 512, 1, 0), (101, 513, 1, 1), (1000, 8192, 2, 2)):
             yield from _head_steps(empty, C, s, layers, states, dtype)
-    for C in (1, 6, 101, 1000, 4096, 32000):
-        target = empty(64, dtype=torch.int64)
-        yield f"head C={C}", functools.partial(linear_cross_entropy, empty(64, 512), target, empty(C, 512), empty(C), 64.0)
     for C in (1, 6, 101, 1000, 4096, 8192, 32000):
         for dtype in LIKELY:
             yield from _fusions(empty, C, dtype)

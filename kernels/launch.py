@@ -157,12 +157,6 @@ def window_config(s: int, J: int, itemsize: int) -> dict:
     return {"J_PAD": J_PAD, "J_TILE": min(J_PAD, 4), "BLOCK": BLOCK, "ONE_READ": s <= BLOCK and J_PAD <= 4, **config}
 
 
-def cross_entropy_config(C: int) -> tuple[dict, int]:
-    """(configuration, rows to a program): several short ones; 0 for one that does not fit in a block."""
-    config = _fitted("cross_entropy", C, C=C)
-    return config, min(max(128 // config["BLOCK"], 1), 32) if C <= config["BLOCK"] else 0
-
-
 def fusion_config(op: str, C: int, M: int, itemsize: int) -> dict:
     """Several short rows to a program (no more than it has threads), or one row in one or more blocks; `itemsize` bytes to a
     number as it is computed. A row that is longer than its block is read twice, one modality after another; a shorter one is

@@ -2,12 +2,12 @@
 
 from mla_fast import reference
 from mla_fast.checkpoint import CheckpointError
-from mla_fast.dispatch import DispatchPlan, dispatch
 from mla_fast.distributed import distribute
-from mla_fast.fusion import Fused, entropy_fusion
 from mla_fast.graph import GraphedStep
 from mla_fast.model import MultimodalModel
 from mla_fast.ops import rls_project_, window_project
+from mla_fast.ops.dispatch import DispatchPlan, dispatch
+from mla_fast.ops.fusion import Fused, entropy_fusion
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.step import alternating_step
 from mla_fast.trainer import Trainer

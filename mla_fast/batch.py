@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mla_fast.dispatch import dispatch
 from mla_fast.distributed import all_reduce_sum, rank_and_size
 from mla_fast.inputs import Inputs, describe, leaves, sample_counts, to_device, tree_map
 from mla_fast.model import MultimodalModel
+from mla_fast.ops.dispatch import dispatch
 from mla_fast.optimizer import MLAOptimizer
 
 

@@ -22,9 +22,8 @@ def report() -> list[tuple[str, str]]:
             lines.append((f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, CUDA {torch.version.cuda}"))
     else:
         lines.append(("cuda", "no device" if torch.version.cuda else "this torch was built without it"))
-    backends = {f"backend {name}": missing for name, missing in ops.MISSING.items()} | {"dispatch on CUDA": ops.CUDA_MISSING}
-    for name, missing in backends.items():
-        lines.append((name, "active" if missing is None else f"not available: {missing}"))
+    for name, missing in ops.MISSING.items():
+        lines.append((f"backend {name}", "active" if missing is None else f"not available: {missing}"))
     return lines
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mla_fast.batch import unpack_batch
-from mla_fast.dispatch import dispatch
 from mla_fast.distributed import all_reduce_sum
 from mla_fast.model import MultimodalModel
+from mla_fast.ops.dispatch import dispatch
 
 
 class Sums(dict[str, list[Any]]):

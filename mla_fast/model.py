@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mla_fast.dispatch import DispatchPlan, dispatch
-from mla_fast.fusion import Fused, entropy_fusion
 from mla_fast.inputs import Inputs, check_by_modality, describe, leaves, sample_count, sample_counts
+from mla_fast.ops.dispatch import DispatchPlan, dispatch
+from mla_fast.ops.fusion import Fused, entropy_fusion
 from mla_fast.streams import run_on_streams
 
 

@@ -25,22 +25,6 @@ def unimodal_loss(features: Tensor, weight: Tensor, bias: Tensor | None, target:
     return F.cross_entropy(F.linear(features, weight, bias), target)
 
 
-def linear_cross_entropy(
-    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, total: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss of eq. 2, summed over these rows and divided by `total`, with its gradients, x̄ and norms.
-
-    δ = (softmax(H Wᵀ + b) − onehot(y)) / total;  ∂/∂H = δ W,  G = δᵀ H,  ∂/∂b = Σ_n δ
-
-    (loss, ∂/∂H [N, s], G [C, s], ∂/∂b [C], x̄ [s], norms [3] = [‖G‖, ‖x̄‖, ‖∂/∂b‖])
-    """
-    log_p = F.linear(features, weight, bias).log_softmax(1)
-    loss = F.nll_loss(log_p, target, reduction="sum") / total
-    delta = log_p.exp().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1.0)) / total
-    grad, grad_bias, x_bar = delta.T @ features, delta.sum(0), features.mean(0)
-    return loss, delta @ weight, grad, grad_bias, x_bar, torch.stack([grad.norm(), x_bar.norm(), grad_bias.norm()])
-
-
 def feature_mean(features: Tensor) -> Tensor:
     """Return x̄ [s], the mean over all rows of features [..., s]."""
     return features.flatten(0, -2).mean(0)
@@ -51,7 +35,7 @@ def with_constant(x_bar: Tensor) -> Tensor:
     return torch.cat([x_bar, x_bar.new_ones(1)])
 
 
-def rls_gain(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
+def rls_gain(P: Tensor, x_bar: Tensor, alpha: float | Tensor) -> Tensor:
     """Return u [s] = k / √(α + x̄ᵀk) with k = P x̄, so that eq. 5 is P⁺ = P − u uᵀ.
 
     P ⪰ 0, so x̄ᵀk < 0 can only be rounding: P maps x̄ to 0 already, and u = 0.
@@ -61,7 +45,7 @@ def rls_gain(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
     return torch.where(d <= 0, 0, k / (alpha + d).sqrt())
 
 
-def rls_update(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
+def rls_update(P: Tensor, x_bar: Tensor, alpha: float | Tensor) -> Tensor:
     """Return P⁺ = P − k kᵀ / (α + x̄ᵀ k) with k = P x̄ (eq. 5), which is exactly symmetric if P is."""
     u = rls_gain(P, x_bar, alpha)
     return P - torch.outer(u, u)
@@ -79,13 +63,15 @@ def project(grad: Tensor, P: Tensor) -> Tensor:
     return grad @ P
 
 
-def rls_project(P: Tensor, x_bar: Tensor, grad: Tensor, alpha: float, *, project_first: bool = False) -> tuple[Tensor, Tensor]:
+def rls_project(
+    P: Tensor, x_bar: Tensor, grad: Tensor, alpha: float | Tensor, *, project_first: bool = False
+) -> tuple[Tensor, Tensor]:
     """Update P by eq. 5 and project by eq. 3: return (P⁺, G P⁺), or (P⁺, G P) with ``project_first``."""
     updated = rls_update(P, x_bar, alpha)
     return updated, project(grad, P if project_first else updated)
 
 
-def window_projection(others: Tensor, alpha: float) -> Tensor:
+def window_projection(others: Tensor, alpha: float | Tensor) -> Tensor:
     """Return P [s, s] from the latest x̄ of every *other* modality, others [M − 1, s], by eq. 5 started from I."""
     P = torch.eye(others.shape[1], dtype=others.dtype, device=others.device)
     for x_bar in others:

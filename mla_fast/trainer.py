@@ -17,11 +17,11 @@ from tqdm import tqdm
 from mla_fast import graph
 from mla_fast.batch import row_totals, rows_by_modality, unpack_batch
 from mla_fast.evaluate import evaluate
-from mla_fast.fusion import Fused
 from mla_fast.graph import GraphedStep
 from mla_fast.head import FROZEN
 from mla_fast.inputs import Inputs, describe, sample_counts, to_device
 from mla_fast.model import MultimodalModel
+from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.random_state import Replayable
 from mla_fast.resume import Loader, Position

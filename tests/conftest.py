@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
 
 from mla_fast import competition, ops  # noqa: E402
 
-if ops.INTERPRETED and ops.TRITON_MISSING is None:
+if ops.INTERPRETED and ops.available("triton"):
     from mla_fast.kernels import launch
 
     # Interpreted programs run one after another, and take long whatever their size: few and large ones say as much as many.

@@ -18,7 +18,7 @@ from bench.timing import interleave
 from mla_fast import ops
 
 CPU = torch.device("cpu")
-needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
+needs_cpp = pytest.mark.skipif(not ops.available("cpp"), reason=str(ops.MISSING["cpp"]))
 TINY = (Spec("rls", 3, 9), Spec("window", 3, 9, 3), Spec("fusion", 3, None, 2, 4), Spec("fusion", 3, None, 2, 4, True))
 TINY += (Spec("infer", 3, 9, 2, 5), Spec("infer", 3, 9, 2, 5, True))
 TINY += (Spec("dispatch", N=5), Spec("dispatch", N=5, means=True), Spec("predict", 3, N=5))

@@ -20,7 +20,7 @@ from mla_fast.encoders import MLP, SmallCNN
 
 f64 = torch.float64
 CPU = torch.device("cpu")
-needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
+needs_cpp = pytest.mark.skipif(not ops.available("cpp"), reason=str(ops.MISSING["cpp"]))
 SHAPES = {"audio": (3,), "video": (2, 5, 9)}
 
 

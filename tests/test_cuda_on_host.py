@@ -17,7 +17,7 @@ import torch
 from helpers import exhaustive
 
 from mla_fast import reference
-from mla_fast.registration import SCHEMAS
+from mla_fast.ops.backend import SCHEMAS
 
 pytestmark = pytest.mark.xdist_group("cuda_on_host")  # which is compiled once
 

@@ -12,7 +12,7 @@ from torch.library import opcheck
 import mla_fast as mla
 from mla_fast import ops
 
-needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
+needs_cpp = pytest.mark.skipif(not ops.available("cpp"), reason=str(ops.MISSING["cpp"]))
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
 
@@ -293,7 +293,7 @@ def test_direct_callers_are_kept_within_bounds():
             call()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or ops.CUDA_MISSING is not None, reason=str(ops.CUDA_MISSING or "no GPU"))
+@pytest.mark.skipif(not (torch.cuda.is_available() and ops.available("cpp on CUDA")), reason="needs a GPU")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("N,M", [(0, 2), (1, 1), (7, 3), (1025, 3), (300, 64), (5000, 17), (140_000, 3)])
 def test_on_a_gpu(N, M, padded):

@@ -9,8 +9,9 @@ from torch.autograd import gradcheck
 
 import mla_fast as mla
 from mla_fast import ops, reference
+from mla_fast.ops import fusion
 
-needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
+needs_cpp = pytest.mark.skipif(not ops.available("cpp"), reason=str(ops.MISSING["cpp"]))
 SHAPES = [(1, 1, 1), (2, 9, 17), (3, 64, 101), (5, 3, 513), (2, 0, 4), (3, 2, 4000)]
 MORE_SHAPES = [(1, 5, 7), (2, 1, 6), (2, 9, 16), (3, 17, 1025)]
 
@@ -157,13 +158,21 @@ def test_what_the_operators_have_no_rules_for_is_refused():
             fuse(torch.autograd.forward_ad.make_dual(logits, slopes))
     for name, call in (
         ("entropy_fusion", lambda: torch.func.jvp(fuse, (logits,), (slopes,))),
-        ("entropy_fusion", lambda: torch.func.grad(lambda z: fuse(list(z)).sum())(logits)),
-        ("entropy_fusion", lambda: torch.func.vmap(fuse)(logits[None])),
         ("entropy_fusion", lambda: torch.func.jacfwd(lambda z: plan.fuse(z).logits)(packed)),
         ("pack_rows", lambda: torch.func.jvp(lambda z: plan.pack(list(z)), (logits,), (slopes,))),
         ("segment_mean", lambda: torch.func.jvp(plan.segment_mean, (packed,), (packed,))),
+        ("entropy_fusion", lambda: torch.func.vmap(fuse)(logits[None])),
+        ("segment_mean", lambda: torch.func.vmap(plan.segment_mean)(packed[None])),
     ):
         with pytest.raises(NotImplementedError, match=f'^{name}: .* need backend="reference"'):
+            call()
+    for call in (  # which torch refuses by itself
+        lambda: torch.func.hessian(lambda z: fuse(z).sum())(logits),
+        lambda: torch.func.grad(lambda z: fuse(list(z)).sum())(logits),
+        lambda: torch.func.grad(lambda z: plan.segment_mean(z).sum())(packed),
+        lambda: torch.func.jacrev(lambda z: tuple(plan.pack(list(z))))(logits),
+    ):
+        with pytest.raises(RuntimeError, match="autograd.Function with functorch transforms"):
             call()
     _, got = torch.func.jvp(lambda z: mla.entropy_fusion(z, backend="reference").logits, (logits,), (slopes,))
     step = 1e-3 * slopes.double()
@@ -190,7 +199,7 @@ def test_any_shape_and_mask(M, N, C, seed, rate):
     logits = 8 * torch.randn(M, N, C, generator=generator)
     present = torch.rand(N, M, generator=generator) >= rate
     expected = reference.entropy_fusion(logits.double(), present)
-    backend = "reference" if ops.CPP_MISSING else "cpp"
+    backend = "cpp" if ops.available("cpp") else "reference"
     for got, want in zip(mla.entropy_fusion(logits, present, backend=backend), expected, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=5e-6)
 
@@ -210,13 +219,13 @@ def test_what_is_fused_at_once_is_the_same(masked):
     logits = torch.randn(3, 33, 7)
     present = torch.rand(33, 3) > 0.4 if masked else None
     for given_as in (logits, list(logits), tuple(logits)):
-        assert ops.fuse_at_once(given_as, present) is not None
+        assert fusion._at_once(given_as, present) is not None
         for a, b in zip(mla.entropy_fusion(given_as, present), mla.entropy_fusion(logits, present, backend="cpp"), strict=True):
             assert torch.equal(a, b)
     for given_as in (logits.requires_grad_(), list(logits)):
-        assert ops.fuse_at_once(given_as, present) is None and mla.entropy_fusion(given_as, present).logits.requires_grad
+        assert fusion._at_once(given_as, present).logits.requires_grad
         with torch.no_grad():
-            assert ops.fuse_at_once(given_as, present) is not None
+            assert not fusion._at_once(given_as, present).logits.requires_grad
 
 
 def test_bad_arguments_are_named():

@@ -4,14 +4,13 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import exhaustive, relative
 from torch.library import opcheck
 
 import mla_fast as mla
 from mla_fast import ops, reference
 
-needs_cpp = pytest.mark.skipif(ops.CPP_MISSING is not None, reason=str(ops.CPP_MISSING))
+needs_cpp = pytest.mark.skipif(not ops.available("cpp"), reason=str(ops.MISSING["cpp"]))
 many_launches = pytest.mark.many_launches
 SIZES = [1, 2, 7, 63, 64, 65, 513]
 CLASSES = [1, 6, 7, 20, 21, 101]
@@ -243,7 +242,7 @@ def test_backends_that_cannot_run_say_why(monkeypatch):
 
 def test_a_fallback_is_announced_once(monkeypatch):
     monkeypatch.setitem(ops.MISSING, "cpp", "it was not built; build it with make")
-    monkeypatch.setattr(ops, "_announced", set())
+    monkeypatch.setattr("mla_fast.ops.backend._announced", set())
     with pytest.warns(UserWarning, match="build it with make") as warned:
         for _ in range(3):
             assert ops.resolve("auto", torch.device("cpu")) == "reference"
@@ -338,62 +337,3 @@ def test_direct_callers_are_kept_within_bounds():
     for bad in (torch.zeros(0), torch.zeros(2), torch.zeros(1, device="meta")):
         with pytest.raises(ValueError, match="^found_inf: "):
             mla.rls_project_(P, x, G, 1.0, found_inf=bad)
-
-
-def autograd_of_the_head(features, target, weight, bias, total):
-    """Without a bias its gradient is found all the same."""
-    bias = features.new_zeros(len(weight)) if bias is None else bias
-    leaves = [t.double().requires_grad_() for t in (features, weight, bias)]
-    loss = F.cross_entropy(F.linear(*leaves), target, reduction="sum") / total
-    grad_features, grad, grad_bias = torch.autograd.grad(loss, leaves)
-    x_bar = features.double().mean(0)
-    return loss.detach(), grad_features, grad, grad_bias, x_bar, torch.stack([t.norm() for t in (grad, x_bar, grad_bias)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize(
-    "N,s,C", [(1, 1, 1), (1, 63, 6), (7, 130, 31), (64, 128, 10), (3, 513, 101), (65, 513, 31), (64, 513, 101)]
-)
-def test_linear_cross_entropy_is_what_autograd_finds(N, s, C, with_bias, dtype):
-    """The last size is left to matrix products; logits far from zero, where exp alone would overflow."""
-    features, weight = torch.randn(N, s).to(dtype), 3 * torch.randn(C, s).to(dtype)
-    bias, target = torch.randn(C).to(dtype) + 100 if with_bias else None, torch.randint(C, (N,))
-    arguments = features, target, weight, bias, 2.5 * N
-    assert (N * s * C > ops.SMALL_HEAD) == ((N, s) == (64, 513))
-    results = zip(ops.linear_cross_entropy(*arguments), mla.reference.linear_cross_entropy(*arguments), strict=True)
-    exact = autograd_of_the_head(*arguments)
-    logits = F.linear(features.double(), weight.double(), None if bias is None else bias.double())
-    rounding = 2 * torch.finfo(dtype).eps * max(1, logits.abs().max().item())  # of a logit, which the rest depends on
-    for (ours, eager), right in zip(results, exact, strict=True):
-        assert ours.dtype == dtype and ours.shape == right.shape
-        scale = max(1, right.abs().max().item())
-        assert (ours - right).abs().max() <= 2 * (eager - right).abs().max() + rounding * scale
-        assert (eager - right).abs().max() <= 2 * rounding * scale
-
-
-@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])
-@pytest.mark.parametrize("where", ["weight", "bias"])
-def test_linear_cross_entropy_keeps_what_is_no_number(bits, where):
-    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    features, weight, bias, target = torch.randn(4, 8), torch.randn(5, 8), torch.randn(5), torch.tensor([0, 1, 2, 3])
-    {"weight": weight, "bias": bias}[where][4] = nan
-    loss, gradient, grad, grad_bias, _, norms = ops.linear_cross_entropy(features, target, weight, bias, 4.0)
-    assert all(t.isnan().all() for t in (loss, gradient, grad, grad_bias, norms[::2]))
-
-
-@pytest.mark.skipif(ops.CPP_MISSING is not None, reason="no extension")
-def test_linear_cross_entropy_is_registered_and_checked():
-    features, weight, target = torch.randn(5, 4), torch.randn(3, 4), torch.tensor([0, 1, 2, 0, 1])
-    op = torch.ops.mla_fast.linear_cross_entropy.default
-    opcheck(op, (features, target, weight, torch.randn(3), 5.0))
-    opcheck(op, (torch.randn(4, 5).T, target, torch.randn(4, 3).T, None, 5.0))
-    assert [t.shape for t in op(features[:0], target[:0], weight, None, 5.0)] == [(), (0, 4), (3, 4), (3,), (4,), (3,)]
-    for bad in (
-        (features, target + 1, weight, None, 5.0),
-        (features, target[:4], weight, None, 5.0),
-        (features[:, :3], target, weight, None, 5.0),
-        (features.double(), target, weight, None, 5.0),
-    ):
-        with pytest.raises(RuntimeError, match="linear_cross_entropy: "):
-            op(*bad)

@@ -1,0 +1,41 @@
+"""The operators, one to a file, each from top to bottom: schema, fake, autograd, checks, choice of backend, public function."""
+
+from mla_fast.ops.backend import (
+    BACKENDS,
+    INTERPRETED,
+    MISSING,
+    BackendError,
+    alpha_tensor,
+    available,
+    check_alpha,
+    check_choice,
+    resolve,
+)
+from mla_fast.ops.head_step import head_check_, head_restore_
+from mla_fast.ops.rls import ORDERS, identity, pending_rows, rls_fold, rls_project_, rls_step, rls_step_, square_sum
+from mla_fast.ops.window import window_gram, window_project, window_step_
+
+__all__ = [
+    "BACKENDS",
+    "INTERPRETED",
+    "MISSING",
+    "ORDERS",
+    "BackendError",
+    "alpha_tensor",
+    "available",
+    "check_alpha",
+    "check_choice",
+    "head_check_",
+    "head_restore_",
+    "identity",
+    "pending_rows",
+    "resolve",
+    "rls_fold",
+    "rls_project_",
+    "rls_step",
+    "rls_step_",
+    "square_sum",
+    "window_gram",
+    "window_project",
+    "window_step_",
+]
