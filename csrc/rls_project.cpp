@@ -148,7 +148,8 @@ void multiply_triangle(T* P, int64_t s, const T* u, bool fold_left, const T* G, 
     for (int64_t v = 0; v <= rows; ++v)
       if (const T* from = v < C ? G + v * s : v == C ? x_bar : u)
         std::copy_n(from + i, std::min(SIDE, s - i), packed.operand(b) + v * SIDE);
-  in_parallel(parts, rows * s * s / parts, [&](int64_t begin, int64_t end) {
+  const double ns = 0.04 * static_cast<double>((rows + 2) * s * s) / static_cast<double>(parts);
+  in_parallel(parts, ns, [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t part = begin; part < end; ++part) {
         const Packed<T> own{packed.A, packed.AP + part * size, rows};
@@ -179,7 +180,7 @@ void multiply_triangle(T* P, int64_t s, const T* u, bool fold_left, const T* G, 
 // P ← P − u uᵀ, last row first: what was read last is still in the cache.
 template <typename T>
 void fold(T* P, int64_t s, const T* u) {
-  in_parallel(s, s, [&](int64_t begin, int64_t end) {
+  in_parallel(s, 0.2 * static_cast<double>(s), [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t j = end - 1; j >= begin; --j) axpy<bytes>(-u[j], u, P + j * s, s);
     });
@@ -190,7 +191,7 @@ void fold(T* P, int64_t s, const T* u) {
 template <typename T>
 void mirror(T* P, int64_t s) {
   const int64_t blocks = (s + SIDE - 1) / SIDE;
-  in_parallel(blocks, SIDE * s, [&](int64_t begin, int64_t end) {
+  in_parallel(blocks, 0.5 * static_cast<double>(SIDE * s), [&](int64_t begin, int64_t end) {
     for (int64_t J = begin; J < end; ++J)
       for (int64_t I = 0; I < J; ++I)
         for (int64_t j = J * SIDE; j < std::min(s, (J + 1) * SIDE); ++j)
@@ -231,7 +232,7 @@ Tensor run(
 
   double d = 0;
   vectorized([&](auto bytes) MLA_LAMBDA { d = dot<bytes>(x, k, s); });
-  in_parallel(C, s, [&](int64_t begin, int64_t end) {
+  in_parallel(C, 0.1 * static_cast<double>(s), [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t c = begin; c < end; ++c) gk[c] = dot<bytes>(G + c * s, k, s);
     });
@@ -248,7 +249,7 @@ Tensor run(
   for (int64_t i = 0; i < s; ++i) u[i] = static_cast<T>(scale * k[i]);
   if (!waiting) fold(p, s, u);
   if (!project_first)
-    in_parallel(C, s, [&](int64_t begin, int64_t end) {
+    in_parallel(C, 0.1 * static_cast<double>(s), [&](int64_t begin, int64_t end) {
       vectorized([&](auto bytes) MLA_LAMBDA {
         for (int64_t c = begin; c < end; ++c) axpy<bytes>(static_cast<T>(-scale * gk[c]), u, projected + c * s, s);
       });
