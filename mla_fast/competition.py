@@ -13,8 +13,6 @@ that the loss is small when one modality has won. It says what can happen, not h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,6 +22,7 @@ from mla_fast.baselines import JointModel, Sum, fit_joint
 from mla_fast.data import MultimodalDataset, competition, competition_directions
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.threads import one_thread
 from mla_fast.trainer import Trainer
 
 CLASSES = 10
@@ -76,17 +75,6 @@ def found_pairs(encoders: nn.ModuleDict, directions: Tensor) -> Tensor:
         gammas.append(torch.einsum("jld,dj->jl", per_class, M_r).amax(1))
     gamma = torch.stack(gammas, 1)
     return gamma >= gamma.max() / 2
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread inside. Matrices this small gain little from a second, and wait long for it where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()

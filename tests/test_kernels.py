@@ -494,7 +494,7 @@ def test_kernels_compile_without_spilling(target):
     """One case of each, from the launchers themselves; `make kernels-check` compiles every configuration for every target."""
     only = "^(rls s=1024 C=(6|101)|fold|window step K=5 s=8192 torch.float32|head C=101|fusion M=3 C=1000 torch.float32 slot)$"
     done = subprocess.run(
-        [sys.executable, "-m", "mla_fast.kernels.aot", "--targets", target, "--only", only],
+        [sys.executable, "-m", "bench.throughput.aot", "--targets", target, "--only", only],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -509,7 +509,7 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from mla_fast import kernels
-from mla_fast.kernels.aot import TARGETS, Driver
+from bench.throughput.aot import TARGETS, Driver
 
 launched, through_triton = [], []
 driver.set_active(Driver(TARGETS["sm_90"], lambda *args: launched.append(args)))
@@ -586,7 +586,9 @@ def test_later_launches_go_around_triton_and_are_the_same():
 
 
 def test_the_bench_of_launches():
-    done = subprocess.run([sys.executable, "-m", "bench.launches", "--seconds", "0.01"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.throughput.launches", "--seconds", "0.01"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "| entropy_fusion | 1 |" in done.stdout, done.stderr[-2000:]
 
 

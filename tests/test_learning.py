@@ -18,8 +18,8 @@ AVDIGITS = Path(__file__).parents[2] / "shared" / "data" / "avdigits.npz"
 @pytest.mark.skipif(not AVDIGITS.exists(), reason="avdigits.npz is not here")
 def test_mla_beats_joint_training_on_spoken_and_handwritten_digits():
     """One seed, half of the epochs; ``python -m bench.accuracy`` is the whole comparison."""
-    from bench.accuracy import Job, run
-    from bench.settings import setting
+    from bench.accuracy.__main__ import Job, run
+    from bench.accuracy.settings import setting
 
     task = setting(str(AVDIGITS), "B", epochs=10)
     fused = {method: run(Job(task, method, 0, 0.0))["accuracy"]["fused"] for method in ("Sum", "Concat", "MLA rls", "MLA window")}
