@@ -108,6 +108,17 @@ def test_a_file_cut_in_half_keeps_what_was_finished(npz, tmp_path, capsys):
     assert output.read_text().startswith(whole[0])
 
 
+def test_everything_goes_into_one_folder(npz, tmp_path, monkeypatch):
+    studies, folder = [], tmp_path / "all of it"
+    monkeypatch.setattr(command, "EVERYTHING", ("--data {data} --modalities a,b --epochs 1 --methods 'Sum,MLA none' --seeds 0",))
+    monkeypatch.setattr(jobs, "main", lambda study, argv: studies.append((study.name, argv)))
+    command.main(["--everything", "--data", str(npz), "--output", str(folder)])
+    assert [r["method"] for r in records.read(folder / "accuracy.jsonl")] == ["Sum", "MLA none"]
+    assert [name for name, _ in studies] == ["isolation", "gap", "collapse", "forgetting", "competition"]
+    own = ["--jobs", "1", "--output", str(folder / "competition.jsonl")]
+    assert studies[0][1][:4] == ["--data", str(npz), "--config", "B"] and studies[-1][1] == own
+
+
 @pytest.mark.slow
 def test_processes_find_what_one_does(npz, tmp_path):
     arguments = ["--methods", "Concat,MLA rls", "--seeds", "0", "--missing", "0.5"]

@@ -127,7 +127,8 @@ def compare(arguments: argparse.Namespace) -> None:
 def everything(arguments: argparse.Namespace) -> None:
     common = ["--jobs", str(arguments.jobs), "--output"]
     for line in EVERYTHING:
-        main([*shlex.split(line.format(data=arguments.data)), *common, str(arguments.output / "accuracy.jsonl")])
+        options = [option.format(data=arguments.data) for option in shlex.split(line)]
+        main([*options, *common, str(arguments.output / "accuracy.jsonl")])
     for study in STUDIES:
         data = ["--data", arguments.data, "--config", "B"] if study in ON_AVDIGITS else []
         jobs.main(study, [*data, *common, str(arguments.output / f"{study.name}.jsonl")])

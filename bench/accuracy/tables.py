@@ -79,9 +79,9 @@ def _columns(group: Sequence[Record]) -> list[str]:
     return [name for name in names if name not in ("average", "fused")] + ["average", "fused"]
 
 
-def fused(group: Sequence[Record], method: str = OURS) -> dict[int, float]:
-    """seed → fused accuracy."""
-    return {record["seed"]: record["accuracy"]["fused"] for record in group if record["method"] == method}
+def fused(group: Sequence[Record]) -> dict[int, float]:
+    """seed → ours."""
+    return {record["seed"]: record["accuracy"]["fused"] for record in group if record["method"] == OURS}
 
 
 def _wins(runs: Sequence[Record], ours: dict[int, float]) -> str:
@@ -103,20 +103,13 @@ def ablation(group: Sequence[Record]) -> str:
     Points gained are means of the differences in each seed.
     """
     by_method, rows = _ablated(group), []
-    for method, (fusion, projection) in gains(group).items():
-        cells = [spread([run[column] for run in by_method[method].values()]) for column in ("average", "fused")]
-        rows.append([method, *cells, spread(fusion), "-" if method == "MLA none" else spread(projection)])
-    return markdown_table([heading(group), "average", "fused", "by fusion", "by projection"], rows)
-
-
-def gains(group: Sequence[Record]) -> dict[str, tuple[list[float], list[float]]]:
-    """method → in each seed, what is gained by entropy fusion and what by the head's projection."""
-    by_method, found = _ablated(group), {}
     for method, runs in by_method.items():
-        both = sorted(runs.keys() & by_method["MLA none"].keys())
-        fusion = [run["fused"] - run["average"] for run in runs.values()]
-        found[method] = fusion, [runs[seed]["fused"] - by_method["MLA none"][seed]["fused"] for seed in both]
-    return found
+        none = {seed: run["fused"] for seed, run in by_method["MLA none"].items()}
+        cells = [[run[column] for run in runs.values()] for column in ("average", "fused")]
+        cells.append([run["fused"] - run["average"] for run in runs.values()])
+        cells.append([runs[seed]["fused"] - none[seed] for seed in sorted(runs.keys() & none.keys()) if method != "MLA none"])
+        rows.append([method, *map(spread, cells)])
+    return markdown_table([heading(group), "average", "fused", "by fusion", "by projection"], rows)
 
 
 def _ablated(group: Sequence[Record]) -> dict[str, dict[int, dict[str, float]]]:
