@@ -26,7 +26,7 @@ TINY += (Spec("dispatch", N=5), Spec("dispatch", N=5, means=True), Spec("predict
 
 
 def run(monkeypatch, *arguments):
-    """bench.ops on tiny cases, without minutes of timing."""
+    """bench.throughput.ops on tiny cases, without minutes of timing."""
     monkeypatch.setattr(sys, "argv", ["bench.throughput.ops", "--device", "cpu", "--seconds", "0", *map(str, arguments)])
     monkeypatch.setattr(bench_ops, "copy_bandwidth", lambda device: 10.0)
     monkeypatch.setattr(bench_ops, "interleave", lambda p, **options: interleave(p, **{**options, "rounds": (3, 3)}))

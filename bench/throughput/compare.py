@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         changes = compare(before, after, arguments.threshold)
         check(changes, arguments)
     except (ValueError, OSError) as error:
-        print(f"bench.compare: error: {error}", file=sys.stderr)
+        print(f"bench.throughput.compare: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     for difference in differences(changes, (*HARDWARE, *SOFTWARE)):
         print(f"not the same: {difference}")

@@ -1,6 +1,6 @@
 """What each kernel takes on the GPU, by torch's profiler: ``python -m bench.throughput.kernel_times [--output out.jsonl]``.
 
-An operator is one number in bench.ops; here its launches stand apart (reading, finishing, folding), and "in a graph" is a call
+An operator is one number in ``ops``; here its launches stand apart (reading, finishing, folding), and "in a graph" is a call
 among others in a CUDA graph. ``hot``: the same tensors at every call, so that what fits stays in the L2 cache. ``cold``: as many
 copies of P in turn as are larger than it together. A kernel that is launched before the one it waits for has ended, as the
 finishing one is, counts from its launch.
