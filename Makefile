@@ -44,16 +44,15 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	@echo "==> operators, inference and training steps beside their rivals, on one thread and on two, in four minutes"
-	for threads in 1 2; do OMP_WAIT_POLICY=passive $(BIN)/python -m bench.throughput --device cpu --threads $$threads --quick \
-		|| exit 1; done
+	@echo "==> operators, inference and training steps beside their rivals, on one thread and on all, in four minutes"
+	rm -f build/throughput.jsonl
+	OMP_WAIT_POLICY=passive $(BIN)/python -m bench.throughput --device cpu --quick --output build/throughput.jsonl
 
 # On a quiet machine and a clean tree, whose commit is recorded.
 results: $(READY)
 	@echo "==> the same with time for it, and with torch.compile; rewrites $(RESULTS)"
 	rm -f build/throughput.jsonl
-	for threads in 1 2; do OMP_WAIT_POLICY=passive $(BIN)/python -m bench.throughput --device cpu --threads $$threads --compile \
-		--output build/throughput.jsonl || exit 1; done
+	OMP_WAIT_POLICY=passive $(BIN)/python -m bench.throughput --device cpu --compile --output build/throughput.jsonl
 	mv build/throughput.jsonl $(RESULTS)
 
 report: $(READY)
@@ -63,21 +62,11 @@ report: $(READY)
 # What is in $(ACCURACY) already is not run again; bench/results has what the READMEs quote.
 accuracy: $(READY)
 	@echo "==> accuracy of all methods and the paper's studies on $(DATA), a process on each core; results go to $(ACCURACY)/"
-	$(BIN)/python -m bench.accuracy --data $(DATA) --config B --seeds 0-5 --jobs $(JOBS) --output $(ACCURACY)/accuracy.jsonl
-	$(BIN)/python -m bench.accuracy --data digits --seeds 0-5 --jobs $(JOBS) --output $(ACCURACY)/accuracy.jsonl
-	$(BIN)/python -m bench.accuracy --data $(DATA) --config B --seeds 0-5 --jobs $(JOBS) --output $(ACCURACY)/accuracy.jsonl \
-		--missing 0.1:0.7 --methods "Concat,Late fusion,MLA rls,MLA window"
-	$(BIN)/python -m bench.accuracy --data $(DATA) --config C --seeds 0-2 --jobs $(JOBS) --output $(ACCURACY)/accuracy.jsonl
-	$(BIN)/python -m bench.accuracy --data competition --seeds 0-2 --jobs $(JOBS) --output $(ACCURACY)/accuracy.jsonl
-	for study in isolation gap collapse; do $(BIN)/python -m bench.studies.$$study --data $(DATA) --config B --jobs $(JOBS) \
-		--output $(ACCURACY)/$$study.jsonl || exit 1; done
-	for study in forgetting competition; do $(BIN)/python -m bench.studies.$$study --jobs $(JOBS) \
-		--output $(ACCURACY)/$$study.jsonl || exit 1; done
-	$(BIN)/python -m bench.accuracy --show $(ACCURACY)/accuracy.jsonl
+	$(BIN)/python -m bench.accuracy --everything --data $(DATA) --jobs $(JOBS) --output $(ACCURACY)
 
 kernels-check: $(READY)
 	@echo "==> every Triton kernel and shipped configuration, compiled for each target without a GPU"
-	printf '%s\n' $(TARGETS) | xargs -P $(JOBS) -I{} $(BIN)/python -m mla_fast.kernels.aot --targets {}
+	printf '%s\n' $(TARGETS) | xargs -P $(JOBS) -I{} $(BIN)/python -m bench.throughput.aot --targets {}
 
 # On a machine with a GPU, with its own Python, torch and triton; nothing is downloaded. GPU_PYTHON may name another Python.
 gpu-check:
@@ -88,7 +77,7 @@ gpu-check:
 # After gpu-check, whose build it runs from.
 tune:
 	@echo "==> measuring launch configurations on this machine's GPU; rewrites kernels/launch.json"
-	cd build/gpu/checkout && PYTHONPATH=$(CURDIR)/build/gpu/site $(GPU_PYTHON) -m bench.tune --output $(CURDIR)/kernels/launch.json
+	cd build/gpu/checkout && PYTHONPATH=$(CURDIR)/build/gpu/site $(GPU_PYTHON) -m bench.throughput.tune --output $(CURDIR)/kernels/launch.json
 
 env: $(READY)
 	$(BIN)/mla-fast env

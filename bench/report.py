@@ -2,7 +2,7 @@
 
     python -m bench.report
 
-No number of the report is typed: tables, pictures and readings come from the records. In the README, what stands between
+No number of the report is typed: tables and pictures come from the records. In the README, what stands between
 ``<!-- report: NAME -->`` and ``<!-- end -->`` is replaced.
 """
 
@@ -15,9 +15,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench import gpu, plot, readings, records, speed, tables
-from bench.speed import Throughput
-from bench.studies import collapse, competition, forgetting, gap, isolation
+from bench import pictures, records
+from bench.accuracy import tables
+from bench.accuracy.__main__ import STUDIES
+from bench.throughput import gpu, plot, speed
+from bench.throughput.speed import Throughput
 
 BENCH = Path(__file__).parent
 RESULTS, PLOTS, REPORT, README = BENCH / "results", BENCH / "plots", BENCH / "REPORT.md", BENCH.parent / "README.md"
@@ -25,32 +27,20 @@ CPU = RESULTS / "cpu-xeon.jsonl"
 GPU = "nvidia-h200"
 TEMPLATE = BENCH / "report.md.in"
 WIDTH = 130
-STUDIES = {
-    isolation.STUDY: readings.isolated,
-    gap.STUDY: readings.gap,
-    collapse.STUDY: readings.collapsed,
-    forgetting.STUDY: readings.forgotten,
-    competition.STUDY: readings.competition,
-}
 
 
 def parts() -> dict[str, str]:
-    """All tables and readings by the names that the template and the README have for them."""
+    """All tables by the names that the template and the README have for them."""
     found, cpu, card = records.read(RESULTS / "accuracy.jsonl"), Throughput(CPU), gpu.GPU(RESULTS, GPU)
     tasks = tables.complete(found)
     named = {
         "ours": tables.OURS,
         "summary": tables.summary(tasks),
-        "accuracy reading": readings.accuracy(found),
-        "baselines": readings.baselines(found),
-        "infinite": readings.infinite(found),
         "modalities": "\n\n".join(map(tables.by_modality, tasks)),
         "missing": "\n\n".join(map(tables.by_rate, tables.missing(found))),
-        "missing reading": readings.missing(found),
         "ablation": "\n\n".join(map(tables.ablation, tasks)),
-        "ablation reading": readings.ablation(found),
         "operators": speed.operators(cpu),
-        "operators reading": f"{speed.read_operators(cpu)} {speed.read_window(cpu)} {speed.read_inference(cpu)}",
+        "operators reading": speed.read_operators(cpu),
         "steps": speed.step_times(cpu),
         "ratios": speed.step_ratios(cpu),
         "gpu machine": gpu.measured_on(card),
@@ -61,11 +51,8 @@ def parts() -> dict[str, str]:
         "gpu largest": gpu.largest(card),
         "gpu counters": gpu.counters(RESULTS / f"{GPU}-ncu.csv"),
         "gpu kernels": gpu.kernels(card),
-        "steps reading": f"{speed.read_steps(cpu)} {speed.read_overhead(cpu)}",
     }
-    for study, read in STUDIES.items():
-        found = records.read(RESULTS / f"{study.name}.jsonl")
-        named |= {study.name: study.table(found), f"{study.name} reading": read(found)}
+    named |= {study.name: study.table(records.read(RESULTS / f"{study.name}.jsonl")) for study in STUDIES}
     return {name: text if text.startswith(("|", "-")) else textwrap.fill(text, WIDTH) for name, text in named.items()}
 
 
@@ -81,23 +68,14 @@ def readme(named: dict[str, str], text: str) -> str:
     )
 
 
-def pictures() -> dict[str, Callable[[Path], object]]:
+def drawings() -> dict[str, Callable[[Path], object]]:
     """name → what draws it into a file."""
     found = records.read(RESULTS / "accuracy.jsonl")
     drawn = {"accuracy": partial(tables.draw_accuracy, found)}
     for study in STUDIES:
         drawn[study.name] = partial(study.draw, records.read(RESULTS / f"{study.name}.jsonl"))
-    one_thread = [record for record in records.timings(CPU).values() if record["machine"]["threads"] == 1]
-    return drawn | {"operators": partial(plot.draw, one_thread)}
-
-
-def shrink(path: Path) -> None:
-    """A few colours are enough, and a third of the bytes."""
-    from PIL import Image  # comes with matplotlib
-
-    with Image.open(path) as picture:
-        few = picture.convert("RGB").quantize(64)
-    few.save(path, optimize=True)
+    best = speed.best_threads(list(records.timings(CPU).values()))
+    return drawn | {"operators": partial(plot.draw, best)}
 
 
 def main() -> None:
@@ -108,9 +86,9 @@ def main() -> None:
         raise SystemExit(f"bench.report: error: {error}") from None
     REPORT.write_text(report(named))
     README.write_text(readme(named, README.read_text()))
-    for name, draw in pictures().items():
+    for name, draw in drawings().items():
         draw(PLOTS / f"{name}.png")
-        shrink(PLOTS / f"{name}.png")
+        pictures.shrink(PLOTS / f"{name}.png")
     print(f"wrote {REPORT} and the tables of {README}")
 
 

@@ -101,7 +101,7 @@ struct Copies {
   template <class F>
   void for_each_piece(const F& f) const {
     const int64_t count = static_cast<int64_t>(pieces.size());
-    in_parallel(count, bytes / std::max<int64_t>(1, count), [&](int64_t begin, int64_t end) {
+    in_parallel(count, 0.1 * static_cast<double>(bytes) / static_cast<double>(std::max<int64_t>(1, count)), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin, last = p; p < end; p = last) {  // a thread's own pages, since faults would hold up its streams
         const size_t m = pieces[p].m;
         while (last < end && pieces[last].m == m) ++last;
@@ -215,7 +215,7 @@ Tensor means(const Tensor& features, const int64_t* offsets, const int64_t* coun
   const In* in = features.const_data_ptr<In>();
   T* out = result.mutable_data_ptr<T>();
   const int64_t rows = M ? features.size(0) / M + 1 : 1;
-  in_parallel(M * tiles, rows * COLUMNS, [&](int64_t begin, int64_t end) {
+  in_parallel(M * tiles, 0.2 * static_cast<double>(rows * COLUMNS), [&](int64_t begin, int64_t end) {
     vectorized([&](auto) MLA_LAMBDA {
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t m = piece / tiles, from = piece % tiles * COLUMNS;

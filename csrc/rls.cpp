@@ -148,7 +148,8 @@ void multiply_triangle(T* P, int64_t s, const T* u, bool fold_left, const T* G, 
     for (int64_t v = 0; v <= rows; ++v)
       if (const T* from = v < C ? G + v * s : v == C ? x_bar : u)
         std::copy_n(from + i, std::min(SIDE, s - i), packed.operand(b) + v * SIDE);
-  in_parallel(parts, rows * s * s / parts, [&](int64_t begin, int64_t end) {
+  const double ns = 0.04 * static_cast<double>((rows + 2) * s * s) / static_cast<double>(parts);
+  in_parallel(parts, ns, [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t part = begin; part < end; ++part) {
         const Packed<T> own{packed.A, packed.AP + part * size, rows};
@@ -179,7 +180,7 @@ void multiply_triangle(T* P, int64_t s, const T* u, bool fold_left, const T* G, 
 // P ← P − u uᵀ, last row first: what was read last is still in the cache.
 template <typename T>
 void fold(T* P, int64_t s, const T* u) {
-  in_parallel(s, s, [&](int64_t begin, int64_t end) {
+  in_parallel(s, 0.2 * static_cast<double>(s), [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t j = end - 1; j >= begin; --j) axpy<bytes>(-u[j], u, P + j * s, s);
     });
@@ -190,12 +191,50 @@ void fold(T* P, int64_t s, const T* u) {
 template <typename T>
 void mirror(T* P, int64_t s) {
   const int64_t blocks = (s + SIDE - 1) / SIDE;
-  in_parallel(blocks, SIDE * s, [&](int64_t begin, int64_t end) {
+  in_parallel(blocks, 0.5 * static_cast<double>(SIDE * s), [&](int64_t begin, int64_t end) {
     for (int64_t J = begin; J < end; ++J)
       for (int64_t I = 0; I < J; ++I)
         for (int64_t j = J * SIDE; j < std::min(s, (J + 1) * SIDE); ++j)
           for (int64_t i = I * SIDE; i < (I + 1) * SIDE; ++i) P[j * s + i] = P[i * s + j];
   });
+}
+
+// Up to so many multiplications G P is done here: a library's product wakes threads for any size, which for s = 128 and 101 classes
+// takes as long as all the rest (on an EPYC 84 µs with one thread, 135 with two).
+constexpr int64_t SMALL = 8'000'000;
+
+// out ← G P, of at least ROWS classes, by panels of P's columns, copied to where their rows follow each other. Each number is a sum
+// over P's rows from the first to the last; the last rows of G overlap those before them.
+template <typename T, int B>
+MLA_INLINE void multiply_small(const T* G, const T* P, T* out, int64_t s, int64_t C) {
+  constexpr int ROWS = 6, N = Tile<T, B>::N;  // sums that fill the registers
+  constexpr int64_t W = Simd<T, B>::width, WIDTH = N * W;
+  Zeros<T> copy(s * WIDTH);
+  T* panel = copy.data();
+  for (int64_t i = 0; i < s; i += WIDTH) {
+    const int64_t width = std::min(WIDTH, s - i);
+    for (int64_t j = 0; j < s; ++j)
+      if (width == WIDTH)
+        std::memcpy(panel + j * WIDTH, P + j * s + i, WIDTH * sizeof(T));  // of a size that the compiler knows
+      else
+        std::memcpy(panel + j * WIDTH, P + j * s + i, width * sizeof(T));
+    for (int64_t c = 0; c < C; c += ROWS) {
+      const int64_t row = std::min(c, C - ROWS) * s;
+      vec_t<T, B> sum[ROWS][N] = {};
+      for (int64_t j = 0; j < s; ++j)
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) sum[r][n] += G[row + r * s + j] * load<B>(panel + j * WIDTH + n * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        T sums[WIDTH];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) store<B>(sums + n * W, sum[r][n]);
+        std::memcpy(out + row + r * s + i, sums, width * sizeof(T));
+      }
+    }
+  }
 }
 
 // out ← a b. An out= product, unlike matmul, is left alone by autocast.
@@ -227,11 +266,14 @@ Tensor run(
   multiply_triangle(p, s, waiting, waiting && !upper_only, G, x, by_gemm ? 0 : C, projected, k);
   if (stale) *stale = upper_only;
   if (waiting) std::fill(waiting, waiting + s, T(0));  // P has taken it up: should anything below throw, the two still agree
-  if (by_gemm) multiply(grad, P, result);
+  if (by_gemm && C * s * s <= SMALL)
+    vectorized([&](auto bytes) MLA_LAMBDA { multiply_small<T, bytes>(G, p, projected, s, C); });
+  else if (by_gemm)
+    multiply(grad, P, result);
 
   double d = 0;
   vectorized([&](auto bytes) MLA_LAMBDA { d = dot<bytes>(x, k, s); });
-  in_parallel(C, s, [&](int64_t begin, int64_t end) {
+  in_parallel(C, 0.1 * static_cast<double>(s), [&](int64_t begin, int64_t end) {
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t c = begin; c < end; ++c) gk[c] = dot<bytes>(G + c * s, k, s);
     });
@@ -248,7 +290,7 @@ Tensor run(
   for (int64_t i = 0; i < s; ++i) u[i] = static_cast<T>(scale * k[i]);
   if (!waiting) fold(p, s, u);
   if (!project_first)
-    in_parallel(C, s, [&](int64_t begin, int64_t end) {
+    in_parallel(C, 0.1 * static_cast<double>(s), [&](int64_t begin, int64_t end) {
       vectorized([&](auto bytes) MLA_LAMBDA {
         for (int64_t c = begin; c < end; ++c) axpy<bytes>(static_cast<T>(-scale * gk[c]), u, projected + c * s, s);
       });

@@ -54,7 +54,7 @@ void run(const Tensor& means, const T* G, T* projected, T* squares, int64_t C, d
   std::vector<T> padded(apart + J * s);
   T* U = padded.data() + apart;
   std::copy(exact.begin(), exact.end(), U);
-  in_parallel(C, (2 * J + 1) * s, [&](int64_t begin, int64_t end) {
+  in_parallel(C, 0.12 * static_cast<double>((2 * J + 1) * s), [&](int64_t begin, int64_t end) {
     std::vector<T> gu(J);
     vectorized([&](auto bytes) MLA_LAMBDA {
       for (int64_t c = begin; c < end; ++c) {

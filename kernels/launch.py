@@ -1,8 +1,8 @@
 """Launch configurations by size, read from launch.json: no autotuning, so the first step is as fast as the thousandth; and
 launches that cost the host little.
 
-An op's rows are tried in order; the first one whose bounds (``up_to``, inclusive) all hold is taken. ``python -m bench.tune``
-measures the alternatives on the GPU at hand and rewrites the file.
+An op's rows are tried in order; the first one whose bounds (``up_to``, inclusive) all hold is taken.
+``python -m bench.throughput.tune`` measures the alternatives on the GPU at hand and rewrites the file.
 """
 
 import functools

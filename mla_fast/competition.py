@@ -13,8 +13,7 @@ the loss is small as soon as one modality is learned. It shows what can happen, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from mla_fast.baselines import Sum, fit_joint
 from mla_fast.data import MultimodalDataset, sparse_coding, sparse_coding_directions
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.threads import one_thread
 from mla_fast.trainer import Trainer
 
 CLASSES = 10
@@ -77,17 +77,6 @@ def found_pairs(encoders: nn.ModuleDict, directions: Tensor) -> Tensor:
         gammas.append(torch.einsum("jld,dj->jl", per_class, M_r).amax(1))
     gamma = torch.stack(gammas, 1)
     return gamma >= gamma.max() / 2
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: matrices this small gain little from a second, and wait for it long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()

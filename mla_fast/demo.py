@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from mla_fast.baselines import MLA_SETTINGS, Concat, Sum, fit_joint, joint_accuracy
-from mla_fast.competition import Learned, one_thread, train_joint, train_mla
+from mla_fast.competition import Learned, train_joint, train_mla
 from mla_fast.data import MultimodalDataset, digits, loader
 from mla_fast.encoders import encoder_for
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.tables import markdown_table
+from mla_fast.threads import one_thread
 from mla_fast.trainer import Trainer
 
 FEATURES = 64
@@ -114,18 +116,6 @@ def run_competition(seeds: Sequence[int], rounds: int) -> dict[str, list[dict[st
             runs[method].append(learned._asdict())
             print(f"  seed {seed}, {method}: found {learned.found:.0%} of the (class, modality) pairs")
     return runs
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a Markdown table, padded for the terminal too: the first column is aligned left, the others right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
 
 
 def digits_table(results: dict[str, dict[str, float]]) -> str:

@@ -7,7 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mla_fast import competition, ops  # noqa: E402
+from mla_fast import ops, threads  # noqa: E402
 
 if ops.INTERPRETED and ops.available("triton"):
     from mla_fast.kernels import launch
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Small problems run faster on one thread, and far faster where the cores are shared."""
-    with competition.one_thread():
+    with threads.one_thread():
         yield
 
 

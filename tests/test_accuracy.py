@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import accuracy, records, settings, tables
-from bench.accuracy import METHODS, Batches
-from bench.settings import setting
+from bench import records
+from bench.accuracy import __main__ as command
+from bench.accuracy import jobs, methods, settings, tables
+from bench.accuracy.methods import METHODS, Batches
+from bench.accuracy.settings import setting
 from mla_fast import data, reference
 
 
@@ -25,7 +27,7 @@ def npz(tmp_path):
 
 
 def main(npz, output, *arguments):
-    accuracy.main(["--data", str(npz), "--modalities", "a,b", "--epochs", "1", "--output", str(output), *arguments])
+    command.main(["--data", str(npz), "--modalities", "a,b", "--epochs", "1", "--output", str(output), *arguments])
 
 
 def test_batches_repeat_from_their_seed_and_hold_everyone():
@@ -43,12 +45,12 @@ def test_batches_repeat_from_their_seed_and_hold_everyone():
 def test_every_method_starts_from_the_same_encoders(npz, monkeypatch):
     task = setting(str(npz), modalities=["a", "b"], epochs=1)
     train, _ = task.parts(0)
-    drawn, encoder_for = [], accuracy.encoder_for
-    monkeypatch.setattr(accuracy, "encoder_for", lambda *a: drawn.append(encoder_for(*a)) or drawn[-1])
-    monkeypatch.setattr(accuracy, "fit_joint", lambda *_, **__: None)
-    monkeypatch.setattr(accuracy.mla.Trainer, "fit", lambda *_, **__: None)
+    drawn, encoder_for = [], methods.encoder_for
+    monkeypatch.setattr(methods, "encoder_for", lambda *a: drawn.append(encoder_for(*a)) or drawn[-1])
+    monkeypatch.setattr(methods, "fit_joint", lambda *_, **__: None)
+    monkeypatch.setattr(methods.mla.Trainer, "fit", lambda *_, **__: None)
     for method in METHODS:
-        accuracy.train(method, train, task, 7)
+        methods.train(method, train, task, 7)
     first, second = (torch.stack([encoder[0].weight for encoder in drawn[m::2]]) for m in (0, 1))
     assert len(first) == len(METHODS) and (first == first[0]).all() and (second == second[0]).all()
 
@@ -57,7 +59,7 @@ def test_the_released_alpha_falls_within_each_epoch(npz):
     task = setting(str(npz), modalities=["a", "b"])
     train, _ = task.parts(0)  # 45 samples: one batch; of 150 three
     many = data.MultimodalDataset({m: x.repeat(4, 1)[:150] for m, x in train.inputs.items()}, train.target.repeat(4)[:150])
-    alpha = accuracy._mla_settings("MLA official", many)["alpha"]
+    alpha = methods._mla_settings("MLA official", many)["alpha"]
     batches = [0, 0, 1, 1, 2, 2, 0, 0]  # two modalities in each
     assert [alpha(step) for step in range(8)] == [reference.official_alpha(i, 3) for i in batches]
 
@@ -79,7 +81,7 @@ def test_all_methods_run_and_nothing_is_run_twice(npz, tmp_path, capsys, monkeyp
     said = capsys.readouterr().out
     assert "[22/22" in said and said.rstrip().endswith(tables.accuracy(found).splitlines()[-1])
 
-    monkeypatch.setattr(accuracy, "run", lambda job: pytest.fail(f"{job} was run again"))
+    monkeypatch.setattr(command, "run", lambda job: pytest.fail(f"{job} was run again"))
     main(npz, output, "--seeds", "1,0", "--test-where", "group=0,3", "--methods", "MLA window,Sum")
     assert records.read(output) == found and "| Sum" in capsys.readouterr().out
 
@@ -103,11 +105,23 @@ def test_a_file_cut_in_half_keeps_what_was_finished(npz, tmp_path, capsys):
     assert output.read_text().startswith(whole[0])
 
 
+def test_everything_goes_into_one_folder(npz, tmp_path, monkeypatch):
+    studies, folder = [], tmp_path / "all of it"
+    monkeypatch.setattr(command, "EVERYTHING", ("--data {data} --modalities a,b --epochs 1 --methods 'Sum,MLA none' --seeds 0",))
+    monkeypatch.setattr(jobs, "main", lambda study, argv: studies.append((study.name, argv)))
+    command.main(["--everything", "--data", str(npz), "--output", str(folder)])
+    assert [r["method"] for r in records.read(folder / "accuracy.jsonl")] == ["Sum", "MLA none"]
+    assert [name for name, _ in studies] == ["isolation", "gap", "collapse", "forgetting", "competition"]
+    own = ["--jobs", "1", "--output", str(folder / "competition.jsonl")]
+    assert studies[0][1][:4] == ["--data", str(npz), "--config", "B"] and studies[-1][1] == own
+
+
 @pytest.mark.exhaustive
 def test_processes_find_what_one_does(npz, tmp_path):
-    for jobs in ("1", "2"):
-        main(npz, tmp_path / jobs, "--methods", "Concat,MLA rls", "--seeds", "0", "--missing", "0.5", "--jobs", jobs)
-    one, two = ({r["method"]: r["accuracy"] for r in records.read(tmp_path / jobs)} for jobs in ("1", "2"))
+    arguments = ["--methods", "Concat,MLA rls", "--seeds", "0", "--missing", "0.5"]
+    for processes in ("1", "2"):
+        main(npz, tmp_path / processes, *arguments, "--jobs", processes)
+    one, two = ({r["method"]: r["accuracy"] for r in records.read(tmp_path / processes)} for processes in ("1", "2"))
     assert one == two and len(one) == 2
 
 
@@ -139,14 +153,14 @@ def test_bad_data_is_said(npz):
     with pytest.raises(ValueError, match="config: expected none for digits, got 'B'"):
         setting("digits", "B")
     with pytest.raises(ValueError, match="dataset: expected at least two modalities, got a"):
-        accuracy.train("FiLM", setting(str(npz), modalities=["a"]).parts(0)[0], setting(str(npz), modalities=["a"]), 0)
+        methods.train("FiLM", setting(str(npz), modalities=["a"]).parts(0)[0], setting(str(npz), modalities=["a"]), 0)
     with pytest.raises(ValueError, match="method: expected one of"):
-        accuracy.train("Product", setting("competition").parts(0)[0], setting("competition"), 0)
+        methods.train("Product", setting("competition").parts(0)[0], setting("competition"), 0)
 
 
 def test_rates():
-    assert accuracy.rates("0.1:0.7") == [0.1, 0.3, 0.5, 0.7]
-    assert accuracy.rates("0,0.25") == [0, 0.25] and accuracy.seeds("0-2,7") == [0, 1, 2, 7]
+    assert command.rates("0.1:0.7") == [0.1, 0.3, 0.5, 0.7]
+    assert command.rates("0,0.25") == [0, 0.25] and jobs.seeds("0-2,7") == [0, 1, 2, 7]
 
 
 def test_modalities_are_missing_in_both_parts_and_statistics_do_not_see_them(npz):
@@ -224,12 +238,12 @@ def test_show_prints_the_tables_and_draws(tmp_path, capsys, monkeypatch):
     for record in made_up_records():
         records.append(path, record)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    accuracy.main(["--show", str(path)])
+    command.main(["--show", str(path)])
     assert tables.accuracy(records.read(path)) in capsys.readouterr().out and not (tmp_path / "results.png").exists()
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    accuracy.main(["--show", str(path)])
+    command.main(["--show", str(path)])
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
-        accuracy.main(["--show", str(tmp_path / "nothing.jsonl")])
+        command.main(["--show", str(tmp_path / "nothing.jsonl")])
     assert "expected results of bench.accuracy, got none" in capsys.readouterr().err

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import candidates, cases, plot, providers, roofline, timing, tune
-from bench import ops as bench_ops
-from bench.cases import Spec
-from bench.problems import RLS
-from bench.providers import GateError, Provider
+import bench
 from bench.records import timings
-from bench.timing import interleave
+from bench.throughput import cases, plot, providers, roofline, timing, tune
+from bench.throughput import ops as bench_ops
+from bench.throughput.cases import Spec
+from bench.throughput.problems import RLS
+from bench.throughput.providers import GateError, Provider
+from bench.throughput.timing import interleave
 from mla_fast import ops
 
 CPU = torch.device("cpu")
@@ -25,8 +26,8 @@ TINY += (Spec("dispatch", N=5), Spec("dispatch", N=5, means=True), Spec("predict
 
 
 def run(monkeypatch, *arguments):
-    """bench.ops on tiny cases, without minutes of timing."""
-    monkeypatch.setattr(sys, "argv", ["bench.ops", "--device", "cpu", "--seconds", "0", *map(str, arguments)])
+    """bench.throughput.ops on tiny cases, without minutes of timing."""
+    monkeypatch.setattr(sys, "argv", ["bench.throughput.ops", "--device", "cpu", "--seconds", "0", *map(str, arguments)])
     monkeypatch.setattr(bench_ops, "copy_bandwidth", lambda device: 10.0)
     monkeypatch.setattr(bench_ops, "interleave", lambda p, **options: interleave(p, **{**options, "rounds": (3, 3)}))
     monkeypatch.setattr(bench_ops, "specs", lambda *_: list(TINY))
@@ -222,49 +223,49 @@ def test_the_form_of_our_step_follows_from_its_backend_and_size():
 
 
 def test_the_tables_of_the_readme_are_what_the_formulas_say():
-    text = Path(roofline.__file__).with_name("README.md").read_text()
+    text = Path(bench.__file__).with_name("README.md").read_text()
     assert roofline.tables(101) in text
 
 
 def test_a_tuned_table_is_written_as_it_was_read():
-    text = candidates.PATH.read_text()
-    assert candidates.dump(json.loads(text)) == text
+    text = tune.PATH.read_text()
+    assert tune.dump(json.loads(text)) == text
 
 
 def test_every_row_of_the_table_has_alternatives_and_a_size():
-    table = json.loads(candidates.PATH.read_text())
-    assert candidates.AXES.keys() == {op for op, rows in table.items() if isinstance(rows, list)}
-    for op, axes in candidates.AXES.items():
+    table = json.loads(tune.PATH.read_text())
+    assert tune.AXES.keys() == {op for op, rows in table.items() if isinstance(rows, list)}
+    for op, axes in tune.AXES.items():
         for index, row in enumerate(table[op]):
-            size = candidates.representative(table, op, index)
+            size = tune.representative(table, op, index)
             assert row["up_to"].keys() <= size.keys()
             for axis, (names, _) in enumerate(axes):
-                found = list(candidates.variants(op, row, axis))
+                found = list(tune.variants(op, row, axis))
                 assert found and row not in found and all(other["up_to"] == row["up_to"] for other in found)
                 changed = {"config": {n: v for n, v in row["config"].items() if n not in (*names, "maxnreg")}}
                 assert all(changed["config"].items() <= other["config"].items() for other in found)
                 assert all(32 * o["config"]["num_warps"] * o["config"].get("maxnreg", 0) <= 65536 for o in found)
     with pytest.raises(ValueError, match="no size"):
-        candidates.representative({"window": [{"up_to": {"J": 0}}, {"up_to": {}}]}, "window", 0)
+        tune.representative({"window": [{"up_to": {"J": 0}}, {"up_to": {}}]}, "window", 0)
 
 
 def test_where_the_deferred_form_begins():
-    assert candidates.deferred_from({1024: (3, 4), 2048: (5, 6), 4096: (20, 15), 8192: (80, 50)}) == 4096
-    assert candidates.deferred_from({1024: (4, 3), 2048: (5, 6), 4096: (20, 15)}) == 4096
-    assert candidates.deferred_from({1024: (3, 4), 2048: (5, 5)}) == 4096
-    assert candidates.deferred_from({1024: (4, 3), 2048: (6, 5)}) == 1024
+    assert tune.deferred_from({1024: (3, 4), 2048: (5, 6), 4096: (20, 15), 8192: (80, 50)}) == 4096
+    assert tune.deferred_from({1024: (4, 3), 2048: (5, 6), 4096: (20, 15)}) == 4096
+    assert tune.deferred_from({1024: (3, 4), 2048: (5, 5)}) == 4096
+    assert tune.deferred_from({1024: (4, 3), 2048: (6, 5)}) == 1024
 
 
 def test_an_installed_row_is_the_one_that_is_launched(monkeypatch):
     launch = pytest.importorskip("mla_fast.kernels.launch")
     monkeypatch.setitem(launch.TABLE, "window", list(launch.TABLE["window"]))
     before = launch.window_config(1024, 2, 4)
-    row = next(candidates.variants("window", launch.TABLE["window"][0], 0))
+    row = next(tune.variants("window", launch.TABLE["window"][0], 0))
     try:
         tune.install(launch, "window", 0, row)
         assert launch.window_config(1024, 2, 4) != before
     finally:
-        tune.install(launch, "window", 0, json.loads(candidates.PATH.read_text())["window"][0])
+        tune.install(launch, "window", 0, json.loads(tune.PATH.read_text())["window"][0])
 
 
 @needs_cpp
@@ -301,7 +302,7 @@ def test_what_was_measured_is_drawn(tmp_path, monkeypatch):
     assert plot.curves(records, "rls") == ("rls, C = 6", {"ours": [(8, 1.0), (16, 2.0)]})
     assert plot.curves(records, "fusion") == ("fusion", {"eager": [(768, 3.0)]})
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sys, "argv", ["bench.plot", str(source), str(picture)])
+    monkeypatch.setattr(sys, "argv", ["bench.throughput.plot", str(source), str(picture)])
     plot.main()
     assert picture.read_bytes().startswith(b"\x89PNG")
 

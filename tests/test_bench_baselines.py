@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench.baselines import BASELINES, ogm_ge, qmf
-from bench.baselines.late_fusion import unimodal_losses
+from bench.accuracy.baselines import BASELINES, ogm_ge, qmf
+from bench.accuracy.baselines.late_fusion import unimodal_losses
 from mla_fast.baselines import fit_joint
 
 N, S, C, LR = 5, 3, 4, 0.1

@@ -11,10 +11,10 @@ from helpers import WIDTHS, everything, labels, make_model, momentum_sgd, normal
 from torch import nn
 
 import mla_fast as mla
-from bench import step, timing, training
-from bench.providers import GateError
-from bench.reference_loop import PaperLoop, ReleasedLoop
-from bench.training import Training, WithoutEncoders, Workload
+from bench.throughput import step, timing, training
+from bench.throughput.providers import GateError
+from bench.throughput.reference_loop import PaperLoop, ReleasedLoop
+from bench.throughput.training import Training, WithoutEncoders, Workload
 from mla_fast import ops, reference
 from mla_fast.encoders import MLP, SmallCNN
 
@@ -105,7 +105,7 @@ def quickly(providers, **options):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["bench.step", "--device", "cpu", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["bench.throughput.step", "--device", "cpu", *map(str, arguments)])
     monkeypatch.setattr(step, "sample", quickly)
     monkeypatch.setattr(step, "workloads", lambda device: (TINY,))
     step.main()
@@ -189,6 +189,6 @@ def test_the_widths_are_those_of_the_digits():
 
 def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["bench.step", "--device", "cuda"])
+    monkeypatch.setattr(sys, "argv", ["bench.throughput.step", "--device", "cuda"])
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         step.main()

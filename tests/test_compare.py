@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import compare
+from bench.throughput import compare
 
 MACHINE = {"cpu": "Xeon", "threads": 1, "torch": "2.13.0", "python": "3.11.7", "commit": "a"}
 

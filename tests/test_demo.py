@@ -8,6 +8,7 @@ import torch
 
 from mla_fast import demo
 from mla_fast.data import MultimodalDataset
+from mla_fast.tables import markdown_table
 
 METHODS = ["joint, sum", "joint, concat", "MLA rls", "MLA window", "MLA none"]
 
@@ -77,7 +78,7 @@ def test_every_method_starts_from_the_same_encoders(monkeypatch):
 
 
 def test_markdown_table():
-    table = demo.markdown_table(["method", "a"], [["x", "10.0"], ["longer name", "-"]])
+    table = markdown_table(["method", "a"], [["x", "10.0"], ["longer name", "-"]])
     assert table.splitlines() == [
         "| method      |    a |",
         "|-------------|-----:|",

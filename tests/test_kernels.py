@@ -238,7 +238,7 @@ def test_more_modalities_than_there_is_room_for():
 
 
 def test_a_loaded_window_forms_its_products_anew():
-    window, loaded = (make_projection(ProjectionSettings("window"), 5, torch.float32, here(), "triton") for _ in range(2))
+    window, loaded = (make_projection(Settings("window"), 5, torch.float32, here(), "triton") for _ in range(2))
     for modality in ("audio", "image", "text"):
         window(torch.randn(1, 5), torch.rand(5), modality, None)
     loaded.load_state_dict(window.state_dict())
@@ -474,7 +474,7 @@ def test_kernels_compile_without_spilling():
     """One case of each, from the launchers themselves; `make kernels-check` compiles every configuration for every target."""
     only = "^(rls s=1024 C=(6|101)|fold|window step K=5 s=8192 torch.float32|fusion M=3 C=1000 torch.float32 slot)$"
     done = subprocess.run(
-        [sys.executable, "-m", "mla_fast.kernels.aot", "--targets", "sm_90", "--only", only],
+        [sys.executable, "-m", "bench.throughput.aot", "--targets", "sm_90", "--only", only],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -490,7 +490,7 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from mla_fast import kernels
-from mla_fast.kernels.aot import TARGETS, Driver
+from bench.throughput.aot import TARGETS, Driver
 
 launched, through_triton = [], []
 driver.set_active(Driver(TARGETS["sm_90"], lambda *args: launched.append(args)))
@@ -569,7 +569,9 @@ def test_later_launches_go_around_triton_and_are_the_same(which):
 
 @pytest.mark.exhaustive
 def test_the_bench_of_launches():
-    done = subprocess.run([sys.executable, "-m", "bench.launches", "--seconds", "0.01"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.throughput.launches", "--seconds", "0.01"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "| entropy_fusion | 1 |" in done.stdout, done.stderr[-2000:]
 
 

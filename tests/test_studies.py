@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bench import records
-from bench.settings import Setting, setting
-from bench.studies import collapse, command, competition, forgetting, gap, isolation
+from bench.accuracy import jobs as command
+from bench.accuracy.settings import Setting, setting
+from bench.accuracy.studies import collapse, competition, forgetting, gap, isolation
 from mla_fast.data import MultimodalDataset
 
 STUDIES = ("isolation", "gap", "collapse", "forgetting", "competition")
@@ -27,7 +28,7 @@ TASK = Setting("made_up", "default", parts, epochs=2)
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_each_runs_by_its_command_and_nothing_twice(name, tmp_path, monkeypatch, capsys):
-    study = importlib.import_module(f"bench.studies.{name}").STUDY
+    study = importlib.import_module(f"bench.accuracy.studies.{name}").STUDY
     monkeypatch.setattr(command, "setting", lambda *_, **__: TASK)
     monkeypatch.setattr(competition, "ROUNDS", TASK.epochs)
     path = tmp_path / "out.jsonl"
@@ -43,7 +44,7 @@ def test_each_runs_by_its_command_and_nothing_twice(name, tmp_path, monkeypatch,
     assert capsys.readouterr().out.count(study.table(found)) == 2
     with pytest.raises(SystemExit):
         command.main(study, ["--show", str(tmp_path / "nothing")])
-    assert "expected results of bench.studies" in capsys.readouterr().err
+    assert "expected results of bench.accuracy.studies" in capsys.readouterr().err
 
 
 def test_masks_grow_and_leave_the_other_modality_alone():

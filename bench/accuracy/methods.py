@@ -1,0 +1,95 @@
+"""What the accuracy bench compares: every method trained on the same encoders, initial values, batches and budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import mla_fast as mla
+from bench.accuracy.baselines import BASELINES
+from bench.accuracy.settings import Setting
+from mla_fast import data, reference
+from mla_fast.baselines import MLA_SETTINGS, JointModel, fit_joint, joint_accuracy
+from mla_fast.data import MultimodalDataset
+from mla_fast.encoders import encoder_for
+
+FEATURES, BATCH, MOMENTUM = 64, 64, 0.9
+METHODS = (*BASELINES, *MLA_SETTINGS, "MLA official")
+
+
+class Batches:
+    """Shuffled anew in each epoch; from the same seed always the same batches in the same order.
+
+    (inputs, target, present or None) for the Trainer, with index [N] after them for the joint methods.
+    """
+
+    def __init__(self, dataset: MultimodalDataset, seed: int, *, indexed: bool = False):
+        self.dataset, self.indexed = dataset, indexed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple]:
+        for index in torch.randperm(len(self.dataset), generator=self.generator).split(BATCH):
+            batch = (*self.dataset[index], None)[:3]
+            yield (*batch, index) if self.indexed else batch
+
+
+def train(method: str, dataset: MultimodalDataset, task: Setting, seed: int) -> JointModel | mla.Trainer:
+    """A model trained by one of ``METHODS``, or ValueError."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if len(dataset.modalities) < 2:
+        raise ValueError(f"dataset: expected at least two modalities, got {', '.join(dataset.modalities)}")
+    if method not in BASELINES:
+        trainer = mla_trainer(method, dataset, task, seed)
+        trainer.fit(Batches(dataset, seed), task.epochs)
+        return trainer
+    model = BASELINES[method](_encoders(dataset, seed), FEATURES, dataset.classes)
+    optimizer = _sgd(model, task)
+    batches = Batches(dataset, seed, indexed=True)
+    fit_joint(model, optimizer, batches, task.epochs, scheduler=_scheduler(optimizer, task))
+    return model
+
+
+def mla_trainer(method: str, dataset: MultimodalDataset, task: Setting, seed: int, **options: Any) -> mla.Trainer:
+    """Ready to ``fit`` on ``Batches(dataset, seed)``; options: for the ``MLAOptimizer``, over those of the method."""
+    model = mla.MultimodalModel(_encoders(dataset, seed), nn.Linear(FEATURES, dataset.classes))
+    options = {**_mla_settings(method, dataset), **options}
+    optimizer = mla.MLAOptimizer(_sgd(model, task), model.head, **options)
+    return mla.Trainer(model, optimizer, scheduler=_scheduler(optimizer, task), progress=False)
+
+
+def _encoders(dataset: MultimodalDataset, seed: int) -> dict[str, nn.Module]:
+    """Drawn first of all, and so the same for every method."""
+    torch.manual_seed(seed)
+    return {modality: encoder_for(x.shape[1:], FEATURES) for modality, x in dataset.inputs.items()}
+
+
+def _mla_settings(method: str, dataset: MultimodalDataset) -> dict[str, Any]:
+    if method != "MLA official":
+        return MLA_SETTINGS[method]
+    # The released code's α falls within each epoch, so that it depends on the number of batches.
+    M, batches = len(dataset.modalities), math.ceil(len(dataset) / BATCH)
+    return {"projection": "official", "alpha": lambda step: reference.official_alpha(step // M % batches, batches)}
+
+
+def _sgd(model: nn.Module, task: Setting) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=task.lr, momentum=MOMENTUM)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, task: Setting) -> torch.optim.lr_scheduler.MultiStepLR:
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * task.epochs))])
+
+
+def accuracy(trained: JointModel | mla.Trainer, dataset: MultimodalDataset) -> dict[str, float]:
+    """Each modality alone, ``"fused"``, and for MLA the ``"average"`` of the logits; without a modality that no sample has."""
+    batches = data.loader(dataset, 1000)
+    if isinstance(trained, mla.Trainer):
+        found = trained.evaluate(batches)["accuracy"]
+    else:
+        found = joint_accuracy(trained, batches)
+        found["fused"] = found.pop("joint")
+    return {name: value for name, value in found.items() if not math.isnan(value)}

@@ -1,0 +1,1 @@
+"""Throughput: operators, inference and whole training steps beside their rivals."""
