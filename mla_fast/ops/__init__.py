@@ -16,26 +16,8 @@ from mla_fast.ops.rls import ORDERS, identity, pending_rows, rls_fold, rls_proje
 from mla_fast.ops.window import window_gram, window_project, window_step_
 
 __all__ = [
-    "BACKENDS",
-    "INTERPRETED",
-    "MISSING",
-    "ORDERS",
-    "BackendError",
-    "alpha_tensor",
-    "available",
-    "check_alpha",
-    "check_choice",
-    "head_check_",
-    "head_restore_",
-    "identity",
-    "pending_rows",
-    "resolve",
-    "rls_fold",
-    "rls_project_",
-    "rls_step",
-    "rls_step_",
-    "square_sum",
-    "window_gram",
-    "window_project",
-    "window_step_",
-]
+    "BACKENDS", "INTERPRETED", "MISSING", "BackendError", "alpha_tensor", "available", "check_alpha", "check_choice", "resolve",
+    "head_check_", "head_restore_",
+    "ORDERS", "identity", "pending_rows", "rls_fold", "rls_project_", "rls_step", "rls_step_", "square_sum",
+    "window_gram", "window_project", "window_step_",
+]  # fmt: skip

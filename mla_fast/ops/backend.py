@@ -1,4 +1,4 @@
-"""Which backends there are, why one is missing, and what the operator files share. ``backend`` is one of
+"""Choose backends, say why one is missing, and define operators for all of them. ``backend`` is one of
 
 - ``"auto"``: the fastest that works on the tensors' device; a fallback is announced once, with its reason;
 - ``"reference"``: ``mla_fast.reference``, plain torch, any device and floating dtype;
@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SCHEMAS: list[str] = []
+SCHEMAS: list[str] = []  # of every operator, as it is defined
 _SERVES = {"cpu": "cpp", "cuda": "triton"}
 _announced: set[str] = set()
 R = TypeVar("R")
@@ -46,15 +46,21 @@ def _why_not(module: str, reason: str, failures: type[Exception] = ImportError) 
     return None
 
 
-_BUILD = 'build it, in a checkout, with: pip install torch "setuptools>=77" && pip install --no-build-isolation .'
 # For each backend why it cannot run here, or None if it can.
-MISSING: dict[str, str | None] = {"reference": None}
-MISSING["cpp"] = _why_not("_C", "the compiled extension did not load ({}); " + _BUILD)
-MISSING["cpp on CUDA"] = "this torch was built without CUDA"
+MISSING: dict[str, str | None] = {
+    "reference": None,
+    "cpp": _why_not(
+        "_C",
+        "the compiled extension did not load ({}); "
+        'build it, in a checkout, with: pip install torch "setuptools>=77" && pip install --no-build-isolation .',
+    ),
+    "cpp on CUDA": "this torch was built without CUDA",
+    "triton": "this torch was built for the CPU alone",
+}
 if torch.version.cuda is not None:
-    reason = "the compiled CUDA module did not load ({}); build it where nvcc is, with MLA_FAST_BUILD=cuda"
-    MISSING["cpp on CUDA"] = _why_not("_C_cuda", reason)
-MISSING["triton"] = "this torch was built for the CPU alone"
+    MISSING["cpp on CUDA"] = _why_not(
+        "_C_cuda", "the compiled CUDA module did not load ({}); build it where nvcc is, with MLA_FAST_BUILD=cuda"
+    )
 if torch.version.cuda is not None or torch.version.hip is not None or INTERPRETED:  # a foreign triton may fail in any way
     MISSING["triton"] = _why_not("kernels", "the Triton kernels did not load ({}); install triton", Exception)
 
@@ -69,20 +75,18 @@ def resolve(backend: str, device: torch.device) -> str:
 
     Raises ValueError for an unknown name or one that does not serve the device, BackendError for one that cannot run here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
     serves = _SERVES.get(device.type, "reference")
+    reason = MISSING[serves if backend == "auto" else backend]
     if backend == "auto":
-        reason = MISSING[serves]
         if reason is None:
             return serves
         announce(device.type, reason)
         return "reference"
-    if backend != "reference":
-        if (reason := MISSING[backend]) is not None:
-            raise BackendError(f"backend: {backend!r} is not available: {reason}")
-        if backend != serves and not (backend == "triton" and INTERPRETED):
-            raise ValueError(f"backend: {backend!r} does not serve tensors on {device.type!r}")
+    if reason is not None:
+        raise BackendError(f"backend: {backend!r} is not available: {reason}")
+    if backend not in (serves, "reference") and not (backend == "triton" and INTERPRETED):
+        raise ValueError(f"backend: {backend!r} does not serve tensors on {device.type!r}")
     return backend
 
 

@@ -28,15 +28,9 @@ def _restore(*_: Any) -> None:
 
 
 def head_check_(
-    backend: str,
-    looked_at: list[Tensor],
-    layers: int,
-    account: Tensor,
-    first: list[Tensor],
-    found_inf: Tensor | None,
-    kept: list[Tensor],
-    all_reduce: Callable[[Tensor], Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    backend: str, looked_at: list[Tensor], layers: int, account: Tensor, first: list[Tensor],
+    found_inf: Tensor | None, kept: list[Tensor], all_reduce: Callable[[Tensor], Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     """Begin a head's step: return (bad float32 [], squares [2 · layers], skip float32 [layers], copies of kept).
 
     looked_at holds G and x̄ of each layer in turn, then whatever else must be finite; squares are the sums of theirs. bad is 1

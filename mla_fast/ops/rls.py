@@ -59,16 +59,9 @@ def _check_state(P: Tensor, x_bar: Tensor, pending: Tensor | None, found_inf: Te
 
 
 def rls_project_(
-    P: Tensor,
-    x_bar: Tensor,
-    grad: Tensor,
-    alpha: float | Tensor,
-    *,
-    order: str = "update_first",
-    pending: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    P: Tensor, x_bar: Tensor, grad: Tensor, alpha: float | Tensor, *, order: str = "update_first",
+    pending: Tensor | None = None, found_inf: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Take one step of the projection: update P in place and return the projected gradient (eqs. 3 and 5).
 
         k = P x̄        P⁺ = P − k kᵀ / (α + x̄ᵀk)        returns G P⁺, or G P with order="project_first"
@@ -101,16 +94,9 @@ def rls_project_(
 
 
 def rls_step(
-    backend: str,
-    P: Tensor,
-    x_bar: Tensor,
-    grad: Tensor,
-    alpha: Tensor,
-    pending: Tensor | None = None,
-    slot: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    project_first: bool = False,
-) -> Tensor:
+    backend: str, P: Tensor, x_bar: Tensor, grad: Tensor, alpha: Tensor, pending: Tensor | None = None,
+    slot: Tensor | None = None, found_inf: Tensor | None = None, project_first: bool = False,
+) -> Tensor:  # fmt: skip
     """Do what ``rls_project_`` does, without its checks: all of one dtype, alpha as ``alpha_tensor`` gives it.
 
     pending [R, s] holds up to R corrections u_r; the true P is P − Σ_r u_r u_rᵀ. slot, int32 [2] on P's device, zeros to begin
@@ -131,16 +117,9 @@ def rls_step(
 
 
 def rls_step_(
-    backend: str,
-    P: Tensor,
-    x_bar: Tensor,
-    grad: Tensor,
-    alpha: Tensor,
-    pending: Tensor | None,
-    slot: Tensor | None,
-    found_inf: Tensor | None,
-    project_first: bool,
-) -> Tensor:
+    backend: str, P: Tensor, x_bar: Tensor, grad: Tensor, alpha: Tensor, pending: Tensor | None,
+    slot: Tensor | None, found_inf: Tensor | None, project_first: bool,
+) -> Tensor:  # fmt: skip
     """Take ``rls_step`` with grad [C, s] becoming the projected gradient; return partial sums of its squares."""
     if backend == "triton":
         return _step.on(backend, P.device)(P, x_bar, grad, alpha, pending, slot, found_inf, project_first)

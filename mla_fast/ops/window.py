@@ -54,15 +54,9 @@ def window_project(means: Tensor, grad: Tensor, alpha: float | Tensor, *, backen
 
 
 def window_step_(
-    backend: str,
-    means: Tensor,
-    gram: Tensor,
-    own: int,
-    x_bar: Tensor,
-    grad: Tensor,
-    alpha: Tensor,
+    backend: str, means: Tensor, gram: Tensor, own: int, x_bar: Tensor, grad: Tensor, alpha: Tensor,
     found_inf: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Project grad [C, s], contiguous, in place, by all rows of means [K, s] but `own`, which then becomes x_bar [s].
 
     That is ``window_project`` without its checks; `own` is the row of the modality at hand, and all stay as they are where
