@@ -456,9 +456,19 @@ def test_a_label_of_no_class_shows_in_the_loss():
         kernels.linear_cross_entropy(torch.randn(2, 5).double(), torch.tensor([0, 1]), torch.randn(3, 5), None, 2.0)
 
 
-@pytest.mark.parametrize("projection", ["rls", "window"])
-@pytest.mark.parametrize("order", ops.ORDERS)
-@pytest.mark.parametrize("target,bias", [("gradient", "free"), ("update", "project")])
+@pytest.mark.parametrize(
+    "projection,order,target,bias",
+    [
+        ("rls", "update_first", "gradient", "free"),
+        ("rls", "project_first", "update", "project"),
+        ("window", "update_first", "update", "project"),
+        *exhaustive(
+            ("rls", "update_first", "update", "project"),
+            ("rls", "project_first", "gradient", "free"),
+            ("window", "update_first", "gradient", "free"),
+        ),
+    ],
+)
 def test_a_short_training_is_that_of_the_reference_backend(projection, order, target, bias):
     parameters = []
     for backend in ("reference", "triton"):
@@ -512,8 +522,8 @@ def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
 
 
 def test_kernels_compile_without_spilling():
-    """One case of each, from the launchers themselves; `make kernels-check` compiles every configuration for every target."""
-    only = "^(rls s=1024 C=(6|101)|fold|window step K=5 s=8192 torch.float32|head C=101|fusion M=3 C=1000 torch.float32 slot)$"
+    """Some, from the launchers themselves; `make kernels-check` compiles every configuration of every kernel for every target."""
+    only = "^(rls s=1024 C=6|window step K=2 s=768 torch.float32|fusion M=3 C=6 torch.float32 slot)$"
     done = subprocess.run(
         [sys.executable, "-m", "mla_fast.kernels.aot", "--targets", "sm_90", "--only", only],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -521,7 +531,7 @@ def test_kernels_compile_without_spilling():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "7 kernels in 9 launches, 0 bytes spilled" in done.stdout
+    assert "5 kernels in 5 launches, 0 bytes spilled" in done.stdout
     assert "| rls_read_kernel | rls s=1024 C=6 |" in done.stdout
 
 
@@ -559,7 +569,7 @@ small, present, rows = torch.empty(N, 3), torch.ones(N, 3, dtype=torch.bool), to
 backward = kernels.entropy_fusion_backward
 few = sys.argv[1] == "few"
 for pending in (None,) if few else (None, torch.empty(1, s), torch.empty(4, s)):
-    for options in ({}, {"found_inf": torch.zeros(1), "project_first": True}):
+    for options in ({},) if few else ({}, {"found_inf": torch.zeros(1), "project_first": True}):
         step = lambda: kernels.rls_project_(P, x, G, alpha, pending, slot, **options)
         (first, compiled), (second, again) = seen(step), seen(step)
         assert first == second and len(first) > 1 and compiled and not again, (compiled, again)
@@ -592,6 +602,8 @@ assert plain(x, crooked) == (other, []) and plain(x, G) == (usual, [])
 wide = torch.empty(65, 65), torch.empty(65), torch.empty(C, 65), alpha, torch.empty(1, 65)
 assert seen(lambda: kernels.rls_project_(*wide))[1] and not seen(lambda: kernels.rls_project_(*wide))[1]
 
+if few:
+    sys.exit()
 driver.set_active(Driver(TARGETS["gfx942"], lambda *args: launched.append(args)))
 kernels.launch.HIP = True
 kernels.launch.forget()
