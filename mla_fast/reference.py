@@ -185,7 +185,7 @@ def official_alpha(batch: int, batches: int) -> float:
     return alpha
 
 
-def official_update(P: Tensor, x_bar: Tensor, alpha: float) -> Tensor:
+def official_update(P: Tensor, x_bar: Tensor, alpha: float | Tensor) -> Tensor:
     """Return P − (k kᵀ) / (α + k x̄ᵀ), normalised to ‖P‖_F = 1, as the authors' code has it.
 
     The division is element by element, by an s × s matrix, where the paper divides by the scalar α + x̄ᵀk. P loses its symmetry.

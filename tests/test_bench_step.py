@@ -171,12 +171,12 @@ def test_the_interval_of_a_ratio_holds_the_true_one_and_shrinks_with_the_rounds(
     generator, widths = np.random.default_rng(3), []
     for rounds in (16, 256):
         held = 0
-        for _ in range(100):
+        for _ in range(50):
             busy = generator.lognormal(0, 0.5, rounds)  # of the machine, for both alike
             ours, theirs = busy * generator.lognormal(0, 0.1, rounds), 1.5 * busy * generator.lognormal(0, 0.1, rounds)
             ratio = step.estimate(lambda a, b: a / b, theirs, ours)
             held += ratio.low <= 1.5 <= ratio.high
-        assert held >= 90
+        assert held >= 45
         widths.append(ratio.high - ratio.low)
     assert widths[1] < widths[0] / 2
 

@@ -2,16 +2,15 @@
 
 import pytest
 import torch
+from helpers import exhaustive
 from torch import nn
 
-from mla_fast.competition import Units, block_sum_head, found_pairs, train_joint, train_mla, train_unimodal
-
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(1, 6))]
+from mla_fast.competition import ROUNDS, Units, block_sum_head, found_pairs, train_joint, train_mla, train_unimodal
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_joint_training_finds_half_and_mla_all(seed):
-    joint, mla = train_joint(seed), train_mla(seed)
+@pytest.mark.parametrize("seed,rounds", [(0, 400), *exhaustive(*((seed, ROUNDS) for seed in range(6)))])
+def test_joint_training_finds_half_and_mla_all(seed, rounds):
+    joint, mla = (train(seed, rounds=rounds) for train in (train_joint, train_mla))
     assert joint.found <= 0.65 and mla.found >= 0.95
     assert joint.one_sufficient < 0.85 and mla.one_sufficient > 0.95
     assert joint.accuracy < mla.accuracy

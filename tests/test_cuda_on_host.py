@@ -4,6 +4,7 @@ import ctypes
 import importlib.machinery
 import importlib.util
 import mmap
+import os
 import re
 import runpy
 import shutil
@@ -19,8 +20,6 @@ from helpers import exhaustive
 from mla_fast import reference
 from mla_fast.ops.backend import SCHEMAS
 
-pytestmark = pytest.mark.xdist_group("cuda_on_host")  # which is compiled once
-
 ROOT = Path(__file__).parents[1]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 FLOATING = DTYPES[:4]
@@ -33,9 +32,22 @@ libraries = []
 
 
 def on_host(folder, name, change=str):
-    """The operators as library `name`, from sources as `change` makes them."""
+    """The operators as library `name`, from sources as `change` makes them; compiled, unless they are in `folder` already."""
     if sys.platform != "linux" or shutil.which("g++") is None or not (ROOT / "setup.py").exists():
         pytest.skip("needs Linux, g++ and the source tree")
+    module = folder / f"{name}.so"
+    if not module.exists():
+        compile_on_host(folder, name, change, module)
+    library = torch.library.Library(name, "FRAGMENT")
+    for schema in SCHEMAS:
+        library.define(schema)
+    libraries.append(library)
+    loader = importlib.machinery.ExtensionFileLoader("_C_cuda", str(module))
+    loader.exec_module(importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader)))
+    return getattr(torch.ops, name)
+
+
+def compile_on_host(folder, name, change, module):
     build = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -56,22 +68,21 @@ def on_host(folder, name, change=str):
         (folder / f"{source}.cpp").write_text(text)
         compilers.append(subprocess.Popen(["g++", "-c", *flags, f"{source}.cpp", "-o", f"{source}.o"], cwd=folder))
     assert not any([compiler.wait() for compiler in compilers])
-    module = folder / f"{name}.so"
     linked = [*(f"{source}.o" for source in build["CUDA_SOURCES"]), *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
     subprocess.run(["g++", "-shared", *linked, "-o", module], cwd=folder, check=True)
-
-    library = torch.library.Library(name, "FRAGMENT")
-    for schema in SCHEMAS:
-        library.define(schema)
-    libraries.append(library)
-    loader = importlib.machinery.ExtensionFileLoader("_C_cuda", str(module))
-    loader.exec_module(importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader)))
-    return getattr(torch.ops, name)
 
 
 @pytest.fixture(scope="module")
 def op(tmp_path_factory):
-    return on_host(tmp_path_factory.mktemp("cuda_on_host"), "mla_fast_on_host")
+    """One process compiles for all, which are in folders side by side."""
+    import fcntl  # which only POSIX has
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cuda_on_host"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return on_host(folder, "mla_fast_on_host")
 
 
 @pytest.fixture(autouse=True)

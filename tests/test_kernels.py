@@ -79,9 +79,16 @@ def folded(P, pending, slot):
 
 
 @pytest.mark.parametrize(
-    "s,C,R", [(1, 1, 4), (33, 6, 4), (65, 17, 1), (33, 0, 2), *exhaustive((63, 6, 4), (130, 17, 2), (33, 0, 1), (33, 0, 4))]
+    "s,C,R,project_first",
+    [
+        (1, 1, 4, False),
+        (33, 6, 4, False),
+        (33, 6, 4, True),
+        (65, 17, 1, False),
+        *exhaustive(*((*case, first) for case in [(63, 6, 4), (130, 17, 2), (33, 0, 1), (33, 0, 4)] for first in (False, True))),
+        *exhaustive((1, 1, 4, True), (65, 17, 1, True)),
+    ],
 )
-@pytest.mark.parametrize("project_first", [False, True])
 def test_deferred_and_wide_steps_follow_the_reference(s, C, R, project_first, narrow_blocks):
     """Past two foldings, with more classes than one block holds, and with none."""
     (P, pending, slot), exact = state(s, R), torch.eye(s, dtype=f64)
@@ -161,7 +168,7 @@ def test_rows_of_P_begin_at_multiples_of_16_numbers(size):
     assert torch.equal(padded.matrix(), 2 * saved) and padded.P.stride(0) % 16 == 0
 
 
-def one_of_each(s=70, C=17, N=5):
+def one_of_each(s=70, C=17, N=3):
     """Every kernel on several programs; all that it leaves behind."""
     from mla_fast import kernels
 
@@ -343,7 +350,7 @@ def test_registration(every_form):
 
 
 @pytest.mark.parametrize("C,s", [(3, 63), *exhaustive((1, 1), (0, 5), (9, 513))])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *exhaustive(f64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *exhaustive(torch.float32, f64)])
 def test_the_check_is_what_the_reference_says(C, s, dtype):
     """Several layers, and what is not finite in each of the tensors in turn."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -415,9 +422,19 @@ def test_long_and_short_rows_have_the_same_gradient(C):
     assert relative(logits.grad, exact.grad) < 1e-5
 
 
-@pytest.mark.parametrize("projection", ["rls", "window"])
-@pytest.mark.parametrize("order", ops.ORDERS)
-@pytest.mark.parametrize("target,bias", [("gradient", "free"), ("update", "project")])
+@pytest.mark.parametrize(
+    "projection,order,target,bias",
+    [
+        ("rls", "update_first", "gradient", "free"),
+        ("rls", "project_first", "update", "project"),
+        ("window", "update_first", "update", "project"),
+        *exhaustive(
+            ("rls", "update_first", "update", "project"),
+            ("rls", "project_first", "gradient", "free"),
+            ("window", "update_first", "gradient", "free"),
+        ),
+    ],
+)
 def test_a_short_training_is_that_of_the_reference_backend(projection, order, target, bias):
     parameters = []
     for backend in ("reference", "triton"):
@@ -471,8 +488,8 @@ def test_the_deferred_form_is_chosen_by_size_and_saved_folded(monkeypatch):
 
 
 def test_kernels_compile_without_spilling():
-    """One case of each, from the launchers themselves; `make kernels-check` compiles every configuration for every target."""
-    only = "^(rls s=1024 C=(6|101)|fold|window step K=5 s=8192 torch.float32|fusion M=3 C=1000 torch.float32 slot)$"
+    """Some, from the launchers themselves; `make kernels-check` compiles every configuration of every kernel for every target."""
+    only = "^(rls s=1024 C=6|window step K=2 s=768 torch.float32|fusion M=3 C=6 torch.float32 slot)$"
     done = subprocess.run(
         [sys.executable, "-m", "bench.throughput.aot", "--targets", "sm_90", "--only", only],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -480,7 +497,7 @@ def test_kernels_compile_without_spilling():
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "7 kernels in 9 launches, 0 bytes spilled" in done.stdout
+    assert "5 kernels in 5 launches, 0 bytes spilled" in done.stdout
     assert "| rls_read_kernel | rls s=1024 C=6 |" in done.stdout
 
 
@@ -518,7 +535,7 @@ small, present, rows = torch.empty(N, 3), torch.ones(N, 3, dtype=torch.bool), to
 backward = kernels.entropy_fusion_backward
 few = sys.argv[1] == "few"
 for pending in (None,) if few else (None, torch.empty(1, s), torch.empty(4, s)):
-    for options in ({}, {"found_inf": torch.zeros(1), "project_first": True}):
+    for options in ({},) if few else ({}, {"found_inf": torch.zeros(1), "project_first": True}):
         step = lambda: kernels.rls_project_(P, x, G, alpha, pending, slot, **options)
         (first, compiled), (second, again) = seen(step), seen(step)
         assert first == second and len(first) > 1 and compiled and not again, (compiled, again)
@@ -550,6 +567,8 @@ assert plain(x, crooked) == (other, []) and plain(x, G) == (usual, [])
 wide = torch.empty(65, 65), torch.empty(65), torch.empty(C, 65), alpha, torch.empty(1, 65)
 assert seen(lambda: kernels.rls_project_(*wide))[1] and not seen(lambda: kernels.rls_project_(*wide))[1]
 
+if few:
+    sys.exit()
 driver.set_active(Driver(TARGETS["gfx942"], lambda *args: launched.append(args)))
 kernels.launch.HIP = True
 kernels.launch.forget()

@@ -30,7 +30,7 @@ def problem(s, C, dtype=torch.float64, scale=1.0):
     return P.to(dtype), (scale * torch.randn(s, dtype=torch.float64)).to(dtype), torch.randn(C, s, dtype=torch.float64).to(dtype)
 
 
-CORE = [(1, 1), (63, 6), (65, 101), (130, 21), (513, 6)]
+CORE = [(1, 1), (63, 6), (65, 101), (130, 21), (200, 6)]
 SHAPES = {*itertools.product(SIZES, [1, 6, 101]), *itertools.product([63, 130], CLASSES)}
 
 

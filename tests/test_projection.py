@@ -58,7 +58,7 @@ def test_rls_reaches_the_closed_form(size, alpha, order, backend):
     assert torch.equal(P, P.T)
 
 
-@pytest.mark.parametrize("count", [1000, *exhaustive(10_000)])
+@pytest.mark.parametrize("count", [500, *exhaustive(10_000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("C,unseen", [(1, 4), (20, 0)])
 def test_thousands_of_updates(dtype, C, unseen, count, backend):

@@ -15,6 +15,7 @@ from helpers import (
     assert_bitwise,
     backward,
     everything,
+    exhaustive,
     fused_adam,
     fused_sgd,
     head_steps,
@@ -79,7 +80,7 @@ def test_an_overflow_moves_nothing(make, projection, overflow, warm, backend):
 
 @pytest.mark.host_path
 @pytest.mark.parametrize("where", ["features", "weight", "bias"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, *exhaustive(torch.inf, -torch.inf)])
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("warm", [0, 4])
 def test_a_step_that_is_not_finite_changes_nothing(projection, where, value, warm, backend):
