@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mla_fast import ops
-from mla_fast.head import HeadStep, local, on_host
+from mla_fast.head import Collected, HeadStep, local, on_host
+from mla_fast.settings import Settings
 
 
 class Verdict(NamedTuple):
@@ -28,21 +30,26 @@ def look_at(
     found_inf: Tensor | None,
     account: Tensor,
     wrapped: torch.optim.Optimizer | None,
-    all_reduce: Callable[[Tensor], Tensor],
+    group: dist.ProcessGroup | None,
 ) -> Verdict:
     """Look whether x̄, G and their norms are finite; the steps learn ‖G‖² and ‖x̄‖², and on a device their `skip`.
 
     idle: the x̄ of frozen layers. account: int32 [2] on the device, which counts bad steps. wrapped: the optimizer whose step is
-    taken back where it was bad; None for a fused one, which reads the verdict itself. all_reduce: the maximum over the ranks, of
-    which each has seen its own rows of a sharded G.
+    taken back where it was bad; None for a fused one, which reads the verdict itself. group: the ranks; each has seen its own
+    rows of a sharded G.
     """
     if not steps and not idle:
         return Verdict(False)
     sharded = any(step.layer.sharded for step in steps)
+
+    def largest_over_ranks(bad: Tensor) -> Tensor:
+        dist.all_reduce(bad, dist.ReduceOp.MAX, group=group)
+        return bad
+
     if on_host(steps[0].x_bar if steps else idle[0]):
         finite = [_finite(step) for step in steps] + [math.isfinite(x_bar.norm()) for x_bar in idle]
         bad = not all(finite) or (found_inf is not None and bool(found_inf))
-        return Verdict(bool(all_reduce(torch.tensor([float(bad)]))) if sharded else bad)
+        return Verdict(bool(largest_over_ranks(torch.tensor([float(bad)]))) if sharded else bad)
     looked_at = [t for step in steps for t in (step.grad, step.x_bar)] + [t for step in steps for t in step.free] + idle
     first = [step.layer.projection.first for step in steps if step.layer.projection.first is not None]
     snapshot = None
@@ -50,13 +57,26 @@ def look_at(
         snapshot = Snapshot(wrapped, [p for step in steps for p in step.layer.module.parameters()])
     backend = steps[0].layer.projection.backend if steps else ops.resolve("auto", idle[0].device)
     kept = [] if snapshot is None else list(snapshot.before.values())
-    reduced = all_reduce if sharded else None
+    reduced = largest_over_ranks if sharded else None
     flag, squares, skip, copies = ops.head_check_(backend, looked_at, len(steps), account, first, found_inf, kept, reduced)
     for i, step in enumerate(steps):
         step.squares, step.skip = squares[2 * i : 2 * i + 2], skip[i : i + 1]
     if snapshot is not None:
         snapshot.copies = copies
     return Verdict(flag, snapshot)
+
+
+def check_modality(found: Collected, named: str | None, before: str | None, settings: Settings) -> None:
+    """Check the modality of a step, by its name in ``step`` or as it was set before: warn where nothing of it went through the
+    head, and raise ValueError where the window needs a name."""
+    if found.unseen and named is not None:
+        warnings.warn(
+            f"step: no row of {named!r} went through the head that this optimizer was built with, only other parameters "
+            "move; if the model has got another head, build an MLAOptimizer for that",
+            stacklevel=7,
+        )
+    if (found.steps or found.empty) and settings.projection == "window" and named is None and before is None:
+        raise ValueError('modality: expected a name, step(modality="…"): projection="window" keeps one mean for each')
 
 
 def _finite(step: HeadStep) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -98,6 +99,33 @@ class HeadLayer:
         free = [local(bias_grad)] if self.has_bias and bias_grad is not None else []
         return HeadStep(self, x_bar, self._joined(weight.grad, None), free), x_bar, rows
 
+    def backward(self, features: Tensor, target: Tensor, total: float) -> tuple[Tensor, Tensor]:
+        """Leave the gradients of eq. 2 in ``.grad``, count the features, and return (loss, ∂L/∂features), under ``no_grad``.
+
+            δ = (softmax(H Wᵀ + b) − onehot(y)) / total;   G = δᵀ H,   ∂L/∂b = Σ_n δ_n,   ∂L/∂H = δ W
+
+        For a head that is this layer. features: H [n, s] of the weight's dtype; target: [n]; the loss is a share of the mean over
+        `total` rows.
+        """
+        weight, bias = self.module.weight, self.module.bias
+        log_p = F.linear(features, weight, bias).log_softmax(1)
+        loss = F.nll_loss(log_p, target, reduction="sum") / total
+        delta = log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1.0)).div_(total)
+        weight.grad = delta.T @ features
+        if bias is not None:
+            bias.grad = delta.sum(0)
+        self.features.add(features)
+        return loss, delta @ weight
+
+    @property
+    def unobserved(self) -> bool:
+        """Whether ``backward`` serves: an ``nn.Linear`` that nobody watches but this layer, and that is trained as a whole."""
+        module, parameters = self.module, list(self.module.parameters())
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        ours = type(module) is nn.Linear and "forward" not in vars(module) and module.weight.is_contiguous() and not self.sharded
+        backward = module._backward_hooks or module._backward_pre_hooks or any(map(_has_hooks, parameters))
+        return ours and len(hooks) == 2 and not backward and all(p.requires_grad and p.dtype == self.dtype for p in parameters)
+
     def _joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[C, s], or [C, s + 1] with a bias."""
         joined = local(weight) if bias is None else torch.cat([local(weight), local(bias)[:, None]], 1)
@@ -164,6 +192,10 @@ class HeadLayer:
     def adopt(self, projection: Projection, saved: dict[str, Any]) -> None:
         self.projection = projection
         self.squares, self.saved_norms = None, tuple(saved["norms"].to(self.dtype).tolist())
+
+
+def _has_hooks(p: Tensor) -> bool:
+    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
 
 
 def _of(p: Tensor, gradient: bool) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mla_fast import wrapped
 from mla_fast.features import remove_hooks
-from mla_fast.guard import Verdict, look_at
-from mla_fast.head import Collected, HeadLayer, HeadStep, collect, trainable_linears
+from mla_fast.guard import Verdict, check_modality, look_at
+from mla_fast.head import HeadLayer, HeadStep, collect, trainable_linears
 from mla_fast.head_state import HeadState
 from mla_fast.settings import Settings
 
@@ -167,7 +167,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         return bad
 
     def _take_step(self, modality: str | None) -> bool | Tensor:
-        found = self._collect(modality)
+        found = collect(self.layers)
+        check_modality(found, modality, self.modality, self.settings)
         if found.empty:
             self.skipped["empty"] += 1
             return True
@@ -177,7 +178,7 @@ class MLAOptimizer(torch.optim.Optimizer):
             found_inf=getattr(self, "found_inf", None),
             account=self._account,
             wrapped=None if self._step_supports_amp_scaling else self.optimizer,
-            all_reduce=self._largest_over_ranks,
+            group=self.process_group,
         )
         if verdict.bad is True:
             self._skip_nonfinite()
@@ -185,27 +186,11 @@ class MLAOptimizer(torch.optim.Optimizer):
             self._project_and_step(found.steps, self.modality if modality is None else modality, verdict)
         return verdict.bad
 
-    def _collect(self, modality: str | None) -> Collected:
-        found = collect(self.layers)
-        if found.unseen and modality is not None:
-            warnings.warn(
-                f"step: no row of {modality!r} went through the head that this optimizer was built with, only other parameters "
-                "move; if the model has got another head, build an MLAOptimizer for that",
-                stacklevel=7,
-            )
-        if (found.steps or found.empty) and self.settings.projection == "window" and modality is None and self.modality is None:
-            raise ValueError('modality: expected a name, step(modality="…"): projection="window" keeps one mean for each')
-        return found
-
     def _skip_nonfinite(self) -> None:
         overflow = hasattr(self, "found_inf")  # under torch.amp a step now and then is skipped as a matter of course
         if not overflow and not self.skipped["nonfinite"]:
             warnings.warn("step skipped: the head's features or gradient are not finite (counted in diagnostics())", stacklevel=7)
         self.skipped["nonfinite"] += 1
-
-    def _largest_over_ranks(self, bad: Tensor) -> Tensor:
-        dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.process_group)
-        return bad
 
     def _project_and_step(self, steps: list[HeadStep], modality: str | None, verdict: Verdict) -> None:
         for step in steps:

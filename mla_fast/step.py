@@ -36,7 +36,7 @@ def alternating_step(
     Returns the mean loss {modality: 0-d tensor} of those that had a row; over ranks, the mean of the ranks' is the mean of all.
     A modality whose features or head gradient are not finite takes no step. On CUDA, where nobody waits to see it, its head takes
     none, nor, with a fused wrapped optimizer, does any encoder. Labels that lie on a GPU are not looked at beforehand: one that
-    names no class makes the loss NaN.
+    names no class fails there, as in ``F.cross_entropy``.
     """
     check_belong(model, optimizer)
     if not can_step_together(model):
@@ -78,17 +78,31 @@ def steps_together(
             gradients.append(h.grad)
         for p in head:
             p.grad = None
-    if outputs:
-        torch.autograd.backward(outputs, gradients)
-    if losses:
-        _step_encoders(optimizer, flags)
+    try:
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
+        if losses:
+            _step_encoders(optimizer, flags)
+    except BaseException:
+        optimizer.zero_grad()  # what there is of this batch is not for another step to take
+        raise
     return losses
 
 
 def _head_backward(
     model: MultimodalModel, optimizer: MLAOptimizer, features: Tensor, rows: Rows, total: float, amp: torch.dtype | None
 ) -> Tensor:
-    """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss."""
+    """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss.
+
+    Without autograd where the head is one layer that nobody watches: with it every modality's step takes the host longer, on a
+    GPU by a tenth of a batch of 64 through ResNet-18s.
+    """
+    layer, automatic = optimizer.layers[0], amp is not None or torch.is_autocast_enabled(features.device.type)
+    alone = layer.module is model.head and features.dtype == layer.dtype and rows.weights is None
+    if alone and not automatic and layer.unobserved:
+        with torch.no_grad():
+            loss, features.grad = layer.backward(features.detach(), rows.target, total)
+        return loss
     with torch.enable_grad(), _weighted(optimizer, rows.weights):
         with autocast(optimizer, amp):
             loss = mean_loss(model.head(features.clone()), rows.target, total, rows.weights)  # a head may change its inputs

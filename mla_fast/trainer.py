@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mla_fast import graph
 from mla_fast.batch import row_totals, rows_by_modality, unpack_batch
 from mla_fast.evaluate import evaluate
 from mla_fast.graph import GraphedStep
-from mla_fast.head import FROZEN
 from mla_fast.inputs import Inputs, describe, sample_counts, to_device
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.fusion import Fused
@@ -27,7 +25,7 @@ from mla_fast.random_state import Replayable
 from mla_fast.resume import Loader, Position
 from mla_fast.run import Run
 from mla_fast.step import can_step_together, check_belong, steps_in_turn, steps_together
-from mla_fast.trainer_checks import check_fit, check_trainer, stopped
+from mla_fast.trainer_checks import check_fit, check_trainer, kept, obstacle_to_graphs, stopped
 
 Callback = Callable[[dict[str, Any]], Any]
 
@@ -95,20 +93,9 @@ class Trainer:
 
     def _graphed_step(self) -> GraphedStep | None:
         """Return None, with a warning, where the settings leave nothing to capture."""
-        if self.optimizer.device.type not in graph.DEVICES:
-            raise ValueError(f"cuda_graph: expected False where the model is on {self.optimizer.device}, got True")
-        asked = {
-            "scaler": self.scaler is not None,
-            "clip_norm": self.clip_norm is not None,
-            "backward": self.backward is not None,
-            "accumulate": self.accumulate > 1,
-            "in_turn": self.in_turn,
-        }
-        if (name := next((name for name, given in asked.items() if given), None)) is not None:
-            reason = f"{name} was given, for which modalities take their steps one after another"
-        elif not can_step_together(self.model):
-            reason = "parts of the model share parameters, or it has a forward of its own"
-        else:
+        given = ("scaler", "clip_norm", "backward", "in_turn")
+        reason = obstacle_to_graphs(self.model, self.optimizer, {name: getattr(self, name) for name in given}, self.accumulate)
+        if reason is None:
             return GraphedStep(self.model, self.optimizer, amp=self.amp)
         warnings.warn(f"cuda_graph: steps are taken eagerly: {reason}", stacklevel=3)
         return None
@@ -139,7 +126,8 @@ class Trainer:
         save = None if checkpoint is None else lambda: self.save(checkpoint)
         while self.epoch < epochs and not stopped(self.history, patience, monitor):
             batches = self._train_epoch(loader, epochs, save, checkpoint_every)
-            record: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self._mean_losses(), "projection": self._kept()}
+            record: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self._mean_losses()}
+            record["projection"] = kept(self.optimizer, self.history)
             if validation is not None:
                 record["validation"] = self.evaluate(validation)
                 if not record["validation"]["samples"]:
@@ -154,19 +142,6 @@ class Trainer:
             for callback in self.callbacks:
                 callback(copy.deepcopy(record))
         return self.history
-
-    def _kept(self) -> dict[str, float]:
-        """Return ‖GP‖/‖G‖ of each layer of the head in its last step; warn once if it has frozen."""
-        layers = self.optimizer.diagnostics()["layers"]
-        frozen = [name for name, layer in layers.items() if layer["frozen"]]
-        before = self.history[-1]["projection"] if self.history else {}
-        if frozen and not any(kept < FROZEN for kept in before.values()):
-            warnings.warn(
-                f"{', '.join(frozen)}: less than a thousandth of the gradient is left after the projection, so this layer has "
-                'stopped learning; raise alpha, or use projection="window", which does not shrink',
-                stacklevel=3,
-            )
-        return {name: layer["gradient_kept"] for name, layer in layers.items()}
 
     def _step_scheduler(self, loss: dict[str, float]) -> None:
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_fast import graph
 from mla_fast.callbacks import flatten
 from mla_fast.distributed import is_distributed
+from mla_fast.head import FROZEN
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.step import can_step_together
 
 
 def check_trainer(
@@ -54,6 +58,18 @@ def check_trainer(
         raise ValueError("backward: expected None with a scaler, whose scaled loss goes backward, got both")
 
 
+def obstacle_to_graphs(model: MultimodalModel, optimizer: MLAOptimizer, given: dict[str, Any], accumulate: int) -> str | None:
+    """Return what of a trainer's settings no CUDA graph can hold, or None; ValueError where there is no GPU."""
+    if optimizer.device.type not in graph.DEVICES:
+        raise ValueError(f"cuda_graph: expected False where the model is on {optimizer.device}, got True")
+    asked = [name for name, value in {**given, "accumulate": accumulate > 1}.items() if value not in (None, False)]
+    if asked:
+        return f"{asked[0]} was given, for which modalities take their steps one after another"
+    if not can_step_together(model):
+        return "parts of the model share parameters, or it has a forward of its own"
+    return None
+
+
 def check_fit(
     epochs: float,
     validation: Iterable[Any] | None,
@@ -85,6 +101,20 @@ def stopped(history: list[dict[str, Any]], patience: int | None, monitor: str) -
     values = [sign * record.get(monitor, float("nan")) for record in flat]
     best = max(range(len(values)), key=lambda i: values[i] if values[i] == values[i] else -float("inf"))
     return len(values) - 1 - best >= patience
+
+
+def kept(optimizer: MLAOptimizer, history: list[dict[str, Any]]) -> dict[str, float]:
+    """Return ‖GP‖/‖G‖ of each layer of the head in its last step; warn once if it has frozen."""
+    layers = optimizer.diagnostics()["layers"]
+    frozen = [name for name, layer in layers.items() if layer["frozen"]]
+    before = history[-1]["projection"] if history else {}
+    if frozen and not any(kept < FROZEN for kept in before.values()):
+        warnings.warn(
+            f"{', '.join(frozen)}: less than a thousandth of the gradient is left after the projection, so this layer has "
+            'stopped learning; raise alpha, or use projection="window", which does not shrink',
+            stacklevel=3,
+        )
+    return {name: layer["gradient_kept"] for name, layer in layers.items()}
 
 
 def _is_count(value: Any) -> bool:

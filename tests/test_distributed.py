@@ -101,7 +101,7 @@ def loop(rank, world):
             before = {m: e[0].weight.clone() for m, e in model.encoders.items()}
             optimizer.zero_grad()
             F.cross_entropy(ddp({modality: x})[modality], y, reduction="sum").backward()
-            started.append(len(optimizer.layers[0].features.travelling))
+            started.append(len(optimizer.layers[0].features.in_flight))
             optimizer.step(modality=modality)
             idle &= all(torch.equal(e[0].weight, before[m]) for m, e in model.encoders.items() if m != modality)
         results[kind] = everything(model, optimizer), started, idle
@@ -223,7 +223,7 @@ def trained(rank, world):
     except KeyboardInterrupt:
         pass
     second.resume(folder / "c.pt")
-    assert (second.epoch, second._batches) == (1, 2)
+    assert (second.epoch, second._position.batches) == (1, 2)
     second.fit(data, 3)
     same = all(
         torch.equal(a, b) for a, b in zip(second.model.state_dict().values(), whole.model.state_dict().values(), strict=True)

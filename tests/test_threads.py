@@ -36,7 +36,7 @@ assert woken() > before, "this is worth a thread"
 """
 
 
-@pytest.mark.skipif(ops.CPP_MISSING is not None or sys.platform != "linux", reason="of the compiled operators, on Linux")
+@pytest.mark.skipif(not ops.available("cpp") or sys.platform != "linux", reason="of the compiled operators, on Linux")
 def test_small_operators_wake_no_thread():
     done = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
