@@ -86,6 +86,3 @@ def all_gather_object(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
-
-
-added_up, of_all_ranks = all_reduce_sum, all_gather_object  # until their users have moved

@@ -76,7 +76,3 @@ def describe(value: Any) -> str:
         return f"({', '.join(map(describe, value))})"
     kind = type(value).__name__
     return f"{kind} with {', '.join(map(str, value))}" if isinstance(value, Mapping) else kind
-
-
-# until their users have moved
-count, counts, moved, outline = sample_count, sample_counts, to_device, describe

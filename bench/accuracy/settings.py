@@ -119,9 +119,9 @@ def any_npz(path: str, seed: int, *, modalities: Sequence[str], label: str, test
 
 def competition(seed: int) -> Parts:
     """Huang et al.: every training sample shows its class in both modalities, many a test sample in one only."""
-    directions = data.competition_directions(3 * seed)
-    train = data.competition(300, 0.0, 3 * seed + 1, directions=directions)
-    return train, data.competition(4000, 0.3, 3 * seed + 2, directions=directions)
+    directions = data.sparse_coding_directions(3 * seed)
+    train = data.sparse_coding(300, 0.0, 3 * seed + 1, directions=directions)
+    return train, data.sparse_coding(4000, 0.3, 3 * seed + 2, directions=directions)
 
 
 BUILT_IN: dict[str, Callable[[int], Parts]] = {"digits": data.digits, "competition": competition}

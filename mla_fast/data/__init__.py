@@ -7,8 +7,6 @@ from mla_fast.data.npz import load_npz
 from mla_fast.data.splits import random_split, rows_where, split_where
 from mla_fast.data.standardization import Statistics, apply_statistics, standardize, statistics
 
-competition, competition_directions = sparse_coding, sparse_coding_directions  # until their users have moved
-
 __all__ = [
     "MultimodalDataset",
     "Statistics",
