@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mla_fast import ops
-from mla_fast.head import Collected, HeadStep, local, on_host
+from mla_fast.head import Collected, HeadLayer, HeadStep, local, on_host
 from mla_fast.settings import Settings
 
 
@@ -77,6 +77,19 @@ def check_modality(found: Collected, named: str | None, before: str | None, sett
         )
     if (found.steps or found.empty) and settings.projection == "window" and named is None and before is None:
         raise ValueError('modality: expected a name, step(modality="…"): projection="window" keeps one mean for each')
+
+
+def check_stepped(layers: list[HeadLayer], optimizer: torch.optim.Optimizer) -> None:
+    """Raise RuntimeError unless the weights that the head uses are those that `optimizer` steps: others would train without a
+    projection, or not at all."""
+    for layer in layers:
+        weight = layer.module.weight
+        if weight.requires_grad and not any(p is weight for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"head: expected the weight of {layer.name} among the parameters that the optimizer steps, got another: it was "
+                "replaced since (load_state_dict(assign=True), fully_shard, a parameter group set by hand), or an engine steps "
+                "copies of it (ZeRO, master weights); build MLAOptimizer last, and over the weight itself"
+            )
 
 
 def _finite(step: HeadStep) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mla_fast import wrapped
 from mla_fast.features import remove_hooks
-from mla_fast.guard import Verdict, check_modality, look_at
+from mla_fast.guard import Verdict, check_modality, check_stepped, look_at
 from mla_fast.head import HeadLayer, HeadStep, collect, trainable_linears
 from mla_fast.head_state import HeadState
 from mla_fast.settings import Settings
@@ -169,6 +169,7 @@ class MLAOptimizer(torch.optim.Optimizer):
     def _take_step(self, modality: str | None) -> bool | Tensor:
         found = collect(self.layers)
         check_modality(found, modality, self.modality, self.settings)
+        check_stepped([] if found.unseen else self.layers, self.optimizer)
         if found.empty:
             self.skipped["empty"] += 1
             return True

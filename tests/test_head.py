@@ -313,6 +313,42 @@ def test_a_weight_that_old_style_hooks_compute_is_refused():
         wrap(head)
 
 
+def stepped_copies(model, optimizer):
+    """As engines with master weights do: what is stepped are copies, which are given the gradients."""
+    for group in optimizer.param_groups:
+        group["params"] = [p.detach().clone() for p in group["params"]]
+
+
+def assigned(model, optimizer):
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+def replaced(model, optimizer):
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+
+
+def left_out(model, optimizer):
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if p is not model.head.weight]
+
+
+@pytest.mark.parametrize("swap", [stepped_copies, assigned, replaced, left_out])
+@pytest.mark.parametrize("projection", ["rls", "none"])
+def test_a_weight_that_is_not_the_one_that_is_stepped_is_refused(swap, projection):
+    model = make_model()
+    optimizer = wrap(model, projection=projection)
+    (first, *others) = make_steps(3)
+    train(model, optimizer, [first])
+    swap(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="^head: expected the weight of head among the parameters that the optimizer steps"):
+        train(model, optimizer, others)
+    assert all(map(torch.equal, before, model.parameters()))
+    inputs = {"audio": others[0][1]} if others[0][0] == "audio" else {others[0][0]: others[0][1]}
+    with pytest.raises(RuntimeError, match="^head: expected the weight of head among"):
+        mla.Trainer(model, optimizer, progress=False).fit([(inputs, others[0][2])], 1)
+
+
 def test_a_weight_that_is_computed_since_is_refused():
     head = make_head()
     optimizer = wrap(head)
