@@ -43,8 +43,7 @@ class Batch:
         return structure, self.present is not None, self.target.shape
 
     def to(self, device: torch.device) -> Batch:
-        present = None if self.present is None else to_device(self.present, device)
-        return Batch({m: to_device(x, device) for m, x in self.inputs.items()}, present, to_device(self.target, device))
+        return Batch(*(to_device(part, device) for part in (self.inputs, self.present, self.target)))
 
     def like(self, device: torch.device) -> Batch:
         """Return room for such a batch."""
@@ -92,8 +91,8 @@ def unpack_batch(
         model.columns(present, inputs)
     if device is None:
         return dict(inputs), target, present
-    present = None if present is None else to_device(present, device)
-    return {modality: to_device(x, device) for modality, x in inputs.items()}, to_device(target, device), present
+    there = Batch(dict(inputs), present, target).to(device)
+    return there.inputs, there.target, there.present
 
 
 def rows_by_modality(
@@ -102,7 +101,7 @@ def rows_by_modality(
     """Return each modality's rows, in the model's order."""
     inputs = {modality: inputs[modality] for modality in model.modalities if modality in inputs}
     if present is None:
-        return {modality: Rows(x, target) for modality, x in inputs.items()}
+        return Batch(inputs, None, target).rows()
     plan = dispatch(model.columns(present, inputs), tuple(inputs))
     packed, targets = plan.pack(list(inputs.values())), plan.pack([target] * len(inputs))
     return {modality: Rows(x, y) for modality, x, y in zip(inputs, packed, targets, strict=True)}

@@ -52,7 +52,7 @@ def evaluate(
         for modality, z, y in zip(inputs, parts, targets, strict=True):
             loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
             correct.add(modality, _right(z, y).sum(), len(y))
-        average = torch.stack([*plan.unpack(list(parts))]).sum(0)  # as good as the mean for the largest class
+        average = torch.stack(plan.unpack(list(parts))).sum(0)  # as good as the mean for the largest class
         for name, z in (("average", average), ("fused", plan.fuse(logits).logits)):
             correct.add(name, (_right(z, target) & some).sum(), some.sum())
     samples = samples.over_ranks(["all"], group, device)

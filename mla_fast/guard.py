@@ -29,6 +29,7 @@ def look_at(
     *,
     found_inf: Tensor | None,
     account: Tensor,
+    backend: str,
     wrapped: torch.optim.Optimizer | None,
     group: dist.ProcessGroup | None,
 ) -> Verdict:
@@ -55,7 +56,6 @@ def look_at(
     snapshot = None
     if steps and wrapped is not None:
         snapshot = Snapshot(wrapped, [p for step in steps for p in step.layer.module.parameters()])
-    backend = steps[0].layer.projection.backend if steps else ops.resolve("auto", idle[0].device)
     kept = [] if snapshot is None else list(snapshot.before.values())
     reduced = largest_over_ranks if sharded else None
     flag, squares, skip, copies = ops.head_check_(backend, looked_at, len(steps), account, first, found_inf, kept, reduced)

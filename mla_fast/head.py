@@ -148,11 +148,13 @@ class HeadLayer:
     def write(self, joined: Tensor, *, gradient: bool) -> None:
         """Write `joined` into the parameters, or into their gradients."""
         weight, bias, s = self.module.weight, self.module.bias, self.module.in_features
-        part, target = joined[:, :s] if self.with_bias else joined, local(_of(weight, gradient))
+        into = weight.grad if gradient else weight
+        assert into is not None  # the step was collected from it
+        part, target = joined[:, :s] if self.with_bias else joined, local(into)
         if part is not target:  # it was projected where it is
             target.copy_(part)
         if self.with_bias and bias.grad is not None:  # it may have been frozen since
-            local(_of(bias, gradient)).copy_(joined[:, s])
+            local(bias.grad if gradient else bias).copy_(joined[:, s])
 
     def norms(self) -> tuple[float, ...]:
         """Return ‖G‖, ‖G P‖ and ‖x̄‖ of the last step, rounded as they are saved; waits for the device."""
@@ -196,10 +198,6 @@ class HeadLayer:
 
 def _has_hooks(p: Tensor) -> bool:
     return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
-
-
-def _of(p: Tensor, gradient: bool) -> Tensor:
-    return p.grad if gradient and p.grad is not None else p
 
 
 class Collected(NamedTuple):

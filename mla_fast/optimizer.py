@@ -178,6 +178,7 @@ class MLAOptimizer(torch.optim.Optimizer):
             found.idle,
             found_inf=getattr(self, "found_inf", None),
             account=self._account,
+            backend=self.layers[0].projection.backend,
             wrapped=None if self._step_supports_amp_scaling else self.optimizer,
             group=self.process_group,
         )
@@ -211,11 +212,10 @@ class MLAOptimizer(torch.optim.Optimizer):
 
     def _step_wrapped(self, verdict: Verdict) -> None:
         """Take the wrapped optimizer's step. A verdict on the device is read there: nothing of the head moves where it is 1."""
-        amp = {}
-        if self._step_supports_amp_scaling:
-            amp = {name: getattr(self, name) for name in wrapped.AMP if hasattr(self, name)}
-            if isinstance(verdict.bad, Tensor):
-                amp["found_inf"] = verdict.bad
+        fused = self._step_supports_amp_scaling
+        amp = {name: getattr(self, name) for name in wrapped.AMP if fused and hasattr(self, name)}
+        if fused and isinstance(verdict.bad, Tensor):
+            amp["found_inf"] = verdict.bad
         wrapped.step(self.optimizer, amp)
         if verdict.snapshot is not None and isinstance(verdict.bad, Tensor):
             verdict.snapshot.restore(self.layers[0].projection.backend, verdict.bad)

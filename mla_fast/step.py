@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.batch import Rows, row_totals, rows_by_modality, unpack_batch
+from mla_fast.head import HeadLayer
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 
@@ -65,10 +66,10 @@ def steps_together(
         features = model.all_features({modality: rows[modality].inputs for modality in totals})
     losses: dict[str, Tensor] = {}
     outputs, gradients, flags = [], [], []
-    head = list(model.head.parameters())
+    head, plain = list(model.head.parameters()), _plain_layer(model, optimizer, amp)
     for modality, total in totals.items():
         h = features[modality].detach().requires_grad_()
-        losses[modality] = _head_backward(model, optimizer, h, rows[modality], total, amp)
+        losses[modality] = _head_backward(model, optimizer, plain, h, rows[modality], total, amp)
         with torch.no_grad():
             bad = optimizer.take_step(modality)
         if isinstance(bad, Tensor):
@@ -89,19 +90,26 @@ def steps_together(
     return losses
 
 
-def _head_backward(
-    model: MultimodalModel, optimizer: MLAOptimizer, features: Tensor, rows: Rows, total: float, amp: torch.dtype | None
-) -> Tensor:
-    """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss.
+def _plain_layer(model: MultimodalModel, optimizer: MLAOptimizer, amp: torch.dtype | None) -> HeadLayer | None:
+    """Return the head's layer where it is all of the head, nobody watches it and nothing is cast, so that autograd can be spared:
+    with it every modality's step takes the host longer, on a GPU by a tenth of a batch of 64 through ResNet-18s."""
+    layer, automatic = optimizer.layers[0], amp is not None or torch.is_autocast_enabled(optimizer.device.type)
+    return layer if layer.module is model.head and not automatic and layer.unobserved else None
 
-    Without autograd where the head is one layer that nobody watches: with it every modality's step takes the host longer, on a
-    GPU by a tenth of a batch of 64 through ResNet-18s.
-    """
-    layer, automatic = optimizer.layers[0], amp is not None or torch.is_autocast_enabled(features.device.type)
-    alone = layer.module is model.head and features.dtype == layer.dtype and rows.weights is None
-    if alone and not automatic and layer.unobserved:
+
+def _head_backward(
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    plain: HeadLayer | None,
+    features: Tensor,
+    rows: Rows,
+    total: float,
+    amp: torch.dtype | None,
+) -> Tensor:
+    """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss."""
+    if plain is not None and features.dtype == plain.dtype and rows.weights is None:
         with torch.no_grad():
-            loss, features.grad = layer.backward(features.detach(), rows.target, total)
+            loss, features.grad = plain.backward(features.detach(), rows.target, total)
         return loss
     with torch.enable_grad(), _weighted(optimizer, rows.weights):
         with autocast(optimizer, amp):

@@ -93,8 +93,9 @@ class Trainer:
 
     def _graphed_step(self) -> GraphedStep | None:
         """Return None, with a warning, where the settings leave nothing to capture."""
-        given = ("scaler", "clip_norm", "backward", "in_turn")
-        reason = obstacle_to_graphs(self.model, self.optimizer, {name: getattr(self, name) for name in given}, self.accumulate)
+        given = {name: getattr(self, name) is not None for name in ("scaler", "clip_norm", "backward")}
+        given |= {"accumulate": self.accumulate > 1, "in_turn": self.in_turn}
+        reason = obstacle_to_graphs(self.model, self.optimizer, given)
         if reason is None:
             return GraphedStep(self.model, self.optimizer, amp=self.amp)
         warnings.warn(f"cuda_graph: steps are taken eagerly: {reason}", stacklevel=3)
@@ -154,9 +155,9 @@ class Trainer:
         self.model.train()
         position = self._position
         batches = position.begin(loader, self.epoch, self.model.modalities)
-        unpaired = isinstance(loader, Mapping)
+        at_once = self.accumulate * (len(loader) if isinstance(loader, Mapping) else 1)
         try:
-            total = None if unpaired else len(loader)  # type: ignore[arg-type]
+            total = None if isinstance(loader, Mapping) else len(loader)  # type: ignore[arg-type]
         except TypeError:  # an iterator, or a DataLoader of one
             total = None
         # disable=None: no bar where the output is not a terminal
@@ -168,7 +169,7 @@ class Trainer:
             disable=None if self.progress else True,
         )
         with bar:
-            while group := list(itertools.islice(batches, self.accumulate * (len(loader) if isinstance(loader, Mapping) else 1))):
+            while group := list(itertools.islice(batches, at_once)):
                 for modality, loss in self._train_on(group).items():
                     position.losses.add(modality, loss if modality in position.losses else loss.double())
                 before, position.batches = position.batches, position.batches + len(group)

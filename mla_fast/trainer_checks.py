@@ -58,13 +58,15 @@ def check_trainer(
         raise ValueError("backward: expected None with a scaler, whose scaled loss goes backward, got both")
 
 
-def obstacle_to_graphs(model: MultimodalModel, optimizer: MLAOptimizer, given: dict[str, Any], accumulate: int) -> str | None:
-    """Return what of a trainer's settings no CUDA graph can hold, or None; ValueError where there is no GPU."""
+def obstacle_to_graphs(model: MultimodalModel, optimizer: MLAOptimizer, in_turn: dict[str, bool]) -> str | None:
+    """Return why no CUDA graph can hold a trainer's steps, or None; ValueError where there is no GPU.
+
+    in_turn: for each setting that makes modalities take turns, by name, whether it was given.
+    """
     if optimizer.device.type not in graph.DEVICES:
         raise ValueError(f"cuda_graph: expected False where the model is on {optimizer.device}, got True")
-    asked = [name for name, value in {**given, "accumulate": accumulate > 1}.items() if value not in (None, False)]
-    if asked:
-        return f"{asked[0]} was given, for which modalities take their steps one after another"
+    if (name := next((name for name, given in in_turn.items() if given), None)) is not None:
+        return f"{name} was given, for which modalities take their steps one after another"
     if not can_step_together(model):
         return "parts of the model share parameters, or it has a forward of its own"
     return None
@@ -108,7 +110,7 @@ def kept(optimizer: MLAOptimizer, history: list[dict[str, Any]]) -> dict[str, fl
     layers = optimizer.diagnostics()["layers"]
     frozen = [name for name, layer in layers.items() if layer["frozen"]]
     before = history[-1]["projection"] if history else {}
-    if frozen and not any(kept < FROZEN for kept in before.values()):
+    if frozen and not any(share < FROZEN for share in before.values()):
         warnings.warn(
             f"{', '.join(frozen)}: less than a thousandth of the gradient is left after the projection, so this layer has "
             'stopped learning; raise alpha, or use projection="window", which does not shrink',
