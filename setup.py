@@ -21,7 +21,7 @@ if MODE not in ("auto", "cpu", "cuda", "none"):
 
 # libtorch's stable ABI as of 2.10 and CPython's as of 3.10: one binary serves every later release of both.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030A0000")]
-SOURCES = ["registration.cpp", "rls.cpp", "window.cpp", "fusion.cpp", "dispatch.cpp"]
+SOURCES = ["registration.cpp", "cross_entropy.cpp", "rls.cpp", "window.cpp", "fusion.cpp", "dispatch.cpp"]
 CUDA_SOURCES = ["operators.cpp", "dispatch_plan.cu", "copy_rows.cu", "segment_mean.cu"]
 CUDA_HEADERS = ["arithmetic.h", "kernels.h"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]

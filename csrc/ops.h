@@ -20,6 +20,13 @@ namespace mla_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+    Tensor features,
+    Tensor target,
+    Tensor weight,
+    std::optional<Tensor> bias,
+    double total);
+
 Tensor rls_project_(
     Tensor P,
     Tensor x_bar,

@@ -3,6 +3,7 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(mla_fast, CPU, m) {
+  m.impl("linear_cross_entropy", TORCH_BOX(&mla_fast::linear_cross_entropy));
   m.impl("rls_project_", TORCH_BOX(&mla_fast::rls_project_));
   m.impl("rls_fold_", TORCH_BOX(&mla_fast::rls_fold_));
   m.impl("window_project", TORCH_BOX(&mla_fast::window_project));

@@ -52,25 +52,30 @@ class FeatureMean:
             return
         features = (args[0] if args else kwargs["input"]).detach()
         if torch.compiler.is_compiling():  # tensor hooks do not survive compilation
-            self._count(features)
+            self._merge(*self._mean(features))
         else:
             output.register_hook(lambda _: self.add(features))
 
     def add(self, features: Tensor) -> None:
         """Count features [..., s]."""
-        self._count(features)
+        self.add_mean(*self._mean(features))
+
+    def add_mean(self, mean: Tensor, rows: int) -> None:
+        """Count rows by their mean [s]."""
+        self._merge(mean, rows)
         if self.group is not None:
             self._send()
 
-    def _count(self, features: Tensor) -> None:
+    def _mean(self, features: Tensor) -> tuple[Tensor, int]:
         rows = features.reshape(-1, self.in_features)
         if self.weights is not None:
             by_sample = features.reshape(len(self.weights), -1, self.in_features).mean(1, dtype=self.dtype)
-            mean = self.weights.to(self.dtype) @ by_sample
-        else:
-            mean = rows.mean(0, dtype=self.dtype) if len(rows) else rows.sum(0, dtype=self.dtype)
-        self.rows += len(rows)
-        self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, len(rows) / max(self.rows, 1))
+            return self.weights.to(self.dtype) @ by_sample, len(rows)
+        return rows.mean(0, dtype=self.dtype) if len(rows) else rows.sum(0, dtype=self.dtype), len(rows)
+
+    def _merge(self, mean: Tensor, rows: int) -> None:
+        self.rows += rows
+        self.mean = mean if self.mean is None else torch.lerp(self.mean, mean, rows / max(self.rows, 1))
 
     def _send(self) -> None:
         assert self.mean is not None

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -100,22 +99,18 @@ class HeadLayer:
         return HeadStep(self, x_bar, self._joined(weight.grad, None), free), x_bar, rows
 
     def backward(self, features: Tensor, target: Tensor, total: float) -> tuple[Tensor, Tensor]:
-        """Leave the gradients of eq. 2 in ``.grad``, count the features, and return (loss, ∂L/∂features), under ``no_grad``.
+        """Leave the head's gradients of eq. 2 in ``.grad``, count the features, and return (loss, ∂L/∂features), under
+        ``no_grad``.
 
-            δ = (softmax(H Wᵀ + b) − onehot(y)) / total;   G = δᵀ H,   ∂L/∂b = Σ_n δ_n,   ∂L/∂H = δ W
-
-        For a head that is this layer. features: H [n, s] of the weight's dtype; target: [n]; the loss is a share of the mean over
+        For a head that is this layer. features: [n, s] of the weight's dtype; target: [n]; the loss is a share of the mean over
         `total` rows.
         """
         weight, bias = self.module.weight, self.module.bias
-        log_p = F.linear(features, weight, bias).log_softmax(1)
-        loss = F.nll_loss(log_p, target, reduction="sum") / total
-        delta = log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1.0)).div_(total)
-        weight.grad = delta.T @ features
+        loss, grad_features, weight.grad, grad_bias, x_bar = ops.linear_cross_entropy(features, target, weight, bias, total)
         if bias is not None:
-            bias.grad = delta.sum(0)
-        self.features.add(features)
-        return loss, delta @ weight
+            bias.grad = grad_bias
+        self.features.add_mean(x_bar, len(target))
+        return loss, grad_features
 
     @property
     def unobserved(self) -> bool:

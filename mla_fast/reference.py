@@ -25,6 +25,19 @@ def unimodal_loss(features: Tensor, weight: Tensor, bias: Tensor | None, target:
     return F.cross_entropy(F.linear(features, weight, bias), target)
 
 
+def linear_cross_entropy(
+    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, total: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (loss, ∂L/∂H, G, ∂L/∂b, x̄) of these rows' share of a mean over `total` rows (eq. 2).
+
+    δ = (softmax(H Wᵀ + b) − onehot(y)) / total;   ∂L/∂H = δ W,   G = δᵀ H,   ∂L/∂b = Σ_n δ_n
+    """
+    log_p = F.linear(features, weight, bias).log_softmax(1)
+    loss = F.nll_loss(log_p, target, reduction="sum") / total
+    delta = log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1.0)).div_(total)
+    return loss, delta @ weight, delta.T @ features, delta.sum(0), feature_mean(features)
+
+
 def feature_mean(features: Tensor) -> Tensor:
     """Return x̄ [s], the mean over all rows of features [..., s]."""
     return features.flatten(0, -2).mean(0)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import exhaustive, relative
 from torch.library import opcheck
 
@@ -337,3 +338,59 @@ def test_direct_callers_are_kept_within_bounds():
     for bad in (torch.zeros(0), torch.zeros(2), torch.zeros(1, device="meta")):
         with pytest.raises(ValueError, match="^found_inf: "):
             mla.rls_project_(P, x, G, 1.0, found_inf=bad)
+
+
+def autograd_of_the_head(features, target, weight, bias, total):
+    """Without a bias its gradient is found all the same."""
+    bias = features.new_zeros(len(weight)) if bias is None else bias
+    leaves = [t.double().requires_grad_() for t in (features, weight, bias)]
+    loss = F.cross_entropy(F.linear(*leaves), target, reduction="sum") / total
+    return loss.detach(), *torch.autograd.grad(loss, leaves), features.double().mean(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(
+    "N,s,C", [(1, 1, 1), (1, 63, 6), (7, 130, 31), (64, 128, 10), (3, 513, 101), (65, 513, 31), (64, 513, 101)]
+)
+def test_linear_cross_entropy_is_what_autograd_finds(N, s, C, with_bias, dtype):
+    """The last size is left to matrix products; logits far from zero, where exp alone would overflow."""
+    features, weight = torch.randn(N, s).to(dtype), 3 * torch.randn(C, s).to(dtype)
+    bias, target = torch.randn(C).to(dtype) + 100 if with_bias else None, torch.randint(C, (N,))
+    arguments = features, target, weight, bias, 2.5 * N
+    assert (N * s * C > ops.cross_entropy.SMALL) == ((N, s) == (64, 513))
+    results = zip(ops.linear_cross_entropy(*arguments), reference.linear_cross_entropy(*arguments), strict=True)
+    logits = F.linear(features.double(), weight.double(), None if bias is None else bias.double())
+    rounding = 2 * torch.finfo(dtype).eps * max(1, logits.abs().max().item())  # of a logit, which the rest depends on
+    for (ours, eager), right in zip(results, autograd_of_the_head(*arguments), strict=True):
+        assert ours.dtype == dtype and ours.shape == right.shape
+        scale = max(1, right.abs().max().item())
+        assert (ours - right).abs().max() <= 2 * (eager - right).abs().max() + rounding * scale
+        assert (eager - right).abs().max() <= 2 * rounding * scale
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_linear_cross_entropy_keeps_what_is_no_number(bits, where):
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    features, weight, bias, target = torch.randn(4, 8), torch.randn(5, 8), torch.randn(5), torch.tensor([0, 1, 2, 3])
+    {"weight": weight, "bias": bias}[where][4] = nan
+    loss, gradient, grad, grad_bias, _ = ops.linear_cross_entropy(features, target, weight, bias, 4.0)
+    assert all(t.isnan().all() for t in (loss, gradient, grad, grad_bias))
+
+
+@pytest.mark.skipif(not ops.available("cpp"), reason="no extension")
+def test_linear_cross_entropy_is_registered_and_checked():
+    features, weight, target = torch.randn(5, 4), torch.randn(3, 4), torch.tensor([0, 1, 2, 0, 1])
+    op = torch.ops.mla_fast.linear_cross_entropy.default
+    opcheck(op, (features, target, weight, torch.randn(3), 5.0))
+    opcheck(op, (torch.randn(4, 5).T, target, torch.randn(4, 3).T, None, 5.0))
+    assert [t.shape for t in op(features[:0], target[:0], weight, None, 5.0)] == [(), (0, 4), (3, 4), (3,), (4,)]
+    for bad in (
+        (features, target + 1, weight, None, 5.0),
+        (features, target[:4], weight, None, 5.0),
+        (features[:, :3], target, weight, None, 5.0),
+        (features.double(), target, weight, None, 5.0),
+    ):
+        with pytest.raises(RuntimeError, match="linear_cross_entropy: "):
+            op(*bad)

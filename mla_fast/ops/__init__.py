@@ -11,12 +11,14 @@ from mla_fast.ops.backend import (
     check_choice,
     resolve,
 )
+from mla_fast.ops.cross_entropy import linear_cross_entropy
 from mla_fast.ops.head_step import head_check_, head_restore_
 from mla_fast.ops.rls import ORDERS, identity, pending_rows, rls_fold, rls_project_, rls_step, rls_step_, square_sum
 from mla_fast.ops.window import window_gram, window_project, window_step_
 
 __all__ = [
     "BACKENDS", "INTERPRETED", "MISSING", "BackendError", "alpha_tensor", "available", "check_alpha", "check_choice", "resolve",
+    "linear_cross_entropy",
     "head_check_", "head_restore_",
     "ORDERS", "identity", "pending_rows", "rls_fold", "rls_project_", "rls_step", "rls_step_", "square_sum",
     "window_gram", "window_project", "window_step_",
