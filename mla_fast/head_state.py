@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
 from mla_fast.projection import Projection
 from mla_fast.settings import Settings
@@ -65,11 +66,13 @@ class HeadState:
 
     def _take_over(self, settings: Settings, projections: list[Projection], saved: dict[str, Any]) -> None:
         optimizer = self._optimizer
+        if settings != optimizer.settings:
+            warn(f"state_dict: the projection goes on as it was saved, {settings}, not as it was built, {optimizer.settings}")
         optimizer.settings = settings
         if isinstance(settings.alpha, Tensor):
             settings.alpha.fill_(saved["settings"]["alpha"])
         optimizer.counted()  # what the device has counted until now is not of this state
-        optimizer.skipped = dict(saved["skipped"])
+        optimizer.skipped = dict.fromkeys(optimizer.skipped, 0) | saved["skipped"]
         for layer, projection, of_layer in zip(optimizer.layers, projections, saved["layers"], strict=True):
             layer.adopt(projection, of_layer)
 

@@ -175,10 +175,23 @@ class MultimodalModel(nn.Module):
         return present[:, [self.modalities.index(m) for m in inputs]]
 
 
+class LoneRowError(ValueError):
+    """Raised for a single row that an encoder's BatchNorm cannot train on."""
+
+
 def _encode_or_note(encoder: nn.Module, inputs: Inputs, modality: str) -> Any:
+    lone = encoder.training and len(leaves(inputs)[0]) == 1
+    before = [(buffer, buffer.clone()) for buffer in encoder.buffers()] if lone else []
     try:
         return encoder(inputs)
     except Exception as error:
+        if lone and "more than 1 value per channel" in str(error):
+            for buffer, value in before:  # some layers have counted the row
+                buffer.copy_(value)
+            raise LoneRowError(
+                f"inputs[{modality!r}]: expected at least 2 rows in training, for the BatchNorm in its encoder, got 1; "
+                "drop the last batch if it is one row (drop_last=True), take larger batches, or GroupNorm in place of BatchNorm"
+            ) from error
         if hasattr(error, "add_note"):
             error.add_note(f"in the encoder of {modality!r}, which was given {describe(inputs)}")
         raise

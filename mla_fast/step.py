@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.batch import Rows, row_totals, rows_by_modality, unpack_batch
+from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
-from mla_fast.model import MultimodalModel
+from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 
 
@@ -35,9 +36,10 @@ def alternating_step(
     ``GradScaler``, which wants ``Trainer``'s step by step.
 
     Returns the mean loss {modality: 0-d tensor} of those that had a row; over ranks, the mean of the ranks' is the mean of all.
-    A modality whose features or head gradient are not finite takes no step. On CUDA, where nobody waits to see it, its head takes
-    none, nor, with a fused wrapped optimizer, does any encoder. Labels that lie on a GPU are not looked at beforehand: one that
-    names no class fails there, as in ``F.cross_entropy``.
+    A modality with a single row that a BatchNorm in its encoder cannot train on takes no step (``diagnostics()`` counts them),
+    nor does one whose features or head gradient are not finite. On CUDA, where nobody waits to see it, its head takes none, nor,
+    with a fused wrapped optimizer, does any encoder. Labels that lie on a GPU are not looked at beforehand: one that names no
+    class fails there, as in ``F.cross_entropy``.
     """
     check_belong(model, optimizer)
     if not can_step_together(model):
@@ -63,13 +65,13 @@ def steps_together(
     """Take one step of each modality with one backward pass through all encoders; returns the mean losses."""
     optimizer.zero_grad()
     with autocast(optimizer, amp):
-        features = model.all_features({modality: rows[modality].inputs for modality in totals})
+        features = _features(model, optimizer, {modality: rows[modality] for modality in totals})
     losses: dict[str, Tensor] = {}
     outputs, gradients, flags = [], [], []
     head, plain = list(model.head.parameters()), _plain_layer(model, optimizer, amp)
-    for modality, total in totals.items():
+    for modality in features:
         h = features[modality].detach().requires_grad_()
-        losses[modality] = _head_backward(model, optimizer, plain, h, rows[modality], total, amp)
+        losses[modality] = _head_backward(model, optimizer, plain, h, rows[modality], totals[modality], amp)
         with torch.no_grad():
             bad = optimizer.take_step(modality)
         if isinstance(bad, Tensor):
@@ -88,6 +90,28 @@ def steps_together(
         optimizer.zero_grad()  # what there is of this batch is not for another step to take
         raise
     return losses
+
+
+def _features(model: MultimodalModel, optimizer: MLAOptimizer, rows: dict[str, Rows]) -> dict[str, Tensor]:
+    """Return the features of each modality, without that of a lone row that its encoder cannot train on."""
+    if all(len(part.target) != 1 for part in rows.values()):
+        return model.all_features({modality: part.inputs for modality, part in rows.items()})
+    features = {}
+    for modality, part in rows.items():
+        try:
+            features[modality] = model.features(modality, part.inputs)
+        except LoneRowError as error:
+            _leave_out(optimizer, error)
+    return features
+
+
+def _leave_out(optimizer: MLAOptimizer, error: LoneRowError) -> None:
+    """Count a row that is left out; where other ranks wait for it, nothing can be."""
+    if optimizer.process_group is not None:
+        raise error
+    if not optimizer.skipped["lone"]:
+        warn(f"a row is left out (and others after it; diagnostics() counts them): {error}")
+    optimizer.skipped["lone"] += 1
 
 
 def _plain_layer(model: MultimodalModel, optimizer: MLAOptimizer, amp: torch.dtype | None) -> HeadLayer | None:
@@ -143,17 +167,24 @@ def steps_in_turn(
     if backward is None:
         backward = torch.autograd.backward if scaler is None else (lambda loss: torch.autograd.backward(scaler.scale(loss)))
     losses: dict[str, Tensor] = {}
+    optimizer.watch.alternates()
     for modality, total in totals.items():
         optimizer.zero_grad()
         parts = [rows[modality] for rows in batches if modality in rows]
         if optimizer.process_group is None:
             parts = [part for part in parts if len(part.target)]
         for i, (x, y, _) in enumerate(parts):
-            with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
-                with autocast(optimizer, amp):
-                    loss = mean_loss(model({modality: x})[modality], y, total)
-                backward(loss)
+            try:
+                with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
+                    with autocast(optimizer, amp):
+                        loss = mean_loss(model({modality: x})[modality], y, total)
+                    backward(loss)
+            except LoneRowError as error:
+                _leave_out(optimizer, error)
+                continue
             losses[modality] = losses.get(modality, 0) + loss.detach()
+        if modality not in losses:
+            continue
         if clip_norm is not None:
             if scaler is not None:
                 scaler.unscale_(optimizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mla_fast.batch import row_totals, rows_by_modality, unpack_batch
+from mla_fast.caller import warn
 from mla_fast.evaluate import evaluate
 from mla_fast.graph import GraphedStep
 from mla_fast.inputs import Inputs, describe, sample_counts, to_device
@@ -25,7 +25,15 @@ from mla_fast.random_state import Replayable
 from mla_fast.resume import Loader, Position
 from mla_fast.run import Run
 from mla_fast.step import can_step_together, check_belong, steps_in_turn, steps_together
-from mla_fast.trainer_checks import check_fit, check_trainer, kept, obstacle_to_graphs, stopped
+from mla_fast.trainer_checks import (
+    check_fit,
+    check_scheduler,
+    check_trainer,
+    kept,
+    obstacle_to_graphs,
+    stopped,
+    warn_of_scheduler,
+)
 
 Callback = Callable[[dict[str, Any]], Any]
 
@@ -40,7 +48,9 @@ class Trainer:
     Args:
         model, optimizer: what to train and the ``MLAOptimizer`` over its parameters, with its head. Where torch.distributed has
             several processes, ``mla_fast.distribute(model)``, and a loader with a share of every batch on each.
-        scheduler: a learning-rate scheduler, stepped once an epoch; ``ReduceLROnPlateau`` sees the mean training loss.
+        scheduler: a learning-rate scheduler; ``ReduceLROnPlateau`` sees the mean training loss.
+        scheduler_interval: when it steps, once an ``"epoch"``, or once a ``"batch"`` (or group of `accumulate` batches), as
+            ``OneCycleLR`` and warm-up are meant.
         device: where batches go; by default where the model is.
         seed: set for torch's global generator when the first epoch begins, so that shuffling and dropout repeat.
         progress: show a progress bar while training on a terminal.
@@ -65,6 +75,7 @@ class Trainer:
         optimizer: MLAOptimizer,
         *,
         scheduler: Any = None,
+        scheduler_interval: str = "epoch",
         device: torch.device | str | None = None,
         seed: int | None = None,
         progress: bool = True,
@@ -78,8 +89,10 @@ class Trainer:
         cuda_graph: bool = False,
     ):
         check_belong(model, optimizer)
-        check_trainer(model, optimizer, scheduler, amp, scaler, accumulate, clip_norm, backward, callbacks)
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        check_scheduler(scheduler, scheduler_interval)
+        check_trainer(model, optimizer, amp, scaler, accumulate, clip_norm, backward, callbacks)
+        self.model, self.optimizer = model, optimizer
+        self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.seed, self.progress = seed, progress
         self.amp, self.scaler, self.accumulate, self.clip_norm = amp, scaler, accumulate, clip_norm
@@ -98,7 +111,7 @@ class Trainer:
         reason = obstacle_to_graphs(self.model, self.optimizer, given)
         if reason is None:
             return GraphedStep(self.model, self.optimizer, amp=self.amp)
-        warnings.warn(f"cuda_graph: steps are taken eagerly: {reason}", stacklevel=3)
+        warn(f"cuda_graph: steps are taken eagerly: {reason}")
         return None
 
     def fit(
@@ -123,6 +136,7 @@ class Trainer:
         """
         check_belong(self.model, self.optimizer)
         check_fit(epochs, validation, checkpoint, checkpoint_every, patience, monitor)
+        warn_of_scheduler(self.scheduler, self.scheduler_interval, epochs)
         self._position.start_fit(self.seed, self.epoch)
         save = None if checkpoint is None else lambda: self.save(checkpoint)
         while self.epoch < epochs and not stopped(self.history, patience, monitor):
@@ -131,10 +145,12 @@ class Trainer:
             record["projection"] = kept(self.optimizer, self.history)
             if validation is not None:
                 record["validation"] = self.evaluate(validation)
+                record["validation"].pop("class_accuracy", None)  # as many numbers as classes in every epoch
                 if not record["validation"]["samples"]:
                     raise ValueError("validation: expected at least one sample in each epoch, got none")
             # From here on the epoch is done; one that fails before is continued by the next ``fit``.
-            self._step_scheduler(record["loss"])
+            if self.scheduler_interval == "epoch":
+                self._step_scheduler(record["loss"])
             self.history.append(record)
             self.epoch += 1
             self._position.end_epoch(batches, loader)
@@ -172,6 +188,8 @@ class Trainer:
             while group := list(itertools.islice(batches, at_once)):
                 for modality, loss in self._train_on(group).items():
                     position.losses.add(modality, loss if modality in position.losses else loss.double())
+                if self.scheduler is not None and self.scheduler_interval == "batch":
+                    self.scheduler.step()
                 before, position.batches = position.batches, position.batches + len(group)
                 if save is not None and every is not None and position.batches // every > before // every:
                     save()
@@ -206,12 +224,13 @@ class Trainer:
         return steps_in_turn(self.model, self.optimizer, rows, totals, self.amp, self.scaler, self.clip_norm, self.backward)
 
     def evaluate(self, loader: Iterable[Any]) -> dict[str, Any]:
-        """Return ``{"samples", "loss", "accuracy"}``: each modality alone, over the samples that have it, and two ways of fusing.
+        """Return how good each modality is, over the samples that have it, and two ways of fusing, over those that have any.
 
-        loss is the mean cross-entropy of each modality; accuracy, as fractions, has each modality, over the samples that have it,
-        and over those that have any ``"average"`` (of the logits that are present) and ``"fused"`` (entropy-weighted); NaN for
-        what no sample had. Logits that are NaN are wrong. Over the samples of all ranks, those included that a
-        ``DistributedSampler`` gives twice.
+        ``"samples"``: their number; ``"loss"``: the mean cross-entropy of each modality; ``"accuracy"`` and ``"macro_f1"`` (the
+        mean over classes), as fractions: each modality, ``"average"`` (of the logits that are present) and ``"fused"``
+        (entropy-weighted); ``"majority"``: what answering always the most frequent class would be right for;
+        ``"class_accuracy"``: a list, of the fused answer to each class. NaN for what no sample had. Logits that are NaN are
+        wrong. Over the samples of all ranks, those included that a ``DistributedSampler`` gives twice.
         """
         return evaluate(self.model, loader, self.device, self.optimizer.process_group)
 
