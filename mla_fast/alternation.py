@@ -31,7 +31,7 @@ class Alternation:
     What it sees is the graph behind the features. Two calls of the head in one step whose encoders share no parameter, or that
     earlier steps of different names kept apart, are a joint loss, or accumulation with the modalities inside. Steps of
     different names through the very same parameters, or features that were joined before the head in every step, are joint
-    training. It looks at the first 16 steps; after them nothing is left of it.
+    training. Gradients of encoders that no call went through are of another step, or zeros. It looks at the first 16 steps; after them nothing is left of it.
     """
 
     def __init__(self, head: nn.Module):
@@ -72,6 +72,12 @@ class Alternation:
             return (
                 f"gradients of {len(encoders)} encoders (of {sizes} parameters) came together in one step, so this is a joint "
                 "loss, or accumulation with the modalities inside"
+            )
+        idle = [p for p, bit in self._bits.items() if p.grad is not None and not any(e >> bit & 1 for e in encoders)]
+        if idle:
+            return (
+                f"{len(idle)} parameters of encoders that nothing went through have a gradient: one of an earlier step, for want "
+                "of zero_grad(), or zeros of an engine's, which momentum and weight decay step on; set it to None"
             )
         if modality is not None and len(encoders) == 1:
             other = next((name for name, e in self._alone.items() if e == encoders[0] and name not in (None, modality)), None)

@@ -62,6 +62,27 @@ def joined(model, optimizer, name):
     optimizer.step(modality=name)
 
 
+def no_zero_grad(model, optimizer, name):
+    inputs, target = batch()
+    F.cross_entropy(model({name: inputs[name]})[name], target).backward()
+    optimizer.step(modality=name)
+
+
+def zeros_in_place_of_none(model, optimizer, name):
+    inputs, target = batch()
+    optimizer.zero_grad()
+    F.cross_entropy(model({name: inputs[name]})[name], target).backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    optimizer.step(modality=name)
+
+
+@pytest.mark.parametrize("step", [no_zero_grad, zeros_in_place_of_none])
+def test_gradients_of_encoders_that_nothing_went_through_are_said(step):
+    (message,) = said(*make(), step, ("audio", "image"))
+    assert message.startswith("step: 4 parameters of encoders that nothing went through have a gradient")
+
+
 def said(model, optimizer, step, names, times=40):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
