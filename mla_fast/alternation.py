@@ -31,7 +31,8 @@ class Alternation:
     What it sees is the graph behind the features. Two calls of the head in one step whose encoders share no parameter, or that
     earlier steps of different names kept apart, are a joint loss, or accumulation with the modalities inside. Steps of
     different names through the very same parameters, or features that were joined before the head in every step, are joint
-    training. Gradients of encoders that no call went through are of another step, or zeros. It looks at the first 16 steps; after them nothing is left of it.
+    training. Gradients of encoders that no call went through are of another step, or zeros. It looks at the first 16 steps;
+    after them nothing is left of it.
     """
 
     def __init__(self, head: nn.Module):
