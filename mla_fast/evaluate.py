@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ from torch import Tensor
 from mla_fast.batch import unpack_batch
 from mla_fast.distributed import all_gather_object, all_reduce_sum
 from mla_fast.model import MultimodalModel
-from mla_fast.ops.dispatch import dispatch
+from mla_fast.ops.dispatch import DispatchPlan, dispatch
+from mla_fast.ops.fusion import Fused
 
 
 class Sums(dict[str, list[Any]]):
@@ -69,45 +70,77 @@ def _share(part: Tensor, whole: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: MultimodalModel, loader: Iterable[Any], device: torch.device, group: dist.ProcessGroup | None
+    model: MultimodalModel,
+    loader: Iterable[Any],
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    use_test: bool = False,
 ) -> dict[str, Any]:
     """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`."""
-    samples, loss = Sums(), Sums()
-    tallies: dict[str, Tally] = {}
+    samples, loss, generator = Sums(), Sums(), torch.Generator().manual_seed(0)
+    tallies: dict[str | Without, Tally] = {}
     for batch in loader:
         inputs, target, present = unpack_batch(model, batch, device)
         N = len(target)
         here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else model.columns(present, inputs)
         plan = dispatch(here, tuple(inputs))
-        logits = model.packed_logits(inputs, None if present is None else plan)
+        features = model.packed_features(inputs, None if present is None else plan)
+        logits = model.logits_of(features)
         parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
-        some = here.any(1)
+        fused, some = plan.fuse(logits), here.any(1)
+        together: dict[str | Without, Tensor] = {
+            "average": torch.stack(plan.unpack(list(parts))).sum(0),  # as good as the mean for the largest class
+            "fused": model.corrected(fused, features, plan).logits,
+        }
+        if model.interaction is not None:
+            together["without_interaction"] = fused.logits
+        if use_test:
+            together |= _permuted(model, features, fused, plan, generator)
         samples.add("all", 0, N)
-        answers = {modality: (z, y) for modality, z, y in zip(inputs, parts, targets, strict=True)}
-        for modality, (z, y) in answers.items():
+        for modality, z, y in zip(inputs, parts, targets, strict=True):
             loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
-        average = torch.stack(plan.unpack(list(parts))).sum(0)  # as good as the mean for the largest class
-        answers |= {name: (z[some], target[some]) for name, z in (("average", average), ("fused", plan.fuse(logits).logits))}
-        for name, (z, y) in answers.items():
-            tallies.setdefault(name, Tally(z.shape[1])).add(z, y)
+            tallies.setdefault(modality, Tally(z.shape[1])).add(z, y)
+        for name, z in together.items():
+            tallies.setdefault(name, Tally(z.shape[1])).add(z[some], target[some])
     samples = samples.over_ranks(["all"], group, device)
     loss = loss.over_ranks(model.modalities, group, device)
     tallies = _of_all_ranks(tallies, group)
-    names = [name for name in (*model.modalities, "average", "fused") if name in tallies]
-    fused = tallies.get("fused", Tally(1))
+    names = [name for name in (*model.modalities, "average", "fused", "without_interaction") if name in tallies]
+    answered = tallies.get("fused", Tally(1))
+    without = {name: tally.accuracy() for name, tally in tallies.items() if isinstance(name, Without)}
     return {
         "samples": int(samples["all"][1]) if samples else 0,
         "loss": loss.means(),
         "accuracy": {name: tallies[name].accuracy() for name in names},
         "macro_f1": {name: tallies[name].macro_f1() for name in names},
-        "majority": fused.majority(),
-        "class_accuracy": fused.by_class(),
-    }
+        "majority": answered.majority(),
+        "class_accuracy": answered.by_class(),
+    } | ({"use": {name.of: answered.accuracy() - value for name, value in without.items()}} if use_test else {})
 
 
-def _of_all_ranks(tallies: dict[str, Tally], group: dist.ProcessGroup | None) -> dict[str, Tally]:
+class Without(NamedTuple):
+    """Names the fused answers where the features of a modality, or all that the interaction sees, were permuted."""
+
+    of: str
+
+
+def _permuted(
+    model: MultimodalModel, features: dict[str, Tensor], fused: Fused, plan: DispatchPlan, generator: torch.Generator
+) -> dict[str | Without, Tensor]:
+    """Return the logits with each modality's features in turn given to other samples, and with the interaction's alone."""
+    mixed = {m: h[torch.randperm(len(h), generator=generator).to(h.device)] for m, h in features.items()}
+    found: dict[str | Without, Tensor] = {}
+    for modality in features:
+        some = features | {modality: mixed[modality]}
+        found[Without(modality)] = model.corrected(plan.fuse(model.logits_of(some)), some, plan).logits
+    if model.interaction is not None:
+        found[Without("interaction")] = model.corrected(fused, mixed, plan).logits
+    return found
+
+
+def _of_all_ranks(tallies: dict[str | Without, Tally], group: dist.ProcessGroup | None) -> dict[str | Without, Tally]:
     """Return what all ranks have counted together, some of which may have seen nothing."""
-    together: dict[str, Tally] = {}
+    together: dict[str | Without, Tally] = {}
     for of_rank in all_gather_object(tallies, group):
         for name, tally in of_rank.items():
             together.setdefault(name, Tally(tally.counts.shape[1])).counts += tally.counts

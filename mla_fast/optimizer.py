@@ -205,16 +205,17 @@ class MLAOptimizer(torch.optim.Optimizer):
             group=self.process_group,
         )
         if verdict.bad is True:
-            self._skip_nonfinite()
+            self.skip_nonfinite()
         else:
             self._project_and_step(found.steps, named, verdict)
             self.watch.after(found.steps)
         return verdict.bad
 
-    def _skip_nonfinite(self) -> None:
+    def skip_nonfinite(self) -> None:
+        """Count a step that something not finite has kept from being taken, and say so the first time."""
         overflow = hasattr(self, "found_inf")  # under torch.amp a step now and then is skipped as a matter of course
         if not overflow and not self.skipped["nonfinite"]:
-            warn("step skipped: the head's features or gradient are not finite (counted in diagnostics())")
+            warn("step skipped: features or a gradient of the head are not finite (counted in diagnostics())")
         self.skipped["nonfinite"] += 1
 
     def _project_and_step(self, steps: list[HeadStep], modality: str | None, verdict: Verdict) -> None:

@@ -24,7 +24,7 @@ from mla_fast.optimizer import MLAOptimizer
 from mla_fast.random_state import Replayable
 from mla_fast.resume import Loader, Position
 from mla_fast.run import Run
-from mla_fast.step import can_step_together, check_belong, steps_in_turn, steps_together
+from mla_fast.step import can_step_together, check_belong, steps_together
 from mla_fast.trainer_checks import (
     check_fit,
     check_scheduler,
@@ -34,6 +34,7 @@ from mla_fast.trainer_checks import (
     stopped,
     warn_of_scheduler,
 )
+from mla_fast.turns import steps_in_turn
 
 Callback = Callable[[dict[str, Any]], Any]
 
@@ -137,6 +138,8 @@ class Trainer:
         check_belong(self.model, self.optimizer)
         check_fit(epochs, validation, checkpoint, checkpoint_every, patience, monitor)
         warn_of_scheduler(self.scheduler, self.scheduler_interval, epochs)
+        if isinstance(loader, Mapping) and self.model.interaction is not None:
+            warn("interaction: it is not trained, since batches of loaders of their own show no two modalities of a sample")
         self._position.start_fit(self.seed, self.epoch)
         save = None if checkpoint is None else lambda: self.save(checkpoint)
         while self.epoch < epochs and not stopped(self.history, patience, monitor):
@@ -219,20 +222,25 @@ class Trainer:
         totals = row_totals(self.model.modalities, self.optimizer, rows)
         each_once = sum(map(len, rows)) == len({modality for r in rows for modality in r})
         if each_once and not self.in_turn and can_step_together(self.model):
-            once = {modality: part for r in rows for modality, part in r.items()}
+            once = rows[0] if len(rows) == 1 else {modality: part for r in rows for modality, part in r.items()}
             return steps_together(self.model, self.optimizer, once, totals, self.amp)
         return steps_in_turn(self.model, self.optimizer, rows, totals, self.amp, self.scaler, self.clip_norm, self.backward)
 
-    def evaluate(self, loader: Iterable[Any]) -> dict[str, Any]:
+    def evaluate(self, loader: Iterable[Any], *, use_test: bool = False) -> dict[str, Any]:
         """Return how good each modality is, over the samples that have it, and two ways of fusing, over those that have any.
 
         ``"samples"``: their number; ``"loss"``: the mean cross-entropy of each modality; ``"accuracy"`` and ``"macro_f1"`` (the
         mean over classes), as fractions: each modality, ``"average"`` (of the logits that are present) and ``"fused"``
         (entropy-weighted); ``"majority"``: what answering always the most frequent class would be right for;
-        ``"class_accuracy"``: a list, of the fused answer to each class. NaN for what no sample had. Logits that are NaN are
+        ``"class_accuracy"``: a list, of the fused answer to each class. With an interaction ``"fused"`` has it, and accuracy and
+        macro_f1 have ``"without_interaction"``, too.
+
+        use_test: add ``"use"``, by how much fused accuracy falls when the features of one modality are permuted among the samples
+        of a batch, for each modality, and for what the ``"interaction"`` alone sees: whether modalities add up, or act on each
+        other. NaN for what no sample had. Logits that are NaN are
         wrong. Over the samples of all ranks, those included that a ``DistributedSampler`` gives twice.
         """
-        return evaluate(self.model, loader, self.device, self.optimizer.process_group)
+        return evaluate(self.model, loader, self.device, self.optimizer.process_group, use_test)
 
     def predict(self, batch: Mapping[str, Inputs] | tuple[Any, ...]) -> Fused:
         """Return ``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
