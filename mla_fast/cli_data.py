@@ -9,7 +9,7 @@ from mla_fast.data.dataset import listed
 from mla_fast.data.npz import read_npz
 from mla_fast.data.standardization import feature_axis
 
-OTHERWISE = {"tokens": "features", "sequence": "image", "image": "sequence", "channels_last": "image"}
+OTHERWISE = {"tokens": "features", "sequence": "image", "channels_last": "image"}
 FAR = 5  # deviations between the means of a feature in two data sets, beyond which its units must differ
 
 
@@ -92,7 +92,9 @@ def print_reading(
     names = config["class_names"]
     read[config["label"]] = f"{config['classes']} classes" + (", numbered from 0" if names is None else f": {listed(names, 10)}")
     if "present" in arrays:
-        read["present"] = f"which rows have {', '.join(dataset.modalities)}"
+        named = "modalities" in arrays and "modalities" not in dataset.modalities
+        order = "as the array 'modalities' names them" if named else "in the order of --modalities"
+        read["present"] = f"which rows have each modality, {order}"
     print(f"read from {config['data']}" + (" (--layout and --standardize read otherwise)" if training else ""))
     for name, how in read.items():
         print(f"  {name:{width}}  {arrays[name]:{kinds}}  {how}")
@@ -107,7 +109,10 @@ def _how(dataset: data.MultimodalDataset, array: str, name: str, config: dict[st
     how = f"tokens below {config['vocabulary'][name]}" if layout == "tokens" else f"{layout.replace('_', ' ')}, {by}"
     if array.startswith("uint8") and layout != "tokens":
         how = how.replace(",", " / 255,", 1)
-    other = OTHERWISE.get(layout, "tokens" if "int" in array and "uint8" not in array and x.shape[1] > 1 else None)
+    if layout == "image":
+        other: str | None = "sequence" if x.dim() == 3 else "channels_last"
+    else:
+        other = OTHERWISE.get(layout, "tokens" if "int" in array and x.dim() == 2 and x.shape[1] > 1 else None)
     return f"{how} (otherwise: --layout {name}={other})" if training and other is not None else how
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mla_fast.data.archive import read_arrays
 from mla_fast.data.dataset import Array, MultimodalDataset
 from mla_fast.data.labels import as_classes, as_strings
 
@@ -63,7 +63,7 @@ def read_npz(
 ) -> tuple[MultimodalDataset, dict[str, str]]:
     """Return what ``load_npz`` does, and a description of each array that was asked for: dtype and shape in the file."""
     _check_names(path, modalities, label)
-    arrays, objects = _read_arrays(path)
+    arrays, objects = read_arrays(path)
     wanted = [*modalities, label]
     missing = [key for key in wanted if key not in {*arrays, *objects}]
     if missing:
@@ -76,12 +76,10 @@ def read_npz(
     if any(arrays[key].shape[:1] != (N,) for key in wanted):
         shapes = ", ".join(f"{key} {list(arrays[key].shape)}" for key in wanted)
         raise ValueError(f"{path}: expected arrays of one length N in the first dimension, got {shapes}")
-    described = {key: f"{arrays[key].dtype} {list(arrays[key].shape)}" for key in wanted}
-    present = None
-    if masked:
-        described["present"] = f"{arrays['present'].dtype} {list(arrays['present'].shape)}"
-        stored = None if "modalities" in wanted else arrays.pop("modalities", None)
-        present = _columns(path, arrays.pop("present"), stored, N, modalities)
+    described = {key: f"{arrays[key].dtype} {list(arrays[key].shape)}" for key in (*wanted, *names) if key in arrays}
+    columns = {key: arrays.pop(key, None) for key in names}
+    mask = columns.get("present")
+    present = None if mask is None else _columns(path, mask, columns.get("modalities"), N, modalities)
     here = [None] * len(modalities) if present is None else list(present.T)
     inputs = {m: _as_tensor(f"{path}: {m!r}", arrays[m], column, m in tokens) for m, column in zip(modalities, here, strict=True)}
     target, class_names = as_classes(arrays[label], f"{path}: {label!r}", class_names)
@@ -98,54 +96,6 @@ def _check_names(path: str | Path, modalities: Sequence[str], label: str) -> Non
         raise ValueError(f"modalities: expected each name once, got {', '.join(modalities)}")
     if label in modalities:
         raise ValueError(f"label: expected another key than the modalities {', '.join(modalities)}, got {label!r}")
-
-
-def _read_arrays(path: str | Path) -> tuple[dict[str, Array], list[str]]:
-    """Return all arrays and the names of those of Python objects; check every one against its checksum.
-
-    Raises ValueError for damage of any kind.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not a .npz file, or cut short (expected a zip archive of NumPy arrays)") from error
-    arrays: dict[str, Array] = {}
-    objects: list[str] = []
-    with archive:
-        for member in archive.infolist():
-            key = member.filename.removesuffix(".npy")
-            if key in arrays or key in objects:
-                raise ValueError(f"{path}: expected one array of each name, got two of {key!r}")
-            try:
-                array = _read_member(archive, member)
-            except Exception as error:  # NumPy, zipfile and zlib let the exceptions of all their layers through
-                raise ValueError(f"{path}: cannot read array {key!r}: {error}") from error
-            if array is None:
-                objects.append(key)
-            else:
-                arrays[key] = array
-    return arrays, objects
-
-
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array | None:
-    """Return an array, or None for one of Python objects; read to the end, where zipfile compares the checksum."""
-    magic = np.lib.format.MAGIC_PREFIX
-    with archive.open(member) as file:
-        if file.read(len(magic)) != magic:
-            raise ValueError("it is not a NumPy array")
-    with archive.open(member) as file:
-        try:
-            array: Array | None = np.lib.format.read_array(file, allow_pickle=False)
-        except ValueError as error:
-            if "Object arrays" not in str(error):
-                raise
-            array = None
-        rest = file.read()
-        if rest and array is not None:
-            raise ValueError(f"expected {array.nbytes} bytes for {array.dtype} {list(array.shape)}, got {len(rest)} more")
-    return array
 
 
 def _columns(path: str | Path, mask: Array, stored: Array | None, N: int, modalities: Sequence[str]) -> Tensor:
