@@ -71,6 +71,8 @@ def _classes(dataset: data.MultimodalDataset, config: dict[str, Any]) -> int:
     if found < 2:
         only = dataset.target[0] if dataset.class_names is None else dataset.class_names[0]
         raise ValueError(f"{label}: expected at least two classes, got {only} alone")
+    if found == len(dataset):
+        raise ValueError(f"{label}: expected classes that samples have in common, got another in each of {found} rows")
     if dataset.classes > 10**5 > len(dataset):
         raise ValueError(f"{label}: expected classes numbered from 0, got {found} of them up to {dataset.classes - 1}")
     return dataset.classes

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
+import mla_fast as mla
 from mla_fast.inputs import describe, leaves, sample_count, sample_counts, to_device, tree_map
 
 Tokens = namedtuple("Tokens", ["ids", "mask"])
@@ -74,6 +76,31 @@ def test_what_a_tokenizer_returns_stays_what_it_is():
     moved = to_device({"text": encoding}, torch.device("meta"))["text"]
     assert type(moved) is Encoding and moved.kind == "bert" and moved["ids"].device.type == "meta"
     assert encoding["ids"] is ids and sample_counts({"text": encoding}) == {"text": 3}  # and the caller's as it was
+
+
+def test_a_model_learns_from_what_a_tokenizer_returns():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 4)
+
+        def forward(self, x):
+            assert type(x) is Encoding and x.kind == "bert"
+            return (self.table(x["ids"]) * x["mask"][..., None]).sum(1)
+
+    torch.manual_seed(0)
+    model = mla.MultimodalModel({"text": Encoder(), "sound": nn.Linear(3, 4)}, nn.Linear(4, 2))
+    optimizer = mla.MLAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.head)
+    text = Encoding({"ids": torch.arange(8).view(4, 2), "mask": torch.ones(4, 2)}, "bert")
+    batch = ({"text": text, "sound": torch.randn(4, 3)}, torch.tensor([0, 1, 0, 1]))
+    present = torch.tensor([[True, True], [False, True], [True, False], [True, True]])
+    before = model.encoders["text"].table.weight.clone()
+    mla.alternating_step(model, optimizer, (*batch, present))
+    moved = (model.encoders["text"].table.weight != before).any(1)
+    assert moved.tolist() == [True, True, False, False, True, True, True, True, False]  # those of the rows that have text
+    trainer = mla.Trainer(model, optimizer, progress=False)
+    trainer.fit([batch], 1)
+    assert trainer.evaluate([(*batch, present)])["samples"] == 4 and trainer.predict((batch[0], present)).logits.shape == (4, 2)
 
 
 def test_other_mappings_become_dicts_and_are_not_written_to():

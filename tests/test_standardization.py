@@ -42,7 +42,7 @@ def test_each_feature_and_channel_by_its_own(N, shape, layout, axes):
     layouts = None if layout is None else {"a": layout}
     kept = json.loads(json.dumps(data.statistics(dataset(a=x), layouts=layouts)))
     got = data.apply_statistics(dataset(a=x), kept).inputs["a"]
-    assert got.dtype == torch.float32
+    assert got.dtype == torch.float32 and torch.equal(got, data.standardize(dataset(a=x), layouts=layouts)[0][0].inputs["a"])
     np.testing.assert_allclose(got.numpy(), (x - mean) / std, rtol=1e-6, atol=1e-6)
 
 
@@ -97,6 +97,13 @@ def test_absent_rows_decide_nothing():
     (train,), statistics = data.standardize(dataset(a=x, b=x[:, :1], present=[[True, False], [False, False], [True, False]]))
     assert statistics == {"a": ([2.0, 2.0], [1.0, 1.0]), "b": (0, 1)}
     assert train.inputs["a"][[0, 2]].tolist() == [[-1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.float16])
+def test_any_dtype_of_a_data_set_of_ones_own(dtype):
+    x = torch.tensor([[0, 1], [1, 1], [1, 0], [1, 1]]).to(dtype)
+    expected = (x.numpy().astype(float) - [0.75, 0.75]) / np.sqrt(3 / 16)
+    np.testing.assert_allclose(data.standardize(dataset(a=x))[0][0].inputs["a"].numpy(), expected, rtol=1e-6)
 
 
 def test_not_at_all_and_tokens():

@@ -120,8 +120,8 @@ def _standardized(modality: str, x: Tensor, here: Tensor | None, statistics: Seq
 
 
 def standardize(
-    train: MultimodalDataset, *others: MultimodalDataset, per: str = "feature"
+    train: MultimodalDataset, *others: MultimodalDataset, per: str = "feature", layouts: Mapping[str, str] | None = None
 ) -> tuple[list[MultimodalDataset], Statistics]:
-    """Standardise `train` and the `others` by the statistics of `train`; return ([train, *others], statistics)."""
-    of_train = statistics(train, per)
+    """Standardise `train` and the `others` by the ``statistics`` of `train`; return ([train, *others], statistics)."""
+    of_train = statistics(train, per, layouts)
     return [apply_statistics(dataset, of_train) for dataset in (train, *others)], of_train
