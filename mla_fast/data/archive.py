@@ -22,11 +22,11 @@ def read_arrays(path: str | Path) -> tuple[dict[str, Array], list[str]]:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a .npz file, or cut short (expected a zip archive of NumPy arrays)") from error
-    if len(archive.infolist()) != (expected := _members(path)):
-        raise ValueError(f"{path}: damaged: expected {expected} arrays, as the archive says, got {len(archive.infolist())}")
     arrays: dict[str, Array] = {}
     objects: list[str] = []
     with archive:
+        if min(found := len(archive.infolist()), 2**16 - 1) != (expected := _members(path)):
+            raise ValueError(f"{path}: damaged: expected {expected} arrays, as the archive says, got {found}")
         for member in archive.infolist():
             key = member.filename.removesuffix(".npy")
             if key in arrays or key in objects:
@@ -43,7 +43,7 @@ def read_arrays(path: str | Path) -> tuple[dict[str, Array], list[str]]:
 
 
 def _members(path: str | Path) -> int:
-    """Return how many members a zip archive says it has; zipfile overlooks those that damage to its directory hides."""
+    """Return how many members a zip archive says it has, up to 2^16 − 1; zipfile overlooks some that damage hides."""
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16 - 22))  # the record at the end, and the longest comment after it
         record = file.read().rpartition(b"PK\5\6")[2]
