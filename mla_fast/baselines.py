@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mla_fast.inputs import to_device
+from mla_fast.modality_dict import ModalityDict
 
 # The settings of MLAOptimizer that every comparison of methods includes, by the name of the method.
 MLA_SETTINGS: dict[str, dict[str, Any]] = {
@@ -34,9 +35,7 @@ class JointModel(nn.Module):
 
     def __init__(self, encoders: Mapping[str, nn.Module], features: int):
         super().__init__()
-        if not encoders:
-            raise ValueError("encoders: expected at least one modality, got none")
-        self.encoders = nn.ModuleDict(encoders)
+        self.encoders = ModalityDict(encoders)
         self.features = features
 
     @property

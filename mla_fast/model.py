@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.inputs import Inputs, check_by_modality, describe, leaves, sample_count, sample_counts
 from mla_fast.interaction import Interaction
+from mla_fast.modality_dict import ModalityDict
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused, entropy_fusion
 from mla_fast.streams import run_on_streams
@@ -27,10 +28,11 @@ class MultimodalModel(nn.Module):
         model({"audio": x})["audio"]                    # logits [N, 6] of one modality, as MLA trains it
         model.predict({"audio": xa, "image": xv})       # fused logits, weights and entropies
 
-    The inputs of a modality are a tensor [N, …], or several of the same N in a tuple, list or dict, nested to any depth: tokens
-    and their mask, say. They are passed to its encoder as they are.
+    The inputs of a modality are a tensor [N, …], or several of the same N in a tuple, list or mapping, nested to any depth:
+    tokens and their mask, say, as a tokenizer returns them. They are passed to its encoder as they are.
 
-    encoders: {modality: module}; "average" and "fused" are reserved names.
+    encoders: {modality: module}, of any names but the empty one and "average" and "fused", which results use (and beside an
+        interaction "interaction" and "without_interaction"); see ``ModalityDict`` for the names of their parameters.
     head: a module, usually an ``nn.Linear``.
     interaction: a ``mla_fast.Interaction`` beside the head, for what is in no modality alone. ``predict`` adds it to the fused
         logits; ``forward`` is without it.
@@ -56,16 +58,13 @@ class MultimodalModel(nn.Module):
         streams: bool = False,
     ):
         super().__init__()
-        if not encoders:
-            raise ValueError("encoders: expected at least one modality, got none")
-        if not isinstance(encoders, Mapping):
-            raise TypeError(f"encoders: expected a dict {{modality: module}}, got {type(encoders).__name__}")
-        for name in ("average", "fused", "without_interaction", "interaction"):
+        self.encoders = ModalityDict(encoders)
+        reserved = ("average", "fused", *(() if interaction is None else ("interaction", "without_interaction")))
+        for name in reserved:
             if name in encoders:
                 raise ValueError(f"encoders: expected another name than {name!r}, which results use for all modalities together")
         if not isinstance(head, nn.Module):
             raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
-        self.encoders = nn.ModuleDict(encoders)
         self.head = head
         self.interaction = self._checked(interaction)
         self.streams = streams

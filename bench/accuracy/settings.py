@@ -38,7 +38,7 @@ class Setting:
         parts = self.prepare(seed)
         if missing:
             parts = [data.with_missing(part, missing, 2 * seed + i) for i, part in enumerate(parts)]
-        (train, test), _ = data.standardize(*parts)
+        (train, test), _ = data.standardize(*parts, per="array")
         return train, test
 
 
