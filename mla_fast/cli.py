@@ -123,6 +123,9 @@ def _add_training_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--momentum", type=float, default=0.9)
     p.add_argument("--weight-decay", type=float, default=0.0)
     p.add_argument("--features", type=_positive(int), default=64, help="size of the encoders' features (default: 64)")
+    p.add_argument(
+        "--interaction", type=int, default=0, metavar="RANK", help="of an interaction head (default: 0, none; try 128)"
+    )
     p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes")
     p.add_argument("--accumulate", type=_positive(int), default=1, help="batches accumulated for a step (default: 1)")
     p.add_argument("--clip-norm", type=_positive(float), help="largest norm of a step's gradient (default: no limit)")

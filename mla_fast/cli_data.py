@@ -16,7 +16,7 @@ FAR = 5  # deviations between the means of a feature in two data sets, beyond wh
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of a checkpoint with what older versions did not write: they read every array in one way."""
     layouts = {name: "features" if len(shape) == 1 else "image" for name, shape in config["encoders"].items()}
-    older = {"layouts": layouts, "vocabulary": {}, "standardize": "array", "class_names": None}
+    older = {"layouts": layouts, "vocabulary": {}, "standardize": "array", "class_names": None, "interaction": 0}
     return older | config
 
 

@@ -14,7 +14,9 @@ from torch import nn
 from mla_fast import cli_data, data
 from mla_fast.callbacks import TensorBoard
 from mla_fast.checkpoint import read_checkpoint
+from mla_fast.cli_result import print_result
 from mla_fast.encoders import encoder_for
+from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.trainer import Trainer
@@ -43,7 +45,7 @@ def train(arguments: argparse.Namespace) -> None:
         trainer.callbacks = (TensorBoard(arguments.output),)
     batches = data.loader(train_set, config["batch_size"], shuffle=True)
     trainer.fit(batches, config["epochs"], checkpoint=checkpoint, checkpoint_every=arguments.checkpoint_every)
-    _finish(arguments.output, trainer, trainer.evaluate(data.loader(test_set, 1024)))
+    _finish(arguments.output, trainer, trainer.evaluate(data.loader(test_set, 1024), use_test=True))
 
 
 def _finish(output: Path, trainer: Trainer, result: dict[str, Any]) -> None:
@@ -51,9 +53,11 @@ def _finish(output: Path, trainer: Trainer, result: dict[str, Any]) -> None:
     head = trainer.optimizer.diagnostics()
     metrics = {"config": trainer.config, "history": trainer.history, "test": result, "head": head}
     (output / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=2))
-    _print_result(result)
+    print_result(result, (trainer.config or {}).get("class_names"))
     if head["skipped_nonfinite"]:
         print(f"{head['skipped_nonfinite']} steps were skipped because they were not finite: lower --lr?")
+    if head["skipped_lone"]:
+        print(f"{head['skipped_lone']} rows were left out, alone in a batch with their modality: larger --batch-size?")
     print(f"wrote {output / 'checkpoint.pt'} and {output / 'metrics.json'}")
 
 
@@ -123,13 +127,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
     cli_data.note_other_units(test_set, config)
     trainer = _build(config, _device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
-    _print_result(trainer.evaluate(data.loader(test_set, 1024)))
+    print_result(trainer.evaluate(data.loader(test_set, 1024), use_test=True), config.get("class_names"))
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options as plain values; with what the data add, they suffice to rebuild the model."""
     names = "label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay features amp".split()
-    config = {name: getattr(arguments, name) for name in (*names, "accumulate", "clip_norm", "standardize")}
+    config = {name: getattr(arguments, name) for name in (*names, "accumulate", "clip_norm", "standardize", "interaction")}
     config["data"] = str(arguments.data.resolve())
     config["modalities"] = list(arguments.modalities)
     config["layouts"] = dict(arguments.layout)
@@ -141,7 +145,9 @@ def _build(config: dict[str, Any], device: torch.device) -> Trainer:
     encoders = {}
     for name, shape in config["encoders"].items():
         encoders[name] = encoder_for(shape, config["features"], config["layouts"][name], config["vocabulary"].get(name))
-    model = MultimodalModel(encoders, nn.Linear(config["features"], config["classes"])).to(device)
+    head, rank = nn.Linear(config["features"], config["classes"]), config.get("interaction", 0)
+    beside = Interaction(config["features"], config["classes"], list(encoders), rank) if rank else None
+    model = MultimodalModel(encoders, head, interaction=beside).to(device)
     sgd = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"])
     optimizer = MLAOptimizer(sgd, model.head, **config["head"])
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * config["epochs"]))])
@@ -158,13 +164,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: expected auto or an available device, got {name!r} ({reason})") from None
-
-
-def _print_result(result: dict[str, Any]) -> None:
-    print(f"test accuracy on {result['samples']} samples")
-    width = max(map(len, result["accuracy"]))
-    for name, value in result["accuracy"].items():
-        print(f"  {name:{width}}  {100 * value:5.1f} %")
 
 
 def _without_nan(value: Any) -> Any:

@@ -171,7 +171,7 @@ def test_a_feature_in_other_units_is_noted(tmp_path, capsys):
     other[:, 2] += 300
     capsys.readouterr()
     assert evaluate(tmp_path / "run", "--data", save(tmp_path / "other.npz", **{**arrays, "type": other})) == 0
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: feature")]
     assert len(notes) == 1 and notes[0].startswith("note: feature 2 of 'type' has a mean")
 
 
