@@ -117,6 +117,21 @@ def unpack_batch(
     return there.inputs, there.target, there.present
 
 
+def unpack_unlabelled(
+    batch: Mapping[str, Inputs] | tuple[Any, ...], device: torch.device
+) -> tuple[dict[str, Inputs], Tensor | None]:
+    """Return (inputs, present) on `device` of ``inputs``, ``(inputs, present)`` or a batch as in training."""
+    inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {describe(batch)}")
+    sample_counts(inputs)
+    present = rest[-1] if rest else None
+    if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
+        present = None  # it is the target
+    there = {modality: to_device(x, device) for modality, x in inputs.items()}
+    return there, present.to(device) if isinstance(present, Tensor) else present
+
+
 def rows_by_modality(model: MultimodalModel, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> BatchRows:
     """Return each modality's rows, in the model's order."""
     inputs = {modality: inputs[modality] for modality in model.modalities if modality in inputs}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mla_fast.batch import unpack_batch
 from mla_fast.distributed import all_gather_object, all_reduce_sum
+from mla_fast.inputs import Inputs
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused
@@ -77,11 +78,44 @@ def evaluate(
     use_test: bool = False,
 ) -> dict[str, Any]:
     """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`."""
-    samples, loss, generator = Sums(), Sums(), torch.Generator().manual_seed(0)
-    tallies: dict[str | Without, Tally] = {}
+    found = _Found(model, use_test)
     for batch in loader:
-        inputs, target, present = unpack_batch(model, batch, device)
-        N = len(target)
+        found.add(*unpack_batch(model, batch, device))
+    samples = found.samples.over_ranks(["all"], group, device)
+    loss = found.loss.over_ranks(model.modalities, group, device)
+    tallies = _of_all_ranks(found.tallies, group)
+    names = [name for name in (*model.modalities, "average", "fused", "without_interaction") if name in tallies]
+    fused = tallies.get("fused", Tally(1))
+    report = {
+        "samples": int(samples["all"][1]) if samples else 0,
+        "loss": loss.means(),
+        "accuracy": {name: tallies[name].accuracy() for name in names},
+        "macro_f1": {name: tallies[name].macro_f1() for name in names},
+        "majority": fused.majority(),
+        "class_accuracy": fused.by_class(),
+    }
+    without = {name.of: tally.accuracy() for name, tally in tallies.items() if isinstance(name, Without)}
+    return report | ({"use": {of: fused.accuracy() - left for of, left in without.items()}} if use_test else {})
+
+
+class Without(NamedTuple):
+    """Names the fused answers where the features of a modality, or all that the interaction sees, were permuted."""
+
+    of: str
+
+
+class _Found:
+    """What one rank has counted so far."""
+
+    def __init__(self, model: MultimodalModel, use_test: bool):
+        self.model, self.use_test = model, use_test
+        self.samples, self.loss = Sums(), Sums()
+        self.tallies: dict[str | Without, Tally] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> None:
+        """Count a batch."""
+        model, N = self.model, len(target)
         here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else model.columns(present, inputs)
         plan = dispatch(here, tuple(inputs))
         features = model.packed_features(inputs, None if present is None else plan)
@@ -94,34 +128,17 @@ def evaluate(
         }
         if model.interaction is not None:
             together["without_interaction"] = fused.logits
-        if use_test:
-            together |= _permuted(model, features, fused, plan, generator)
-        samples.add("all", 0, N)
+        if self.use_test:
+            together |= _permuted(model, features, fused, plan, self._generator)
+        self.samples.add("all", 0, N)
         for modality, z, y in zip(inputs, parts, targets, strict=True):
-            loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
-            tallies.setdefault(modality, Tally(z.shape[1])).add(z, y)
+            self.loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
+            self._count(modality, z, y)
         for name, z in together.items():
-            tallies.setdefault(name, Tally(z.shape[1])).add(z[some], target[some])
-    samples = samples.over_ranks(["all"], group, device)
-    loss = loss.over_ranks(model.modalities, group, device)
-    tallies = _of_all_ranks(tallies, group)
-    names = [name for name in (*model.modalities, "average", "fused", "without_interaction") if name in tallies]
-    answered = tallies.get("fused", Tally(1))
-    without = {name: tally.accuracy() for name, tally in tallies.items() if isinstance(name, Without)}
-    return {
-        "samples": int(samples["all"][1]) if samples else 0,
-        "loss": loss.means(),
-        "accuracy": {name: tallies[name].accuracy() for name in names},
-        "macro_f1": {name: tallies[name].macro_f1() for name in names},
-        "majority": answered.majority(),
-        "class_accuracy": answered.by_class(),
-    } | ({"use": {name.of: answered.accuracy() - value for name, value in without.items()}} if use_test else {})
+            self._count(name, z[some], target[some])
 
-
-class Without(NamedTuple):
-    """Names the fused answers where the features of a modality, or all that the interaction sees, were permuted."""
-
-    of: str
+    def _count(self, name: str | Without, logits: Tensor, target: Tensor) -> None:
+        self.tallies.setdefault(name, Tally(logits.shape[1])).add(logits, target)
 
 
 def _permuted(

@@ -15,12 +15,12 @@ from mla_fast.caller import warn
 from mla_fast.features import remove_hooks
 from mla_fast.guard import Verdict, check_modality, check_stepped, look_at
 from mla_fast.head import HeadLayer, HeadStep, collect, trainable_linears
-from mla_fast.head_state import HeadState
+from mla_fast.head_state import Stateful
 from mla_fast.settings import Settings
 from mla_fast.watch import Watch
 
 
-class MLAOptimizer(torch.optim.Optimizer):
+class MLAOptimizer(Stateful):
     r"""Wrap a ``torch.optim.Optimizer`` and be one: everything steps as before, but the shared head's step is projected.
 
         optimizer = MLAOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), head=model.head)
@@ -267,33 +267,6 @@ class MLAOptimizer(torch.optim.Optimizer):
         self.skipped["nonfinite"] += int(self._account[0].item())
         self._account.zero_()
         return dict(self.skipped)
-
-    @property
-    def projections(self) -> HeadState:
-        """The ``"mla"`` part of the state by itself, for torch.distributed.checkpoint, whose ``get_optimizer_state_dict`` is for
-        the wrapped optimizer (``optimizer.optimizer``) alone."""
-        return HeadState(self)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's, and under ``"mla"`` the settings, every P (or window) and the counts."""
-        return {**self.optimizer.state_dict(), "mla": self.projections.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``, settings included. Raises ValueError and changes nothing if it does not fit."""
-        if "mla" not in state_dict:
-            got = ", ".join(map(str, state_dict))
-            raise ValueError(f'state_dict: expected one that MLAOptimizer saved, with its part "mla", got keys {got}')
-        take_over = self.projections.prepared(state_dict["mla"])
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "mla"})
-        take_over()
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("optimizer", "settings", "layers", "modality", "skipped", "watch", "_account")
-        return {name: self.__dict__[name] for name in kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        super().__setstate__({})
 
 
 for _name in wrapped.SHARED:

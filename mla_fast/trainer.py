@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mla_fast.batch import row_totals, rows_by_modality, unpack_batch
+from mla_fast.batch import row_totals, rows_by_modality, unpack_batch, unpack_unlabelled
 from mla_fast.caller import warn
 from mla_fast.evaluate import evaluate
 from mla_fast.graph import GraphedStep
-from mla_fast.inputs import Inputs, describe, sample_counts, to_device
+from mla_fast.inputs import Inputs
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
@@ -31,6 +31,7 @@ from mla_fast.trainer_checks import (
     check_trainer,
     kept,
     obstacle_to_graphs,
+    step_scheduler,
     stopped,
     warn_of_scheduler,
 )
@@ -153,7 +154,7 @@ class Trainer:
                     raise ValueError("validation: expected at least one sample in each epoch, got none")
             # From here on the epoch is done; one that fails before is continued by the next ``fit``.
             if self.scheduler_interval == "epoch":
-                self._step_scheduler(record["loss"])
+                step_scheduler(self.scheduler, record["loss"])
             self.history.append(record)
             self.epoch += 1
             self._position.end_epoch(batches, loader)
@@ -162,12 +163,6 @@ class Trainer:
             for callback in self.callbacks:
                 callback(copy.deepcopy(record))
         return self.history
-
-    def _step_scheduler(self, loss: dict[str, float]) -> None:
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(sum(loss.values()) / len(loss))
-        elif self.scheduler is not None:
-            self.scheduler.step()
 
     def _train_epoch(self, loader: Loader, epochs: float, save: Callable[[], None] | None, every: int | None) -> Replayable:
         """Train on what is left of the epoch; returns its batches, all taken."""
@@ -244,15 +239,8 @@ class Trainer:
 
     def predict(self, batch: Mapping[str, Inputs] | tuple[Any, ...]) -> Fused:
         """Return ``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
-        inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
-        if not isinstance(inputs, Mapping):
-            raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {describe(batch)}")
-        sample_counts(inputs)
-        present = rest[-1] if rest else None
-        if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
-            present = None  # it is the target
-        inputs = {modality: to_device(x, self.device) for modality, x in inputs.items()}
-        return self.model.predict(inputs, present.to(self.device) if isinstance(present, Tensor) else present)
+        inputs, present = unpack_unlabelled(batch, self.device)
+        return self.model.predict(inputs, present)
 
     def save(self, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
         """Write all it takes to continue, atomically; `config` (JSON values, else TypeError) is kept for your own use.

@@ -76,6 +76,14 @@ def warn_of_scheduler(scheduler: Any, interval: str, epochs: float) -> None:
         )
 
 
+def step_scheduler(scheduler: Any, loss: dict[str, float]) -> None:
+    """Step a scheduler, if there is one, at the end of an epoch of these mean losses."""
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(sum(loss.values()) / len(loss))
+    elif scheduler is not None:
+        scheduler.step()
+
+
 def obstacle_to_graphs(model: MultimodalModel, optimizer: MLAOptimizer, in_turn: dict[str, bool]) -> str | None:
     """Return why no CUDA graph can hold a trainer's steps, or None; ValueError where there is no GPU.
 

@@ -36,29 +36,43 @@ def steps_in_turn(
     together = _Together(model, optimizer, batches, totals, amp) if model.interaction is not None else None
     for modality, total in totals.items():
         optimizer.zero_grad()
-        parts = [rows[modality] for rows in batches if modality in rows]
-        if optimizer.process_group is None:
-            parts = [part for part in parts if len(part.target)]
         if together is not None and together.pull is not None:
-            loss, whole = together.loss(modality, total)
-            backward(whole)
+            loss: Tensor | None = together.backward(modality, total, backward)
+        else:
+            parts = [rows[modality] for rows in batches if modality in rows]
+            loss = _backward(model, optimizer, modality, parts, total, amp, backward)
+        if loss is not None:
             losses[modality] = loss
-            parts = []
-        for i, (x, y, _) in enumerate(parts):
-            try:
-                with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
-                    with autocast(optimizer, amp):
-                        loss = mean_loss(model({modality: x})[modality], y, total)
-                    backward(loss)
-            except LoneRowError as error:
-                leave_out(optimizer, error)
-                continue
-            losses[modality] = losses.get(modality, 0) + loss.detach()
-        if modality in losses:
             _step(optimizer, modality, scaler, clip_norm)
     if together is not None:
         together.step_interaction(clip_norm)
     return losses
+
+
+def _backward(
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    modality: str,
+    parts: list[Rows],
+    total: float,
+    amp: torch.dtype | None,
+    backward: Callable[[Tensor], Any],
+) -> Tensor | None:
+    """Accumulate the gradients of a modality's rows; returns their mean loss, or None where there are none to train on."""
+    if optimizer.process_group is None:
+        parts = [part for part in parts if len(part.target)]
+    sum_of_losses: Tensor | None = None
+    for i, (x, y, _) in enumerate(parts):
+        try:
+            with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
+                with autocast(optimizer, amp):
+                    loss = mean_loss(model({modality: x})[modality], y, total)
+                backward(loss)
+        except LoneRowError as error:
+            leave_out(optimizer, error)
+            continue
+        sum_of_losses = loss.detach() if sum_of_losses is None else sum_of_losses + loss.detach()
+    return sum_of_losses
 
 
 def _step(optimizer: MLAOptimizer, modality: str, scaler: torch.amp.GradScaler | None, clip_norm: float | None) -> None:
@@ -97,8 +111,8 @@ class _Together:
                 self.features = [features_of(model, optimizer, rows) for rows in taken]
                 self.pull = pull_of(model, optimizer, self.features, batches)
 
-    def loss(self, modality: str, total: float) -> tuple[Tensor, Tensor]:
-        """Return (L_m, what has its gradient and the interaction's: L_m + Σ ⟨h, ∂L_r/∂h⟩) over all batches."""
+    def backward(self, modality: str, total: float, backward: Callable[[Tensor], Any]) -> Tensor | None:
+        """Differentiate L_m + Σ ⟨h, ∂L_r/∂h⟩ over all batches, in one pass; returns L_m, or None without rows."""
         assert self.pull is not None
         losses, pulls = [], []
         for i, (features, rows) in enumerate(zip(self.features, self.batches, strict=True)):
@@ -108,8 +122,11 @@ class _Together:
                     losses.append(mean_loss(self.model.head(h), rows[modality].target, total))
                 if asked is not None:
                     pulls.append((h.to(asked.dtype) * asked).sum())
+        if not losses:
+            return None
         loss = torch.stack(losses).sum()
-        return loss.detach(), loss + sum(pulls)
+        backward(loss + sum(pulls))
+        return loss.detach()
 
     def step_interaction(self, clip_norm: float | None) -> None:
         """Take the interaction's own step, whose gradient was never scaled."""
