@@ -124,6 +124,22 @@ def competition(seed: int) -> Parts:
     return train, data.sparse_coding(4000, 0.3, 3 * seed + 2, directions=directions)
 
 
-BUILT_IN: dict[str, Callable[[int], Parts]] = {"digits": data.digits, "competition": competition}
+def remainders(seed: int, modulus: int = 4, times: int = 6) -> Parts:
+    """Two of scikit-learn's digits, drawn independently, and the remainder of their sum, of which one digit tells nothing.
+
+    Each image of the training part stands `times` times on the left, with others on the right.
+    """
+    parts = []
+    for i, part in enumerate(data.digits(seed)):
+        generator = torch.Generator().manual_seed(2 * seed + i)
+        left = torch.arange(len(part)).repeat(times)
+        right = torch.randint(len(part), (len(left),), generator=generator)
+        pixels = part.inputs["pixels"]
+        target = (part.target[left] + part.target[right]) % modulus
+        parts.append(MultimodalDataset({"left": pixels[left], "right": pixels[right]}, target))
+    return parts[0], parts[1]
+
+
+BUILT_IN: dict[str, Callable[[int], Parts]] = {"digits": data.digits, "competition": competition, "remainders": remainders}
 # B: trained jointly, the image is learned and drowns the audio. C: what must be learned is in no modality alone.
 AVDIGITS: dict[str, tuple[Callable[[str, int], Parts], dict]] = {"B": (unheard, {}), "C": (sums, {"epochs": 10})}
