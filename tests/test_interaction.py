@@ -1,16 +1,19 @@
 """The interaction head: MLA exactly where it is nothing, and never in the way of what MLA protects."""
 
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CLASSES, WIDTHS, assert_bitwise, everything, make_inputs, wrap
+from ranks import run_ranks
 from torch import nn
 
 import mla_fast as mla
 from mla_fast.data import loader, sparse_coding
+from mla_fast.distributed import portable_state_dict
 
 f64 = torch.float64
 S, R = 5, 7
@@ -306,3 +309,23 @@ def test_no_warning_where_all_is_well():
         warnings.simplefilter("error")
         mla.Trainer(model, optimizer).fit([batch()] * 4, epochs=3, validation=[batch()])
         mla.Trainer(model, optimizer, in_turn=True).fit([batch()] * 4, epochs=3)
+
+
+def on_ranks(in_turn, rank, world):
+    """Each rank has every other sample; the second has modalities that the first lacks."""
+    model, _ = make(trained=True)
+    model = mla.distribute(model)
+    trainer = mla.Trainer(model, wrap(model, projection="window"), in_turn=in_turn, accumulate=1 + in_turn)
+    parts = [batch(missing=True, N=12, seed=seed) for seed in range(4)]
+    trainer.fit([({m: x[rank::world] for m, x in i.items()}, t[rank::world], p[rank::world]) for i, t, p in parts], epochs=2)
+    return portable_state_dict(model)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_ranks_train_on_the_samples_of_all(in_turn, tmp_path):
+    results = run_ranks(functools.partial(on_ranks, in_turn), 2, tmp_path)
+    model, optimizer = make(trained=True, projection="window")
+    parts = [batch(missing=True, N=12, seed=seed) for seed in range(4)]
+    mla.Trainer(model, optimizer, in_turn=in_turn, accumulate=1 + in_turn).fit(parts, epochs=2)
+    for result in results:
+        torch.testing.assert_close(result, model.state_dict(), rtol=1e-10, atol=1e-11)
