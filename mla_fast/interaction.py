@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -105,6 +106,36 @@ class Interaction(nn.Module):
             features = {modality: h.detach() for modality, h in features.items()}
         r = self(features, present)
         return corrected_loss(torch.stack([logits[modality] for modality in features]), r, target, present, total)
+
+    @torch.no_grad()
+    def gradients(
+        self, features: Mapping[str, Tensor], z: Tensor, target: Tensor, total: Tensor | float
+    ) -> tuple[dict[Tensor, Tensor], dict[str, Tensor]]:
+        """Return ∂L_r of the parameters and of the features, in closed form: autograd takes twice as long on a small model.
+
+            δ = (softmax(mean_m z_m + r) − onehot(y)) / total;   ∂O = δᵀ p,   p = ⊙_m t_m,   t_m = tanh(A_m h_m + a_m)
+            u_m = (δ O) ⊙_{j≠m} t_j (1 − t_m²);                  ∂A_m = u_mᵀ h_m,   ∂a_m = Σ u_m,   ∂h_m = u_m A_m
+
+        For samples that have all of `features`, at least two; z [M, N, C] as in ``loss``.
+        """
+        out = self.out.weight
+        wide = torch.promote_types(out.dtype, torch.float32)
+        layers = {m: tuple(self.factors[self.modalities.index(m)].parameters()) for m in features}  # (A_m, a_m)
+        with torch.autocast(out.device.type, enabled=False):
+            h = {m: x.to(wide) for m, x in features.items()}
+            t = {m: F.linear(x, *layers[m]).tanh_() for m, x in h.items()}
+            others = {m: functools.reduce(torch.mul, [t[j] for j in t if j != m]) for m in t}
+            first = next(iter(t))
+            product = t[first] * others[first]
+            log_p = torch.addmm(z.mean(0, dtype=wide), product, out.T).log_softmax(1)
+            delta = log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1.0)).div_(total)
+            own, of_features, back = {out: delta.T @ product}, {}, delta @ out
+            for m, (weight, bias) in layers.items():
+                u = torch.addcmul(back, back, t[m] * t[m], value=-1).mul_(others[m])
+                own |= {weight: u.T @ h[m], bias: u.sum(0)}
+                if self.gradient == "encoders":
+                    of_features[m] = (u @ weight).to(features[m].dtype)
+        return own, of_features
 
     def extra_repr(self) -> str:
         return f"modalities={', '.join(self.modalities)}, gradient={self.gradient!r}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from mla_fast.batch import BatchRows, Rows, Whole
 from mla_fast.distributed import rank_and_size
 from mla_fast.head import on_host
-from mla_fast.interaction import corrected_loss, paired
+from mla_fast.interaction import Interaction, corrected_loss, paired
 from mla_fast.model import MultimodalModel, unwrap_ddp
 from mla_fast.optimizer import MLAOptimizer
 
@@ -27,18 +27,18 @@ class Pull:
     """
 
     def __init__(self, model: MultimodalModel, optimizer: MLAOptimizer, features: Sequence[Features], wholes: Sequence[Whole]):
-        assert model.interaction is not None
-        self._parameters = list(model.interaction.parameters())
-        detached = unwrap_ddp(model.interaction).gradient == "detached"
-        leaves = [{m: h.detach().requires_grad_(not detached) for m, h in of_batch.items()} for of_batch in features]
+        self._parameters = list(model.interaction.parameters()) if model.interaction is not None else []
         total = _total(wholes, optimizer.process_group, optimizer.device)
-        losses = [_loss(model, h, whole, total) for h, whole in zip(leaves, wholes, strict=True)]
-        torch.autograd.backward(losses)
-        found = [{m: x.grad for m, x in h.items() if x.grad is not None} for h in leaves]
-        own = [p.grad for p in self._parameters]
-        for p in self._parameters:
-            p.grad = None
-        self.of_features, self._own = self._finite(optimizer, found, own)
+        pairs = list(zip(features, wholes, strict=True))
+        if _is_plain(model, wholes):
+            found, own = _in_closed_form(model, pairs, total)
+            gradients = [own.get(p) for p in self._parameters]
+        else:
+            found = _by_autograd(model, pairs, total)
+            gradients = [p.grad for p in self._parameters]
+            for p in self._parameters:
+                p.grad = None
+        self.of_features, self._own = self._finite(optimizer, found, gradients)
 
     def _finite(
         self, optimizer: MLAOptimizer, found: list[dict[str, Tensor]], own: list[Tensor | None]
@@ -95,15 +95,46 @@ def _nobody_paired(whole: Whole) -> bool:
     return whole.present is not None and on_host(whole.present) and not paired(whole.present).any()
 
 
-def _loss(model: MultimodalModel, features: Features, whole: Whole, total: Tensor) -> Tensor:
-    sizes = [len(h) for h in features.values()]
-    with torch.no_grad():
-        logits = unwrap_ddp(model.head)(torch.cat(list(features.values()))).split(sizes)
-        stacked = torch.stack(list(whole.unpack(dict(zip(features, logits, strict=True))).values()))
+def _is_plain(model: MultimodalModel, wholes: Sequence[Whole]) -> bool:
+    """Whether closed form serves: all samples have all modalities, and no rank waits for autograd to tell of a gradient."""
+    trained = type(model.interaction) is Interaction and all(p.requires_grad for p in model.interaction.parameters())
+    return trained and all(whole.present is None for whole in wholes)
+
+
+def _in_closed_form(
+    model: MultimodalModel, pairs: Sequence[tuple[Features, Whole]], total: Tensor
+) -> tuple[list[dict[str, Tensor]], dict[Tensor, Tensor]]:
+    """Return ∂L_r of the features of each batch, and of the parameters over all of them."""
+    assert isinstance(model.interaction, Interaction)
+    found: list[dict[str, Tensor]] = []
+    own: dict[Tensor, Tensor] = {}
+    for features, whole in pairs:
+        of_batch, of_features = model.interaction.gradients(features, _logits(model, features, whole), whole.target, total)
+        found.append(of_features)
+        own = {p: own[p] + g if p in own else g for p, g in of_batch.items()}
+    return found, own
+
+
+def _by_autograd(model: MultimodalModel, pairs: Sequence[tuple[Features, Whole]], total: Tensor) -> list[dict[str, Tensor]]:
+    """Return ∂L_r of the features of each batch, and leave those of the parameters in ``.grad``."""
     assert model.interaction is not None
-    with torch.enable_grad():
-        r = model.interaction(whole.unpack(dict(features)), whole.present)
-        return corrected_loss(stacked, r, whole.target, whole.present, total)
+    wanted, leaves, losses = unwrap_ddp(model.interaction).gradient == "encoders", [], []
+    for features, whole in pairs:
+        h = {m: x.detach().requires_grad_(wanted) for m, x in features.items()}
+        with torch.enable_grad():
+            r = model.interaction(whole.unpack(h), whole.present)
+            losses.append(corrected_loss(_logits(model, h, whole), r, whole.target, whole.present, total))
+        leaves.append(h)
+    torch.autograd.backward(losses)
+    return [{m: x.grad for m, x in h.items() if x.grad is not None} for h in leaves]
+
+
+@torch.no_grad()
+def _logits(model: MultimodalModel, features: Features, whole: Whole) -> Tensor:
+    """Return z [M, N, C] of the head as it is."""
+    sizes = [len(h) for h in features.values()]
+    logits = unwrap_ddp(model.head)(torch.cat(list(features.values()))).split(sizes)
+    return torch.stack(list(whole.unpack(dict(zip(features, logits, strict=True))).values()))
 
 
 def _total(wholes: Sequence[Whole], group: dist.ProcessGroup | None, device: torch.device) -> Tensor:

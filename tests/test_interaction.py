@@ -175,10 +175,12 @@ def test_a_clip_is_of_each_step():
 
 def test_bfloat16_leaves_the_interaction_in_float32():
     model, optimizer = make(dtype=torch.float32)
-    seen = []
-    model.interaction.out.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
-    mla.Trainer(model, optimizer, amp=torch.bfloat16).fit([batch(dtype=torch.float32)] * 2, epochs=1)
-    assert seen == [torch.float32] * 2 and model.interaction.out.weight.abs().sum() > 0
+    inputs, target, present = batch(dtype=torch.float32, missing=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        r = model.interaction({m: model.features(m, x) for m, x in inputs.items()})
+    assert r.dtype == torch.float32 and model.encoders["audio"][0](inputs["audio"]).dtype == torch.float32
+    mla.Trainer(model, optimizer, amp=torch.bfloat16).fit([(inputs, target), (inputs, target, present)], epochs=2)
+    assert model.interaction.out.weight.abs().sum() > 0 and model.interaction.out.weight.dtype == torch.float32
 
 
 def test_a_run_goes_on_with_it(tmp_path):
