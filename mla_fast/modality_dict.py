@@ -18,12 +18,12 @@ class ModalityDict(nn.ModuleDict):
     Raises TypeError or ValueError, naming `encoders`, for names that are no strings or empty, and for what is no module.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]):
-        if not isinstance(modules, Mapping):
+    def __init__(self, modules: Mapping[str, nn.Module] | nn.ModuleDict):
+        if not isinstance(modules, (Mapping, nn.ModuleDict)):
             raise TypeError(f"encoders: expected a dict {{modality: module}}, got {type(modules).__name__}")
         if not modules:
             raise ValueError("encoders: expected at least one modality, got none")
-        super().__init__(modules)
+        super().__init__(dict(modules.items()))
 
     def __getitem__(self, name: str) -> nn.Module:
         return super().__getitem__(_key(name))

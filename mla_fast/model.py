@@ -51,7 +51,7 @@ class MultimodalModel(nn.Module):
 
     def __init__(
         self,
-        encoders: Mapping[str, nn.Module],
+        encoders: Mapping[str, nn.Module] | nn.ModuleDict,
         head: nn.Module,
         *,
         interaction: Interaction | None = None,

@@ -152,3 +152,10 @@ def test_compiled():
     inputs, _, _ = batches(ODD)[0]
     compiled = torch.compile(lambda x: model(x), fullgraph=True, backend="eager")
     assert_bitwise(compiled(inputs), model(inputs))
+
+
+def test_a_module_dict_will_do():
+    encoders = nn.ModuleDict({"audio": nn.Linear(2, 3)})
+    model = mla.MultimodalModel(encoders, nn.Linear(3, 2))
+    assert model.encoders["audio"] is encoders["audio"]
+    assert mla.MultimodalModel(model.encoders, model.head).modalities == ("audio",)

@@ -30,6 +30,7 @@ COMPARED = (
     ("ours window", PLAIN),
     ("ours in turn rls", "ours rls"),
     ("ours in turn window", "ours window"),
+    ("ours interaction window", "ours window"),
     ("ours rls", "ours streams rls"),
     ("ours rls", "joint concat"),
     ("ours window", "joint concat"),
@@ -46,6 +47,8 @@ AT_MOST = {
     ("resnets", "ours rls", "joint concat"): 1.05,
     ("resnets", "ours graph rls", "joint concat"): 1.0,
     ("mlps", "ours graph rls", "joint concat"): 1.0,
+    ("mlps", "ours interaction window", "ours window"): 1.1,
+    ("resnets", "ours interaction window", "ours window"): 1.02,
 }
 AT_LEAST = {("mlps", "ours in turn rls", "ours rls"): 1.3}
 

@@ -140,6 +140,30 @@ def paper_on_features(projection: str, model: mla.MultimodalModel) -> Train:
     return paper(projection, mla.MultimodalModel({modality: nn.Identity() for modality in model.modalities}, model.head))
 
 
+def interacting(projection: str, model: mla.MultimodalModel) -> Train:
+    """``together`` of a model with an interaction head, by autograd and in turn."""
+    optimizer = wrapped(model, projection, backend="reference")
+    own = list(model.interaction.parameters())
+
+    def train(inputs, target):
+        features = {modality: model.encoders[modality](x) for modality, x in inputs.items()}
+        loss = model.interaction.loss(features, {modality: model.head(h) for modality, h in features.items()}, target)
+        parameters = [*(p for modality in inputs for p in model.encoders[modality].parameters()), *own]
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))
+        for modality in inputs:
+            optimizer.zero_grad()
+            F.cross_entropy(model.head(features[modality]), target).backward(retain_graph=True)
+            for p in model.encoders[modality].parameters():
+                p.grad += gradients[p]
+            take_step(optimizer, modality)
+        optimizer.zero_grad()
+        for p in own:
+            p.grad = gradients[p]
+        optimizer.step()
+
+    return train
+
+
 def released(model: mla.MultimodalModel) -> Train:
     return ReleasedLoop(model, sgd(model), BATCHES)
 
@@ -205,6 +229,11 @@ class Training:
             for projection in ("rls", "window"):
                 ways = partial(graphed, projection), partial(together, projection)
                 yield Provider(f"ours graph {projection}", partial(self.start, self.model, *ways, **gate))
+        beside = mla.Interaction(self.workload.s, self.workload.C, self.model.modalities)
+        nn.init.normal_(beside.out.weight, std=0.1)
+        model = mla.MultimodalModel(self.model.encoders, self.model.head, interaction=beside).to(self.device)
+        ways = partial(together, "window"), partial(interacting, "window")
+        yield Provider("ours interaction window", partial(self.start, model, *ways))
         yield self.provider("released", released, official)
         model = Concat(self.model.encoders, self.workload.s, self.workload.C).to(self.device)
         yield Provider("joint concat", partial(self.start, model, joint, joint))
