@@ -1,4 +1,4 @@
-"""The command line: ``mla-fast demo | train | eval | env``."""
+"""The command line: ``mla-fast demo | train | eval | compare | env``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from mla_fast import data, environment, ops
 from mla_fast.callbacks import TensorBoard
 from mla_fast.checkpoint import read_checkpoint
+from mla_fast.compare.command import add_parser as add_compare
 from mla_fast.encoders import encoder_for
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
@@ -253,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto")
     p.set_defaults(command=evaluate)
 
+    add_compare(commands)
     commands.add_parser("env", help="show versions, devices, and which backends are active").set_defaults(command=env)
     return parser
 

@@ -41,6 +41,7 @@ class JointModel(nn.Module):
     grid: the values of the constructor's options that a search tries, the default first.
     scales_gradients: whether the method multiplies gradients, which an optimizer that normalises them undoes.
     passes_before: passes over each modality that ``prepare`` took.
+    defined_for: the number of modalities, None for any.
 
     Raises ValueError without encoders, for unknown modalities and for features of another shape.
     """
@@ -48,6 +49,7 @@ class JointModel(nn.Module):
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {}
     scales_gradients: ClassVar[bool] = False
     passes_before = 0.0
+    defined_for: ClassVar[int | None] = None
 
     def __init__(self, encoders: Mapping[str, nn.Module], features: int):
         super().__init__()

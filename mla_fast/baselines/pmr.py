@@ -26,6 +26,7 @@ class PMR(Concat):
     For two modalities, for which the paper defines it: ValueError for another number, and without ``prepare``.
     """
 
+    defined_for = 2
     grid = {"alpha": (1.0, 0.3, 3.0)}
 
     def __init__(self, encoders: Mapping[str, nn.Module], features: int, classes: int, alpha: float = 1.0):

@@ -71,7 +71,7 @@ def purity(features: Tensor, target: Tensor, classes: int) -> float:
     """Return the share of samples in the most frequent class of their cluster, by k-means on features [N, s] scaled to [0, 1]."""
     from sklearn.cluster import KMeans
 
-    if len(target) < classes:
+    if len(target) < classes or not features.isfinite().all():
         return 0.0  # as for the other part: no clusters, nothing known
     low, high = features.amin(0), features.amax(0)
     scaled = (features - low) / torch.where(high > low, high - low, 1)
