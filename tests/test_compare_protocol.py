@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.accuracy import balanced
 from mla_fast import cli, data
 from mla_fast.compare import runner
 from mla_fast.compare.learners import Budget, make_learner
@@ -277,3 +278,16 @@ def test_methods_for_another_number_of_modalities_are_left_out_or_refused():
 
 def test_seeds_are_each_taken_once():
     assert seeds("0-2,1,5") == [0, 1, 2, 5]
+
+
+def test_the_bench_goes_by_the_same_protocol(tmp_path, capsys):
+    options = ["--methods", "Concat,MLA none", "--seeds", "0-1", "--trials", "2", "--epochs", "1", "--jobs", "1"]
+    balanced.main([*options, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "avdigits B is left out: it needs --data avdigits.npz" in printed and "| competition, 2 seeds, 2 trials" in printed
+    assert len(read(tmp_path / "digits" / "runs.jsonl")) == 8 and (tmp_path / "competition" / "report.html").exists()
+    balanced.main(["--show", str(tmp_path)])
+    assert printed.endswith(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        balanced.main(["--show", str(tmp_path / "nowhere")])
+    assert "show: expected a folder with results" in capsys.readouterr().err

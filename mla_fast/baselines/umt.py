@@ -32,7 +32,7 @@ class UMT(Concat):
     passes as the run has, from the same initial values, and are frozen. ValueError without ``prepare``.
     """
 
-    grid = {"weight": (10.0, 1.0, 50.0)}
+    grid = {"weight": (10.0, 1.0, 0.1)}
 
     def __init__(self, encoders: Mapping[str, nn.Module], features: int, classes: int, weight: float = 10.0):
         super().__init__(encoders, features, classes)

@@ -49,6 +49,8 @@ def _best(groups: Groups) -> list[str]:
     said = [f"{best} is best on the validation part and reaches {reached} % on the test part."]
     if len(groups) == 1:
         return said
+    if len(groups[best]) < 2:
+        return [*said, "One seed gives no intervals: what is better than what cannot be told."]
     tied = ties(groups, best)
     if not tied:
         return [*said, f"It is above every other method: no interval of its paired differences reaches zero. Take {best}."]

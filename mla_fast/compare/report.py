@@ -122,7 +122,7 @@ def _table(groups: Groups, best: str) -> str:
     said = (
         "Means over the seeds with 95 % bootstrap intervals. The marked method is the best on the validation part; differences "
         "are paired by seed, and +/=/− counts the seeds in which it is above, equal and below. Passes: over each modality, + "
-        "beforehand."
+        "beforehand. Intervals from few seeds are too narrow: look at the counts, too."
     )
     return f'<table>{body}</table><p class="note">{said}</p>'
 

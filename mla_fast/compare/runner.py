@@ -55,7 +55,11 @@ def finished(folder: Path, digest: str) -> dict[tuple[Any, ...], Record]:
     return {records.key(record, NAMES): record for record in found}
 
 
-def run_all(jobs: Sequence[Job], folder: Path, processes: int, say: Callable[[str], None] = print) -> list[Record]:
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run_all(jobs: Sequence[Job], folder: Path, processes: int, say: Callable[[str], None] = _say) -> list[Record]:
     """Run what the folder does not have, add each run to ``runs.jsonl`` as soon as it is done, and return all in order.
 
     A run that fails stops the others; what is done is kept.
