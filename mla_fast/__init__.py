@@ -4,6 +4,7 @@ from mla_fast import reference
 from mla_fast.checkpoint import CheckpointError
 from mla_fast.distributed import distribute
 from mla_fast.graph import GraphedStep
+from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.ops import rls_project_, window_project
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
@@ -18,6 +19,7 @@ __all__ = [
     "DispatchPlan",
     "Fused",
     "GraphedStep",
+    "Interaction",
     "MLAOptimizer",
     "MultimodalModel",
     "Trainer",

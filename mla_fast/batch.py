@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mla_fast.distributed import all_reduce_sum, rank_and_size
 from mla_fast.inputs import Inputs, describe, leaves, sample_counts, to_device, tree_map
 from mla_fast.model import MultimodalModel
-from mla_fast.ops.dispatch import dispatch
+from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.optimizer import MLAOptimizer
 
 
@@ -24,6 +24,27 @@ class Rows(NamedTuple):
     inputs: Inputs
     target: Tensor
     weights: Tensor | None = None
+
+
+class Whole(NamedTuple):
+    """The samples of a batch that several modalities show: target [N], present bool [N, M'] over its modalities or None for all,
+    and the plan that has packed their rows; None where every modality has N."""
+
+    target: Tensor
+    present: Tensor | None
+    plan: DispatchPlan | None
+
+    def unpack(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return [N, s] of each modality; differentiable."""
+        return features if self.plan is None else self.plan.unpack(features)
+
+
+class BatchRows(dict[str, Rows]):
+    """{modality: its rows}; whole: what the rows were before they were taken apart, if samples have several modalities."""
+
+    def __init__(self, rows: dict[str, Rows], whole: Whole | None = None):
+        super().__init__(rows)
+        self.whole = whole if len(rows) > 1 else None
 
 
 @dataclass
@@ -57,16 +78,17 @@ class Batch:
         for to, t in zip(self.tensors(), other.tensors(), strict=True):
             to.copy_(t, non_blocking=True)
 
-    def rows(self) -> dict[str, Rows]:
+    def rows(self) -> BatchRows:
         """Return all N rows of each modality; those of samples without it are copies of another sample's, and weigh nothing."""
+        whole = Whole(self.target, self.present, None)
         if self.present is None:
-            return {modality: Rows(x, self.target) for modality, x in self.inputs.items()}
+            return BatchRows({modality: Rows(x, self.target) for modality, x in self.inputs.items()}, whole)
         rows, every = {}, torch.arange(len(self.target), device=self.target.device)
         for (modality, x), here in zip(self.inputs.items(), self.present.unbind(1), strict=True):
             index = torch.where(here, every, here.to(torch.int32).argmax())
             x = tree_map(functools.partial(torch.index_select, dim=0, index=index), x)
             rows[modality] = Rows(x, self.target, here.double() / here.sum())
-        return rows
+        return BatchRows(rows, whole)
 
 
 def unpack_batch(
@@ -95,19 +117,33 @@ def unpack_batch(
     return there.inputs, there.target, there.present
 
 
-def rows_by_modality(
-    model: MultimodalModel, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None
-) -> dict[str, Rows]:
+def unpack_unlabelled(
+    batch: Mapping[str, Inputs] | tuple[Any, ...], device: torch.device
+) -> tuple[dict[str, Inputs], Tensor | None]:
+    """Return (inputs, present) on `device` of ``inputs``, ``(inputs, present)`` or a batch as in training."""
+    inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {describe(batch)}")
+    sample_counts(inputs)
+    present = rest[-1] if rest else None
+    if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
+        present = None  # it is the target
+    there = {modality: to_device(x, device) for modality, x in inputs.items()}
+    return there, present.to(device) if isinstance(present, Tensor) else present
+
+
+def rows_by_modality(model: MultimodalModel, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> BatchRows:
     """Return each modality's rows, in the model's order."""
     inputs = {modality: inputs[modality] for modality in model.modalities if modality in inputs}
     if present is None:
         return Batch(inputs, None, target).rows()
     plan = dispatch(model.columns(present, inputs), tuple(inputs))
     packed, targets = plan.pack(list(inputs.values())), plan.pack([target] * len(inputs))
-    return {modality: Rows(x, y) for modality, x, y in zip(inputs, packed, targets, strict=True)}
+    rows = {modality: Rows(x, y) for modality, x, y in zip(inputs, packed, targets, strict=True)}
+    return BatchRows(rows, Whole(target, plan.present, plan))
 
 
-def row_totals(modalities: tuple[str, ...], optimizer: MLAOptimizer, batches: list[dict[str, Rows]]) -> dict[str, float]:
+def row_totals(modalities: tuple[str, ...], optimizer: MLAOptimizer, batches: Sequence[Mapping[str, Rows]]) -> dict[str, float]:
     """Return how many rows each modality's mean loss is over, without the modalities that have none.
 
     With several ranks the rows of all, divided by the ranks, since DistributedDataParallel takes the gradients' mean; a rank that

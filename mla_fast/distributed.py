@@ -31,7 +31,8 @@ def distribute(model: MultimodalModel, **settings: Any) -> MultimodalModel:
         return DistributedDataParallel(part, **settings)
 
     encoders = {modality: wrap(encoder) for modality, encoder in model.encoders.items()}
-    return MultimodalModel(encoders, wrap(model.head), streams=model.streams)
+    interaction = None if model.interaction is None else wrap(model.interaction)
+    return MultimodalModel(encoders, wrap(model.head), interaction=interaction, streams=model.streams)  # type: ignore[arg-type]
 
 
 def is_distributed(model: MultimodalModel) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mla_fast.data.layout import looks_channels_last
 
 
 def _check_positive(name: str, value: int) -> int:
@@ -136,15 +139,63 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(h)) + shortcut, inplace=True)
 
 
-def encoder_for(shape: Sequence[int], out_features: int) -> nn.Module:
+class MeanEmbedding(nn.Module):
+    """Map tokens, integers [N, T], → [N, out_features] by the mean of their embeddings and a linear layer, with ReLU after it.
+
+    Token 0 is padding, left out of the mean; a sample of padding alone has a mean of zero. The order of tokens does not count.
+
+    vocabulary: the highest token plus one. Raises TypeError or ValueError for other inputs.
+    """
+
+    def __init__(self, vocabulary: int, out_features: int, width: int = 128):
+        super().__init__()
+        self.vocabulary = _check_positive("vocabulary", vocabulary)
+        self.embedding = nn.EmbeddingBag(vocabulary, _check_positive("width", width), mode="mean", padding_idx=0)
+        self.layer = nn.Linear(width, _check_positive("out_features", out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype not in (torch.int64, torch.int32) or x.dim() != 2:
+            raise TypeError(f"x: expected tokens, int64 [N, T], got {x.dtype} {list(x.shape)}")
+        return F.relu(self.layer(self.embedding(x)))
+
+
+class SequenceCNN(nn.Module):
+    """Map sequences [N, T, in_features] of any T ≥ 1 → [N, out_features] by two convolutions along T, their mean, a linear layer.
+
+    The convolutions are of width 5 with 32 channels and of width 3 with 64, padded by zeros; ReLU follows each layer.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features = _check_positive("in_features", in_features)
+        self.convolutions = nn.Sequential(
+            nn.Conv1d(in_features, 32, 5, padding=2), nn.ReLU(), nn.Conv1d(32, 64, 3, padding=1), nn.ReLU()
+        )
+        self.layer = nn.Linear(64, _check_positive("out_features", out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or x.shape[1] < 1 or x.shape[2] != self.in_features:
+            raise ValueError(f"x: expected [N, T, {self.in_features}] with T ≥ 1, got {list(x.shape)}")
+        return F.relu(self.layer(self.convolutions(x.mT).mean(2)))
+
+
+def encoder_for(shape: Sequence[int], out_features: int, layout: str | None = None, vocabulary: int | None = None) -> nn.Module:
     """Return an encoder for samples of `shape`: ``SmallCNN`` for [H, W] and [C, H, W], ``MLP`` for [F].
 
-    Raises ValueError for other shapes, and for [H, W, C], which has the channels last.
+    layout: of ``data.LAYOUTS``, to say so; ``SequenceCNN`` for a sequence [T, F], ``MeanEmbedding`` for tokens [T] of a
+        `vocabulary`. Images have their channels first, as ``data.arrange`` returns them.
+
+    Raises ValueError for other shapes, and without a layout for what looks like [H, W, C], which has the channels last.
     """
+    if layout == "tokens":
+        return MeanEmbedding(vocabulary or 0, out_features)
+    if layout == "sequence":
+        return SequenceCNN(shape[-1], out_features)
     if len(shape) == 1:
         return MLP(shape[0], out_features)
-    if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4):
-        raise ValueError(f"shape: expected channels first, [C, H, W], got {list(shape)}, which looks like [H, W, C]")
+    if layout is None and len(shape) == 3 and looks_channels_last(shape):
+        expected = "expected channels first, [C, H, W], or layout='image' to say that they are"
+        raise ValueError(f"shape: {expected}, got {list(shape)}, which looks like [H, W, C]")
     if len(shape) in (2, 3):
         return SmallCNN(shape, out_features)
     raise ValueError(f"shape: expected a sample [F], [H, W] or [C, H, W], got {list(shape)}")

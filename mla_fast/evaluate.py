@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mla_fast.batch import unpack_batch
-from mla_fast.distributed import all_reduce_sum
+from mla_fast.distributed import all_gather_object, all_reduce_sum
+from mla_fast.inputs import Inputs
 from mla_fast.model import MultimodalModel
-from mla_fast.ops.dispatch import dispatch
+from mla_fast.ops.dispatch import DispatchPlan, dispatch
+from mla_fast.ops.fusion import Fused
 
 
 class Sums(dict[str, list[Any]]):
@@ -34,34 +36,129 @@ class Sums(dict[str, list[Any]]):
         return {name: float(total) / float(count) if count else float("nan") for name, (total, count) in self.items()}
 
 
+class Tally:
+    """What was right, by class, int64 [3, C]: the samples of each class, how often it was answered, how often rightly."""
+
+    def __init__(self, classes: int):
+        self.counts = torch.zeros(3, classes, dtype=torch.int64)
+
+    def add(self, logits: Tensor, target: Tensor) -> None:
+        """Count the answers of logits [N, C] to target [N]. A NaN counts as the largest logit, and is no answer."""
+        largest, answers = logits.max(1)
+        sure = largest == largest
+        parts = target, answers[sure], target[(answers == target) & sure]
+        self.counts += torch.stack([part.bincount(minlength=logits.shape[1]) for part in parts]).cpu()
+
+    def accuracy(self) -> float:
+        return _share(self.counts[2].sum(), self.counts[0].sum())
+
+    def by_class(self) -> list[float]:
+        return [_share(right, samples) for samples, _, right in self.counts.T]
+
+    def macro_f1(self) -> float:
+        """Return the mean of 2 · right / (samples + answers) over the classes that have any."""
+        samples, answers, right = self.counts[:, self.counts[:2].sum(0) > 0].double()
+        return float((2 * right / (samples + answers)).mean())
+
+    def majority(self) -> float:
+        """Return the accuracy of one answer to all: the most frequent class."""
+        return _share(self.counts[0].max(), self.counts[0].sum())
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float(part) / float(whole) if whole else float("nan")
+
+
 @torch.no_grad()
 def evaluate(
-    model: MultimodalModel, loader: Iterable[Any], device: torch.device, group: dist.ProcessGroup | None
+    model: MultimodalModel,
+    loader: Iterable[Any],
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    use_test: bool = False,
 ) -> dict[str, Any]:
     """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`."""
-    samples, correct, loss = Sums(), Sums(), Sums()
+    found = _Found(model, use_test)
     for batch in loader:
-        inputs, target, present = unpack_batch(model, batch, device)
-        N = len(target)
+        found.add(*unpack_batch(model, batch, device))
+    samples = found.samples.over_ranks(["all"], group, device)
+    loss = found.loss.over_ranks(model.modalities, group, device)
+    tallies = _of_all_ranks(found.tallies, group)
+    names = [name for name in (*model.modalities, "average", "fused", "without_interaction") if name in tallies]
+    fused = tallies.get("fused", Tally(1))
+    report = {
+        "samples": int(samples["all"][1]) if samples else 0,
+        "loss": loss.means(),
+        "accuracy": {name: tallies[name].accuracy() for name in names},
+        "macro_f1": {name: tallies[name].macro_f1() for name in names},
+        "majority": fused.majority(),
+        "class_accuracy": fused.by_class(),
+    }
+    without = {name.of: tally.accuracy() for name, tally in tallies.items() if isinstance(name, Without)}
+    return report | ({"use": {of: fused.accuracy() - left for of, left in without.items()}} if use_test else {})
+
+
+class Without(NamedTuple):
+    """Names the fused answers where the features of a modality, or all that the interaction sees, were permuted."""
+
+    of: str
+
+
+class _Found:
+    """What one rank has counted so far."""
+
+    def __init__(self, model: MultimodalModel, use_test: bool):
+        self.model, self.use_test = model, use_test
+        self.samples, self.loss = Sums(), Sums()
+        self.tallies: dict[str | Without, Tally] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def add(self, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> None:
+        """Count a batch."""
+        model, N = self.model, len(target)
         here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else model.columns(present, inputs)
         plan = dispatch(here, tuple(inputs))
-        logits = model.packed_logits(inputs, None if present is None else plan)
+        features = model.packed_features(inputs, None if present is None else plan)
+        logits = model.logits_of(features)
         parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
-        some = here.any(1)
-        samples.add("all", 0, N)
+        fused, some = plan.fuse(logits), here.any(1)
+        together: dict[str | Without, Tensor] = {
+            "average": torch.stack(plan.unpack(list(parts))).sum(0),  # as good as the mean for the largest class
+            "fused": model.corrected(fused, features, plan).logits,
+        }
+        if model.interaction is not None:
+            together["without_interaction"] = fused.logits
+        if self.use_test:
+            together |= _permuted(model, features, fused, plan, self._generator)
+        self.samples.add("all", 0, N)
         for modality, z, y in zip(inputs, parts, targets, strict=True):
-            loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
-            correct.add(modality, _right(z, y).sum(), len(y))
-        average = torch.stack(plan.unpack(list(parts))).sum(0)  # as good as the mean for the largest class
-        for name, z in (("average", average), ("fused", plan.fuse(logits).logits)):
-            correct.add(name, (_right(z, target) & some).sum(), some.sum())
-    samples = samples.over_ranks(["all"], group, device)
-    loss = loss.over_ranks(model.modalities, group, device)
-    correct = correct.over_ranks((*model.modalities, "average", "fused"), group, device)
-    return {"samples": int(samples["all"][1]) if samples else 0, "loss": loss.means(), "accuracy": correct.means()}
+            self.loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
+            self._count(modality, z, y)
+        for name, z in together.items():
+            self._count(name, z[some], target[some])
+
+    def _count(self, name: str | Without, logits: Tensor, target: Tensor) -> None:
+        self.tallies.setdefault(name, Tally(logits.shape[1])).add(logits, target)
 
 
-def _right(logits: Tensor, target: Tensor) -> Tensor:
-    """bool [N]; a NaN counts as the largest, and is wrong."""
-    largest, classes = logits.max(1)
-    return (classes == target) & (largest == largest)
+def _permuted(
+    model: MultimodalModel, features: dict[str, Tensor], fused: Fused, plan: DispatchPlan, generator: torch.Generator
+) -> dict[str | Without, Tensor]:
+    """Return the logits with each modality's features in turn given to other samples, and with the interaction's alone."""
+    mixed = {m: h[torch.randperm(len(h), generator=generator).to(h.device)] for m, h in features.items()}
+    found: dict[str | Without, Tensor] = {}
+    for modality in features:
+        some = features | {modality: mixed[modality]}
+        found[Without(modality)] = model.corrected(plan.fuse(model.logits_of(some)), some, plan).logits
+    if model.interaction is not None:
+        found[Without("interaction")] = model.corrected(fused, mixed, plan).logits
+    return found
+
+
+def _of_all_ranks(tallies: dict[str | Without, Tally], group: dist.ProcessGroup | None) -> dict[str | Without, Tally]:
+    """Return what all ranks have counted together, some of which may have seen nothing."""
+    together: dict[str | Without, Tally] = {}
+    for of_rank in all_gather_object(tallies, group):
+        for name, tally in of_rank.items():
+            together.setdefault(name, Tally(tally.counts.shape[1])).counts += tally.counts
+    return together

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mla_fast.alternation import Alternation
+
 
 class FeatureMean:
     """Collect x̄ of one ``nn.Linear``: the mean of its input rows over every backward pass since ``take``.
@@ -25,6 +27,7 @@ class FeatureMean:
         self.mean: Tensor | None = None
         self.rows = 0
         self.weights: Tensor | None = None  # [N] for features [N, …], with sum 1; None: every row counts alike
+        self.alternation: Alternation | None = None  # what looks at the first steps
         self.in_flight: list[tuple[dist.Work, Tensor]] = []  # sums [s + 1] over the ranks, the number of rows last
 
     @property
@@ -50,11 +53,19 @@ class FeatureMean:
     def observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if not output.requires_grad or torch.compiler.is_exporting():
             return
-        features = (args[0] if args else kwargs["input"]).detach()
+        features, looking = args[0] if args else kwargs["input"], self.alternation
+        call = None if looking is None or torch.compiler.is_compiling() else looking.call(features)
+        features = features.detach()
         if torch.compiler.is_compiling():  # tensor hooks do not survive compilation
             self._merge(*self._mean(features))
-        else:
-            output.register_hook(lambda _: self.add(features))
+            return
+
+        def count(_: Tensor) -> None:
+            self.add(features)
+            if looking is not None and call is not None:
+                looking.add(call)
+
+        output.register_hook(count)
 
     def add(self, features: Tensor) -> None:
         """Count features [..., s]."""
@@ -104,7 +115,7 @@ class FeatureMean:
         if self.process_group not in ("auto", None):
             raise TypeError("process_group: an MLAOptimizer with a group of its own cannot be copied or pickled")
         # What has been collected stays behind: copied parameters have no gradients either.
-        return {**self.__dict__, "mean": None, "rows": 0, "weights": None, "in_flight": []}
+        return {**self.__dict__, "mean": None, "rows": 0, "weights": None, "alternation": None, "in_flight": []}
 
 
 def world() -> dist.ProcessGroup | None:

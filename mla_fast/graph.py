@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mla_fast.batch import Batch, unpack_batch
+from mla_fast.caller import warn
 from mla_fast.inputs import Inputs
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
@@ -84,7 +84,7 @@ class GraphedStep:
         parts = Batch(*self._of_those(inputs, [n > 0 for n in counts], columns), target)
         if set(counts) <= {0, len(target)}:
             parts.present = None
-        if not parts.inputs:
+        if not parts.inputs or len(target) == 1:  # which BatchNorm may refuse
             return self._eager(inputs, target, present)
         if (reason := self._obstacle(parts)) is not None:
             self.say(reason)
@@ -113,7 +113,7 @@ class GraphedStep:
         """Warn once that steps are taken eagerly, and why."""
         if reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"cuda_graph: steps are taken eagerly: {reason}", stacklevel=3)
+            warn(f"cuda_graph: steps are taken eagerly: {reason}")
 
     @staticmethod
     def _of_those(inputs: dict[str, Inputs], here: list[bool], columns: Tensor | None) -> tuple[dict[str, Inputs], Tensor | None]:

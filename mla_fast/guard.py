@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mla_fast import ops
+from mla_fast.caller import warn
 from mla_fast.head import Collected, HeadLayer, HeadStep, local, on_host
 from mla_fast.settings import Settings
 
@@ -70,10 +70,9 @@ def check_modality(found: Collected, named: str | None, before: str | None, sett
     """Check the modality of a step, by its name in ``step`` or as it was set before: warn where nothing of it went through the
     head, and raise ValueError where the window needs a name."""
     if found.unseen and named is not None:
-        warnings.warn(
+        warn(
             f"step: no row of {named!r} went through the head that this optimizer was built with, only other parameters "
-            "move; if the model has got another head, build an MLAOptimizer for that",
-            stacklevel=7,
+            "move; if the model has got another head, build an MLAOptimizer for that"
         )
     if (found.steps or found.empty) and settings.projection == "window" and named is None and before is None:
         raise ValueError('modality: expected a name, step(modality="…"): projection="window" keeps one mean for each')

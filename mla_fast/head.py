@@ -161,6 +161,11 @@ class HeadLayer:
         squares = torch.tensor([grad, grad if kept is None else float(kept.sum()), x_bar], dtype=torch.float64)
         return tuple(squares.sqrt().to(self.dtype).tolist())
 
+    def frozen(self) -> bool:
+        """Whether the projection left next to nothing of the last step; waits for the device."""
+        grad, kept, _ = self.norms()
+        return kept < FROZEN * grad
+
     def diagnostics(self) -> dict[str, Any]:
         grad, kept, x_bar = self.norms()
         P_norm, P_trace = self.projection.norm_and_trace()
@@ -170,7 +175,7 @@ class HeadLayer:
             "x_bar_alpha": x_bar**2 / self.projection.settings.alpha_at(max(self.projection.step - 1, 0)),
             "P_norm": P_norm,
             "P_trace": P_trace,
-            "frozen": kept < FROZEN * grad,
+            "frozen": self.frozen(),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
 from mla_fast.projection import Projection
 from mla_fast.settings import Settings
@@ -15,22 +16,11 @@ from mla_fast.settings import Settings
 VERSION = 3
 
 
-class Saved(Protocol):
-    """What of an ``MLAOptimizer`` is saved."""
-
-    optimizer: torch.optim.Optimizer
-    settings: Settings
-    layers: list[HeadLayer]
-    skipped: dict[str, int]
-
-    def counted(self) -> dict[str, int]: ...
-
-
 class HeadState:
     """The ``"mla"`` part of an ``MLAOptimizer``'s state as an object with ``state_dict`` and ``load_state_dict``, as
     torch.distributed.checkpoint takes them."""
 
-    def __init__(self, optimizer: Saved):
+    def __init__(self, optimizer: Stateful):
         self._optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,11 +55,13 @@ class HeadState:
 
     def _take_over(self, settings: Settings, projections: list[Projection], saved: dict[str, Any]) -> None:
         optimizer = self._optimizer
+        if settings != optimizer.settings:
+            warn(f"state_dict: the projection goes on as it was saved, {settings}, not as it was built, {optimizer.settings}")
         optimizer.settings = settings
         if isinstance(settings.alpha, Tensor):
             settings.alpha.fill_(saved["settings"]["alpha"])
         optimizer.counted()  # what the device has counted until now is not of this state
-        optimizer.skipped = dict(saved["skipped"])
+        optimizer.skipped = dict.fromkeys(optimizer.skipped, 0) | saved["skipped"]
         for layer, projection, of_layer in zip(optimizer.layers, projections, saved["layers"], strict=True):
             layer.adopt(projection, of_layer)
 
@@ -79,3 +71,43 @@ class HeadState:
             raise ValueError("state_dict: saved with a callable alpha; build MLAOptimizer with the same callable to load it")
         ours = saved["alpha"] is None or isinstance(alpha, Tensor)
         return Settings(**{**saved, "alpha": alpha if ours else saved["alpha"]})
+
+
+class Stateful(torch.optim.Optimizer):
+    """What of an ``MLAOptimizer`` is saved, and how: by ``state_dict``, by torch.distributed.checkpoint, copied and pickled."""
+
+    optimizer: torch.optim.Optimizer
+    settings: Settings
+    layers: list[HeadLayer]
+    skipped: dict[str, int]
+
+    def counted(self) -> dict[str, int]:
+        """Return the numbers of skipped steps."""
+        raise NotImplementedError
+
+    @property
+    def projections(self) -> HeadState:
+        """The ``"mla"`` part of the state by itself, for torch.distributed.checkpoint, whose ``get_optimizer_state_dict`` is for
+        the wrapped optimizer (``optimizer.optimizer``) alone."""
+        return HeadState(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's, and under ``"mla"`` the settings, every P (or window) and the counts."""
+        return {**self.optimizer.state_dict(), "mla": self.projections.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``, settings included. Raises ValueError and changes nothing if it does not fit."""
+        if "mla" not in state_dict:
+            got = ", ".join(map(str, state_dict))
+            raise ValueError(f'state_dict: expected one that MLAOptimizer saved, with its part "mla", got keys {got}')
+        take_over = self.projections.prepared(state_dict["mla"])
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "mla"})
+        take_over()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("optimizer", "settings", "layers", "modality", "skipped", "watch", "_account")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        super().__setstate__({})

@@ -1,8 +1,9 @@
-"""The inputs of an encoder: a tensor [N, …], or several of one N (tokens and their mask, say) in tuples, lists and dicts."""
+"""The inputs of an encoder: a tensor [N, …], or several of one N (tokens and their mask, say) in tuples, lists and mappings."""
 
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,9 +14,13 @@ Inputs = Any  # a recursive type would refuse a user's own named tuples and type
 
 
 def tree_map(function: Callable[[Any], Any], inputs: Inputs) -> Any:
-    """Apply `function` to everything in nested tuples, named tuples, lists and dicts; return the results in like containers."""
-    if isinstance(inputs, dict):
-        mapped = copy.copy(inputs)  # of the same class, whatever its constructor takes
+    """Apply `function` to everything in nested tuples, named tuples, lists and mappings; return the results in like containers.
+
+    Subclasses of dict and UserDict, as a tokenizer's BatchEncoding, are copied; other mappings become dicts.
+    """
+    if isinstance(inputs, Mapping):
+        # A copy is of the same class, whatever its constructor takes; that of a mapping of unknown kind may share its items.
+        mapped = copy.copy(inputs) if isinstance(inputs, (dict, UserDict)) else {}
         for name, x in inputs.items():
             mapped[name] = tree_map(function, x)
         return mapped
@@ -26,9 +31,9 @@ def tree_map(function: Callable[[Any], Any], inputs: Inputs) -> Any:
 
 
 def leaves(inputs: Inputs) -> list[Any]:
-    """Return everything in nested tuples, named tuples, lists and dicts, in the order in which ``tree_map`` goes through it."""
-    if isinstance(inputs, (dict, tuple, list)):
-        parts = inputs.values() if isinstance(inputs, dict) else inputs
+    """Return everything in nested tuples, named tuples, lists and mappings, in the order that ``tree_map`` goes through it in."""
+    if isinstance(inputs, (Mapping, tuple, list)):
+        parts = inputs.values() if isinstance(inputs, Mapping) else inputs
         return [leaf for part in parts for leaf in leaves(part)]
     return [inputs]
 
@@ -48,7 +53,7 @@ def sample_count(argument: str, name: str | int, x: Inputs) -> int:
         return x.shape[0]
     tensors = leaves(x)
     if not tensors or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
-        expected = "expected a tensor [N, …], or such tensors in tuples, lists and dicts"
+        expected = "expected a tensor [N, …], or such tensors in tuples, lists and mappings"
         raise TypeError(f"{argument}[{name!r}]: {expected}, got {describe(x)}")
     N: int = tensors[0].shape[0]
     if any(t.shape[0] != N for t in tensors):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.inputs import Inputs, check_by_modality, describe, leaves, sample_count, sample_counts
+from mla_fast.interaction import Interaction
+from mla_fast.modality_dict import ModalityDict
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused, entropy_fusion
 from mla_fast.streams import run_on_streams
+
+P = TypeVar("P", bound=nn.Module)
 
 
 class MultimodalModel(nn.Module):
@@ -23,11 +28,14 @@ class MultimodalModel(nn.Module):
         model({"audio": x})["audio"]                    # logits [N, 6] of one modality, as MLA trains it
         model.predict({"audio": xa, "image": xv})       # fused logits, weights and entropies
 
-    The inputs of a modality are a tensor [N, …], or several of the same N in a tuple, list or dict, nested to any depth: tokens
-    and their mask, say. They are passed to its encoder as they are.
+    The inputs of a modality are a tensor [N, …], or several of the same N in a tuple, list or mapping, nested to any depth:
+    tokens and their mask, say, as a tokenizer returns them. They are passed to its encoder as they are.
 
-    encoders: {modality: module}; "average" and "fused" are reserved names.
+    encoders: {modality: module}, of any names but the empty one and "average" and "fused", which results use (and beside an
+        interaction "interaction" and "without_interaction"); see ``ModalityDict`` for the names of their parameters.
     head: a module, usually an ``nn.Linear``.
+    interaction: a ``mla_fast.Interaction`` beside the head, for what is in no modality alone. ``predict`` adds it to the fused
+        logits; ``forward`` is without it.
     streams: on a GPU, run the encoders of ``predict`` and ``alternating_step`` concurrently, each on a CUDA stream of its own,
         forward and backward. This can pay off where one encoder leaves part of the GPU idle and the host is ahead of it, as in a
         CUDA graph. Encoders that share parameters or are in DistributedDataParallel still take turns. Others must not share
@@ -38,22 +46,33 @@ class MultimodalModel(nn.Module):
     """
 
     streams = False  # also for models that were pickled without it
+    interaction: Interaction | None
     _shared: tuple[tuple[nn.Module, ...], bool] = ((), False)  # (parts, whether they share parameters)
 
-    def __init__(self, encoders: Mapping[str, nn.Module], head: nn.Module, *, streams: bool = False):
+    def __init__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        head: nn.Module,
+        *,
+        interaction: Interaction | None = None,
+        streams: bool = False,
+    ):
         super().__init__()
-        if not encoders:
-            raise ValueError("encoders: expected at least one modality, got none")
-        if not isinstance(encoders, Mapping):
-            raise TypeError(f"encoders: expected a dict {{modality: module}}, got {type(encoders).__name__}")
-        for name in ("average", "fused"):
+        self.encoders = ModalityDict(encoders)
+        reserved = ("average", "fused", *(() if interaction is None else ("interaction", "without_interaction")))
+        for name in reserved:
             if name in encoders:
                 raise ValueError(f"encoders: expected another name than {name!r}, which results use for all modalities together")
         if not isinstance(head, nn.Module):
             raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
-        self.encoders = nn.ModuleDict(encoders)
         self.head = head
+        self.interaction = self._checked(interaction)
         self.streams = streams
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "interaction" not in state["_modules"]:  # of a model that was pickled without it, too
+            state.setdefault("interaction", None)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -67,6 +86,25 @@ class MultimodalModel(nn.Module):
         while isinstance(last, nn.Sequential) and len(last):
             last = last[-1]
         return last.out_features if isinstance(last, nn.Linear) else None
+
+    def _checked(self, interaction: Interaction | None) -> Interaction | None:
+        if interaction is None:
+            return None
+        of = unwrap_ddp(interaction)
+        if not isinstance(of, Interaction):
+            raise TypeError(f"interaction: expected a mla_fast.Interaction or None, got {type(interaction).__name__}")
+        if of.modalities != self.modalities:
+            raise ValueError(
+                f"interaction: expected the model's modalities {', '.join(self.modalities)} in that order, "
+                f"got {', '.join(of.modalities)}"
+            )
+        if self.classes not in (None, of.out.out_features):
+            raise ValueError(f"interaction: expected {self.classes} classes like the head, got {of.out.out_features}")
+        head = unwrap_ddp(self.head)
+        widths = set(of.widths.values())
+        if isinstance(head, nn.Linear) and widths != {head.in_features}:
+            raise ValueError(f"interaction: expected features={head.in_features} like head.in_features, got {sorted(widths)}")
+        return interaction
 
     @property
     def shared_parameters(self) -> bool:
@@ -122,11 +160,10 @@ class MultimodalModel(nn.Module):
         return {modality: self.head(self.features(modality, x)) for modality, x in inputs.items()}
 
     @torch.no_grad()
-    def packed_logits(self, inputs: Mapping[str, Inputs], plan: DispatchPlan | None = None) -> Tensor:
-        """Return logits [K, C], one modality of `inputs` after another, computed in evaluation mode with one call of the head.
+    def packed_features(self, inputs: Mapping[str, Inputs], plan: DispatchPlan | None = None) -> dict[str, Tensor]:
+        """Return the features [n, s] of each modality of `inputs` in evaluation mode, without those that have no rows.
 
-        plan: of ``mla_fast.dispatch`` over these modalities; only its rows are encoded, by default all N of each modality. A
-        modality without rows is not encoded.
+        plan: of ``mla_fast.dispatch`` over these modalities; only its rows are encoded, by default all N of each modality.
 
         Raises ValueError if `inputs` is empty or the modalities differ in N.
         """
@@ -138,12 +175,28 @@ class MultimodalModel(nn.Module):
         packed = dict(inputs if plan is None else plan.pack(inputs))
         # If there are no rows at all, the first encoder computes the logits [0, C] from none.
         rows = {modality: x for modality, x in packed.items() if len(leaves(x)[0])} or dict(list(packed.items())[:1])
+        with self._evaluating():
+            return self.all_features(rows)
+
+    @torch.no_grad()
+    def packed_logits(self, inputs: Mapping[str, Inputs], plan: DispatchPlan | None = None) -> Tensor:
+        """Return logits [K, C] of ``packed_features``, one modality of `inputs` after another, by one call of the head."""
+        return self.logits_of(self.packed_features(inputs, plan))
+
+    @torch.no_grad()
+    def logits_of(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return the head's logits [K, C] of features [n, s], one modality after another, in evaluation mode."""
+        with self._evaluating():
+            logits: Tensor = unwrap_ddp(self.head)(torch.cat(list(features.values())))
+            return logits
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            logits: Tensor = unwrap_ddp(self.head)(torch.cat(list(self.all_features(rows).values())))
-            return logits
+            yield
         finally:
             for module in training:  # and no others: an encoder may be in evaluation mode on purpose
                 module.training = True
@@ -154,12 +207,29 @@ class MultimodalModel(nn.Module):
         inputs: {modality: [N, …]}; a modality that is left out is absent from all samples.
         present: bool [N, M] over ``self.modalities``. Only present rows are encoded; absent rows may hold anything.
 
-        The weights and entropies [N, M'] are over the modalities in `inputs`, in their order.
+        The weights and entropies [N, M'] are over the modalities in `inputs`, in their order. With an interaction the logits are
+        the fused ones + r.
         """
-        if present is None:
-            return entropy_fusion(self.packed_logits(inputs).unflatten(0, (len(inputs), -1)))
-        plan = dispatch(self.columns(present, inputs), tuple(inputs))
-        return plan.fuse(self.packed_logits(inputs, plan))
+        plan = None if present is None else dispatch(self.columns(present, inputs), tuple(inputs))
+        features = self.packed_features(inputs, plan)
+        logits = self.logits_of(features)
+        fused = entropy_fusion(logits.unflatten(0, (len(inputs), -1))) if plan is None else plan.fuse(logits)
+        return self.corrected(fused, features, plan)
+
+    @torch.no_grad()
+    def corrected(self, fused: Fused, features: Mapping[str, Tensor], plan: DispatchPlan | None) -> Fused:
+        """Add r of packed features, if there is an interaction and anything for it to act on."""
+        if self.interaction is None or len(features) < 2:
+            return fused
+        interaction, present = unwrap_ddp(self.interaction), None
+        if plan is not None:
+            first, present = next(iter(features.values())), plan.present
+            # Modalities without rows were not encoded.
+            rows = {m: features.get(m, first.new_empty(0, interaction.widths[m])) for m in plan.modalities or features}
+            features = plan.unpack(rows)
+        with self._evaluating():
+            r = interaction(features, present)
+        return fused._replace(logits=fused.logits + r.to(fused.logits.dtype))
 
     def columns(self, present: Tensor, inputs: Mapping[str, Inputs]) -> Tensor:
         """Return the columns of present [N, M] that belong to the modalities in `inputs`, in their order.
@@ -175,15 +245,28 @@ class MultimodalModel(nn.Module):
         return present[:, [self.modalities.index(m) for m in inputs]]
 
 
+class LoneRowError(ValueError):
+    """Raised for a single row that an encoder's BatchNorm cannot train on."""
+
+
 def _encode_or_note(encoder: nn.Module, inputs: Inputs, modality: str) -> Any:
+    lone = encoder.training and len(leaves(inputs)[0]) == 1
+    before = [(buffer, buffer.clone()) for buffer in encoder.buffers()] if lone else []
     try:
         return encoder(inputs)
     except Exception as error:
+        if lone and "more than 1 value per channel" in str(error):
+            for buffer, value in before:  # some layers have counted the row
+                buffer.copy_(value)
+            raise LoneRowError(
+                f"inputs[{modality!r}]: expected at least 2 rows in training, for the BatchNorm in its encoder, got 1; "
+                "drop the last batch if it is one row (drop_last=True), take larger batches, or GroupNorm in place of BatchNorm"
+            ) from error
         if hasattr(error, "add_note"):
             error.add_note(f"in the encoder of {modality!r}, which was given {describe(inputs)}")
         raise
 
 
-def unwrap_ddp(part: nn.Module) -> nn.Module:
+def unwrap_ddp(part: P) -> P:
     """Return the module inside a DistributedDataParallel, whose own forward pass may wait for other ranks; others unchanged."""
-    return part.module if isinstance(part, DistributedDataParallel) else part
+    return cast(P, part.module) if isinstance(part, DistributedDataParallel) else part

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,14 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mla_fast import wrapped
+from mla_fast.caller import warn
 from mla_fast.features import remove_hooks
 from mla_fast.guard import Verdict, check_modality, check_stepped, look_at
 from mla_fast.head import HeadLayer, HeadStep, collect, trainable_linears
-from mla_fast.head_state import HeadState
+from mla_fast.head_state import Stateful
 from mla_fast.settings import Settings
+from mla_fast.watch import Watch
 
 
-class MLAOptimizer(torch.optim.Optimizer):
+class MLAOptimizer(Stateful):
     r"""Wrap a ``torch.optim.Optimizer`` and be one: everything steps as before, but the shared head's step is projected.
 
         optimizer = MLAOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9), head=model.head)
@@ -72,6 +74,7 @@ class MLAOptimizer(torch.optim.Optimizer):
     """
 
     found_inf: Tensor  # where torch.amp leaves its verdict, if it has one
+    _keeps_features = False
 
     def __init__(
         self,
@@ -97,7 +100,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.layers = [HeadLayer(*layer, self.settings, backend, process_group) for layer in layers]
         self.modality: str | None = None  # of a step that is not told; for wrappers that do not pass it on
-        self.skipped = {"nonfinite": 0, "empty": 0}
+        self.skipped = {"nonfinite": 0, "empty": 0, "lone": 0}
+        self.watch = Watch(head, self.layers, bias)
         # Steps that only the device knows it skipped, and a counter of the kernel's; a captured step finds it where it was.
         self._account = torch.zeros(2, dtype=torch.int32, device=self.layers[0].module.weight.device)
 
@@ -131,9 +135,25 @@ class MLAOptimizer(torch.optim.Optimizer):
         """
         if not set_to_none:
             raise ValueError("set_to_none: expected True: a gradient of zeros is still stepped on, None is left alone")
-        for layer in self.layers:
+        for layer in [] if self._keeps_features else self.layers:
             layer.features.take()
+        self.watch.forget()
         self.optimizer.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def keep_features(self) -> Iterator[None]:
+        """Let ``zero_grad`` drop gradients alone, for a step that is made of several backward passes with one between each
+        (PCGrad, MGDA and their kind, which put gradients back by hand): x̄ is then the mean over the rows of all of them.
+
+            with optimizer.keep_features():
+                for loss in losses: optimizer.zero_grad(); loss.backward(retain_graph=True); …
+                optimizer.step(modality=modality)
+        """
+        before, self._keeps_features = self._keeps_features, True
+        try:
+            yield
+        finally:
+            self._keeps_features = before
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, modality: str | None = None) -> Any:
@@ -170,6 +190,8 @@ class MLAOptimizer(torch.optim.Optimizer):
         found = collect(self.layers)
         check_modality(found, modality, self.modality, self.settings)
         check_stepped([] if found.unseen else self.layers, self.optimizer)
+        named = self.modality if modality is None else modality
+        self.watch.before(named)
         if found.empty:
             self.skipped["empty"] += 1
             return True
@@ -183,15 +205,17 @@ class MLAOptimizer(torch.optim.Optimizer):
             group=self.process_group,
         )
         if verdict.bad is True:
-            self._skip_nonfinite()
+            self.skip_nonfinite()
         else:
-            self._project_and_step(found.steps, self.modality if modality is None else modality, verdict)
+            self._project_and_step(found.steps, named, verdict)
+            self.watch.after(found.steps)
         return verdict.bad
 
-    def _skip_nonfinite(self) -> None:
+    def skip_nonfinite(self) -> None:
+        """Count a step that something not finite has kept from being taken, and say so the first time."""
         overflow = hasattr(self, "found_inf")  # under torch.amp a step now and then is skipped as a matter of course
         if not overflow and not self.skipped["nonfinite"]:
-            warnings.warn("step skipped: the head's features or gradient are not finite (counted in diagnostics())", stacklevel=7)
+            warn("step skipped: features or a gradient of the head are not finite (counted in diagnostics())")
         self.skipped["nonfinite"] += 1
 
     def _project_and_step(self, steps: list[HeadStep], modality: str | None, verdict: Verdict) -> None:
@@ -229,10 +253,11 @@ class MLAOptimizer(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, Any]:
         """Return how the head's learning is doing, in plain numbers; waits for the device.
 
-        ``skipped_nonfinite`` and ``skipped_empty`` count steps that changed nothing. ``layers`` has for each ``nn.Linear`` of
-        the head: ``steps``; of the last step ``gradient_kept`` ‖G P‖ / ‖G‖ (of the update, for ``target="update"``) and
-        ``x_bar_alpha`` ‖x̄‖² / α (float32 is safe up to about 1e5); now ``P_norm`` ‖P‖_F and ``P_trace``; and ``frozen``: less
-        than a thousandth of the gradient is left, so the head has stopped learning. Raise alpha then, or use the window.
+        ``skipped_nonfinite`` and ``skipped_empty`` count steps that changed nothing, ``skipped_lone`` single rows that were left
+        out because an encoder's BatchNorm cannot train on one. ``layers`` has for each ``nn.Linear`` of the head: ``steps``; of
+        the last step ``gradient_kept`` ‖G P‖ / ‖G‖ (of the update, for ``target="update"``) and ``x_bar_alpha`` ‖x̄‖² / α
+        (float32 is safe up to about 1e5); now ``P_norm`` ‖P‖_F and ``P_trace``; and ``frozen``: less than a thousandth of the
+        gradient is left, so the head has stopped learning. Raise alpha then, or use the window.
         """
         report: dict[str, Any] = {f"skipped_{reason}": count for reason, count in self.counted().items()}
         return report | {"layers": {layer.name: layer.diagnostics() for layer in self.layers}}
@@ -243,44 +268,6 @@ class MLAOptimizer(torch.optim.Optimizer):
         self._account.zero_()
         return dict(self.skipped)
 
-    @property
-    def projections(self) -> HeadState:
-        """The ``"mla"`` part of the state by itself, for torch.distributed.checkpoint, whose ``get_optimizer_state_dict`` is for
-        the wrapped optimizer (``optimizer.optimizer``) alone."""
-        return HeadState(self)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's, and under ``"mla"`` the settings, every P (or window) and the counts."""
-        return {**self.optimizer.state_dict(), "mla": self.projections.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``, settings included. Raises ValueError and changes nothing if it does not fit."""
-        if "mla" not in state_dict:
-            got = ", ".join(map(str, state_dict))
-            raise ValueError(f'state_dict: expected one that MLAOptimizer saved, with its part "mla", got keys {got}')
-        take_over = self.projections.prepared(state_dict["mla"])
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "mla"})
-        take_over()
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = ("optimizer", "settings", "layers", "modality", "skipped", "_account")
-        return {name: self.__dict__[name] for name in kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        super().__setstate__({})
-
-
-def _of_the_wrapped(name: str) -> property:
-    """Schedulers, scalers and the user see and change the wrapped optimizer's own."""
-
-    def write(self: MLAOptimizer, value: Any) -> None:
-        if "optimizer" in self.__dict__:  # not while the base class prepares its own
-            setattr(self.optimizer, name, value)
-
-    return property(lambda self: getattr(self.optimizer, name), write)
-
-
-_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
-for _name in ("param_groups", "state", "defaults", *(f"_optimizer_{when}_hooks" for when in _HOOKS)):
-    setattr(MLAOptimizer, _name, _of_the_wrapped(_name))
+for _name in wrapped.SHARED:
+    setattr(MLAOptimizer, _name, wrapped.shared(_name))

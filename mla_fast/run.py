@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ class Run:
     def _load_parts(self, path: str | Path, saved: dict[str, Any]) -> None:
         """Load all, or raise CheckpointError and load none."""
         parts = {name: part for name, part in self.parts.items() if part is not None}
-        before, settings = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}, self.optimizer.settings
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         try:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
@@ -77,10 +76,6 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(before[name])
             raise CheckpointError(f"{path}: its {name} does not fit: {error}") from error
-        if self.optimizer.settings != settings:
-            warnings.warn(
-                f"resume: the projection goes on as it was saved, {self.optimizer.settings}, not {settings}", stacklevel=5
-            )
 
 
 def _check_fits(path: str | Path, model: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

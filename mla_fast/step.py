@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.batch import Rows, row_totals, rows_by_modality, unpack_batch
+from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
-from mla_fast.model import MultimodalModel
+from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.pull import pull_of
 
 
 def alternating_step(
@@ -35,9 +37,10 @@ def alternating_step(
     ``GradScaler``, which wants ``Trainer``'s step by step.
 
     Returns the mean loss {modality: 0-d tensor} of those that had a row; over ranks, the mean of the ranks' is the mean of all.
-    A modality whose features or head gradient are not finite takes no step. On CUDA, where nobody waits to see it, its head takes
-    none, nor, with a fused wrapped optimizer, does any encoder. Labels that lie on a GPU are not looked at beforehand: one that
-    names no class fails there, as in ``F.cross_entropy``.
+    A modality with a single row that a BatchNorm in its encoder cannot train on takes no step (``diagnostics()`` counts them),
+    nor does one whose features or head gradient are not finite. On CUDA, where nobody waits to see it, its head takes none, nor,
+    with a fused wrapped optimizer, does any encoder. Labels that lie on a GPU are not looked at beforehand: one that names no
+    class fails there, as in ``F.cross_entropy``.
     """
     check_belong(model, optimizer)
     if not can_step_together(model):
@@ -56,38 +59,64 @@ def alternating_step(
 def steps_together(
     model: MultimodalModel,
     optimizer: MLAOptimizer,
-    rows: dict[str, Rows],
+    rows: Mapping[str, Rows],
     totals: Mapping[str, float],
     amp: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Take one step of each modality with one backward pass through all encoders; returns the mean losses."""
     optimizer.zero_grad()
     with autocast(optimizer, amp):
-        features = model.all_features({modality: rows[modality].inputs for modality in totals})
+        features = features_of(model, optimizer, {modality: rows[modality] for modality in totals})
+        pull = pull_of(model, optimizer, [features], [rows])
     losses: dict[str, Tensor] = {}
     outputs, gradients, flags = [], [], []
     head, plain = list(model.head.parameters()), _plain_layer(model, optimizer, amp)
-    for modality, total in totals.items():
+    for modality in features:
         h = features[modality].detach().requires_grad_()
-        losses[modality] = _head_backward(model, optimizer, plain, h, rows[modality], total, amp)
+        losses[modality] = _head_backward(model, optimizer, plain, h, rows[modality], totals[modality], amp)
         with torch.no_grad():
             bad = optimizer.take_step(modality)
         if isinstance(bad, Tensor):
             flags.append(bad)
         if bad is not True and features[modality].requires_grad:
+            asked = None if pull is None else pull.at(0, modality)
             outputs.append(features[modality])
-            gradients.append(h.grad)
+            gradients.append(h.grad if asked is None or h.grad is None else h.grad + asked)
         for p in head:
             p.grad = None
     try:
         if outputs:
             torch.autograd.backward(outputs, gradients)
+        if pull is not None:
+            pull.restore()
         if losses:
             _step_encoders(optimizer, flags)
     except BaseException:
         optimizer.zero_grad()  # what there is of this batch is not for another step to take
         raise
     return losses
+
+
+def features_of(model: MultimodalModel, optimizer: MLAOptimizer, rows: dict[str, Rows]) -> dict[str, Tensor]:
+    """Return the features of each modality, without that of a lone row that its encoder cannot train on."""
+    if all(len(part.target) != 1 for part in rows.values()):
+        return model.all_features({modality: part.inputs for modality, part in rows.items()})
+    features = {}
+    for modality, part in rows.items():
+        try:
+            features[modality] = model.features(modality, part.inputs)
+        except LoneRowError as error:
+            leave_out(optimizer, error)
+    return features
+
+
+def leave_out(optimizer: MLAOptimizer, error: LoneRowError) -> None:
+    """Count a row that is left out; where other ranks wait for it, nothing can be."""
+    if optimizer.process_group is not None:
+        raise error
+    if not optimizer.skipped["lone"]:
+        warn(f"a row is left out (and others after it; diagnostics() counts them): {error}")
+    optimizer.skipped["lone"] += 1
 
 
 def _plain_layer(model: MultimodalModel, optimizer: MLAOptimizer, amp: torch.dtype | None) -> HeadLayer | None:
@@ -129,54 +158,6 @@ def _step_encoders(optimizer: MLAOptimizer, flags: list[Tensor]) -> None:
             del optimizer.found_inf
 
 
-def steps_in_turn(
-    model: MultimodalModel,
-    optimizer: MLAOptimizer,
-    batches: list[dict[str, Rows]],
-    totals: Mapping[str, float],
-    amp: torch.dtype | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    clip_norm: float | None = None,
-    backward: Callable[[Tensor], Any] | None = None,
-) -> dict[str, Tensor]:
-    """Take one step of each modality after another (eq. 1), each over its rows of all `batches`; returns the mean losses."""
-    if backward is None:
-        backward = torch.autograd.backward if scaler is None else (lambda loss: torch.autograd.backward(scaler.scale(loss)))
-    losses: dict[str, Tensor] = {}
-    for modality, total in totals.items():
-        optimizer.zero_grad()
-        parts = [rows[modality] for rows in batches if modality in rows]
-        if optimizer.process_group is None:
-            parts = [part for part in parts if len(part.target)]
-        for i, (x, y, _) in enumerate(parts):
-            with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
-                with autocast(optimizer, amp):
-                    loss = mean_loss(model({modality: x})[modality], y, total)
-                backward(loss)
-            losses[modality] = losses.get(modality, 0) + loss.detach()
-        if clip_norm is not None:
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            held = (p for group in optimizer.param_groups for p in group["params"])
-            torch.nn.utils.clip_grad_norm_([p for p in held if p.grad is not None], clip_norm)
-        if scaler is None:
-            optimizer.step(modality=modality)
-        else:
-            scaler.step(optimizer, modality=modality)
-            scaler.update()
-    return losses
-
-
-@contextlib.contextmanager
-def _unsynchronized(model: MultimodalModel, modality: str) -> Iterator[None]:
-    """Gradients stay on this rank, to be averaged together with those of a later batch."""
-    with contextlib.ExitStack() as stack:
-        for part in (model.encoders[modality], model.head):
-            if isinstance(part, DistributedDataParallel):
-                stack.enter_context(part.no_sync())
-        yield
-
-
 @contextlib.contextmanager
 def _weighted(optimizer: MLAOptimizer, weights: Tensor | None) -> Iterator[None]:
     """Count rows by these weights in x̄."""
@@ -212,6 +193,10 @@ def check_belong(model: MultimodalModel, optimizer: MLAOptimizer) -> None:
         raise TypeError(f"optimizer: expected an MLAOptimizer, got {type(optimizer).__name__}")
     if not any(layer.module is module for module in model.head.modules() for layer in optimizer.layers):
         raise ValueError("optimizer: expected an MLAOptimizer whose head is in the model, got one for another head")
+    if model.interaction is not None:
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if not held.issuperset(model.interaction.parameters()):
+            raise ValueError("optimizer: expected the interaction's parameters among the optimizer's, got it without them")
 
 
 def can_step_together(model: MultimodalModel) -> bool:

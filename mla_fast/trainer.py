@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,29 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mla_fast.batch import row_totals, rows_by_modality, unpack_batch
+from mla_fast.batch import row_totals, rows_by_modality, unpack_batch, unpack_unlabelled
+from mla_fast.caller import warn
 from mla_fast.evaluate import evaluate
 from mla_fast.graph import GraphedStep
-from mla_fast.inputs import Inputs, describe, sample_counts, to_device
+from mla_fast.inputs import Inputs
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.random_state import Replayable
 from mla_fast.resume import Loader, Position
 from mla_fast.run import Run
-from mla_fast.step import can_step_together, check_belong, steps_in_turn, steps_together
-from mla_fast.trainer_checks import check_fit, check_trainer, kept, obstacle_to_graphs, stopped
+from mla_fast.step import can_step_together, check_belong, steps_together
+from mla_fast.trainer_checks import (
+    check_fit,
+    check_scheduler,
+    check_trainer,
+    kept,
+    obstacle_to_graphs,
+    step_scheduler,
+    stopped,
+    warn_of_scheduler,
+)
+from mla_fast.turns import steps_in_turn
 
 Callback = Callable[[dict[str, Any]], Any]
 
@@ -40,7 +50,9 @@ class Trainer:
     Args:
         model, optimizer: what to train and the ``MLAOptimizer`` over its parameters, with its head. Where torch.distributed has
             several processes, ``mla_fast.distribute(model)``, and a loader with a share of every batch on each.
-        scheduler: a learning-rate scheduler, stepped once an epoch; ``ReduceLROnPlateau`` sees the mean training loss.
+        scheduler: a learning-rate scheduler; ``ReduceLROnPlateau`` sees the mean training loss.
+        scheduler_interval: when it steps, once an ``"epoch"``, or once a ``"batch"`` (or group of `accumulate` batches), as
+            ``OneCycleLR`` and warm-up are meant.
         device: where batches go; by default where the model is.
         seed: set for torch's global generator when the first epoch begins, so that shuffling and dropout repeat.
         progress: show a progress bar while training on a terminal.
@@ -65,6 +77,7 @@ class Trainer:
         optimizer: MLAOptimizer,
         *,
         scheduler: Any = None,
+        scheduler_interval: str = "epoch",
         device: torch.device | str | None = None,
         seed: int | None = None,
         progress: bool = True,
@@ -78,8 +91,10 @@ class Trainer:
         cuda_graph: bool = False,
     ):
         check_belong(model, optimizer)
-        check_trainer(model, optimizer, scheduler, amp, scaler, accumulate, clip_norm, backward, callbacks)
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        check_scheduler(scheduler, scheduler_interval)
+        check_trainer(model, optimizer, amp, scaler, accumulate, clip_norm, backward, callbacks)
+        self.model, self.optimizer = model, optimizer
+        self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.seed, self.progress = seed, progress
         self.amp, self.scaler, self.accumulate, self.clip_norm = amp, scaler, accumulate, clip_norm
@@ -98,7 +113,7 @@ class Trainer:
         reason = obstacle_to_graphs(self.model, self.optimizer, given)
         if reason is None:
             return GraphedStep(self.model, self.optimizer, amp=self.amp)
-        warnings.warn(f"cuda_graph: steps are taken eagerly: {reason}", stacklevel=3)
+        warn(f"cuda_graph: steps are taken eagerly: {reason}")
         return None
 
     def fit(
@@ -123,6 +138,9 @@ class Trainer:
         """
         check_belong(self.model, self.optimizer)
         check_fit(epochs, validation, checkpoint, checkpoint_every, patience, monitor)
+        warn_of_scheduler(self.scheduler, self.scheduler_interval, epochs)
+        if isinstance(loader, Mapping) and self.model.interaction is not None:
+            warn("interaction: it is not trained, since batches of loaders of their own show no two modalities of a sample")
         self._position.start_fit(self.seed, self.epoch)
         save = None if checkpoint is None else lambda: self.save(checkpoint)
         while self.epoch < epochs and not stopped(self.history, patience, monitor):
@@ -131,10 +149,12 @@ class Trainer:
             record["projection"] = kept(self.optimizer, self.history)
             if validation is not None:
                 record["validation"] = self.evaluate(validation)
+                record["validation"].pop("class_accuracy", None)  # as many numbers as classes in every epoch
                 if not record["validation"]["samples"]:
                     raise ValueError("validation: expected at least one sample in each epoch, got none")
             # From here on the epoch is done; one that fails before is continued by the next ``fit``.
-            self._step_scheduler(record["loss"])
+            if self.scheduler_interval == "epoch":
+                step_scheduler(self.scheduler, record["loss"])
             self.history.append(record)
             self.epoch += 1
             self._position.end_epoch(batches, loader)
@@ -143,12 +163,6 @@ class Trainer:
             for callback in self.callbacks:
                 callback(copy.deepcopy(record))
         return self.history
-
-    def _step_scheduler(self, loss: dict[str, float]) -> None:
-        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.scheduler.step(sum(loss.values()) / len(loss))
-        elif self.scheduler is not None:
-            self.scheduler.step()
 
     def _train_epoch(self, loader: Loader, epochs: float, save: Callable[[], None] | None, every: int | None) -> Replayable:
         """Train on what is left of the epoch; returns its batches, all taken."""
@@ -172,6 +186,8 @@ class Trainer:
             while group := list(itertools.islice(batches, at_once)):
                 for modality, loss in self._train_on(group).items():
                     position.losses.add(modality, loss if modality in position.losses else loss.double())
+                if self.scheduler is not None and self.scheduler_interval == "batch":
+                    self.scheduler.step()
                 before, position.batches = position.batches, position.batches + len(group)
                 if save is not None and every is not None and position.batches // every > before // every:
                     save()
@@ -201,31 +217,30 @@ class Trainer:
         totals = row_totals(self.model.modalities, self.optimizer, rows)
         each_once = sum(map(len, rows)) == len({modality for r in rows for modality in r})
         if each_once and not self.in_turn and can_step_together(self.model):
-            once = {modality: part for r in rows for modality, part in r.items()}
+            once = rows[0] if len(rows) == 1 else {modality: part for r in rows for modality, part in r.items()}
             return steps_together(self.model, self.optimizer, once, totals, self.amp)
         return steps_in_turn(self.model, self.optimizer, rows, totals, self.amp, self.scaler, self.clip_norm, self.backward)
 
-    def evaluate(self, loader: Iterable[Any]) -> dict[str, Any]:
-        """Return ``{"samples", "loss", "accuracy"}``: each modality alone, over the samples that have it, and two ways of fusing.
+    def evaluate(self, loader: Iterable[Any], *, use_test: bool = False) -> dict[str, Any]:
+        """Return how good each modality is, over the samples that have it, and two ways of fusing, over those that have any.
 
-        loss is the mean cross-entropy of each modality; accuracy, as fractions, has each modality, over the samples that have it,
-        and over those that have any ``"average"`` (of the logits that are present) and ``"fused"`` (entropy-weighted); NaN for
-        what no sample had. Logits that are NaN are wrong. Over the samples of all ranks, those included that a
-        ``DistributedSampler`` gives twice.
+        ``"samples"``: their number; ``"loss"``: the mean cross-entropy of each modality; ``"accuracy"`` and ``"macro_f1"`` (the
+        mean over classes), as fractions: each modality, ``"average"`` (of the logits that are present) and ``"fused"``
+        (entropy-weighted); ``"majority"``: what answering always the most frequent class would be right for;
+        ``"class_accuracy"``: a list, of the fused answer to each class. With an interaction ``"fused"`` has it, and accuracy and
+        macro_f1 have ``"without_interaction"``, too.
+
+        use_test: add ``"use"``, by how much fused accuracy falls when the features of one modality are permuted among the samples
+        of a batch, for each modality, and for what the ``"interaction"`` alone sees: whether modalities add up, or act on each
+        other. NaN for what no sample had. Logits that are NaN are
+        wrong. Over the samples of all ranks, those included that a ``DistributedSampler`` gives twice.
         """
-        return evaluate(self.model, loader, self.device, self.optimizer.process_group)
+        return evaluate(self.model, loader, self.device, self.optimizer.process_group, use_test)
 
     def predict(self, batch: Mapping[str, Inputs] | tuple[Any, ...]) -> Fused:
         """Return ``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
-        inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
-        if not isinstance(inputs, Mapping):
-            raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {describe(batch)}")
-        sample_counts(inputs)
-        present = rest[-1] if rest else None
-        if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
-            present = None  # it is the target
-        inputs = {modality: to_device(x, self.device) for modality, x in inputs.items()}
-        return self.model.predict(inputs, present.to(self.device) if isinstance(present, Tensor) else present)
+        inputs, present = unpack_unlabelled(batch, self.device)
+        return self.model.predict(inputs, present)
 
     def save(self, path: str | Path, *, config: dict[str, Any] | None = None) -> None:
         """Write all it takes to continue, atomically; `config` (JSON values, else TypeError) is kept for your own use.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import lr_scheduler
 
 from mla_fast import graph
 from mla_fast.callbacks import flatten
+from mla_fast.caller import warn
 from mla_fast.distributed import is_distributed
 from mla_fast.head import FROZEN
 from mla_fast.model import MultimodalModel
@@ -24,7 +25,6 @@ from mla_fast.step import can_step_together
 def check_trainer(
     model: MultimodalModel,
     optimizer: MLAOptimizer,
-    scheduler: Any,
     amp: torch.dtype | None,
     scaler: torch.amp.GradScaler | None,
     accumulate: int,
@@ -46,8 +46,6 @@ def check_trainer(
         raise TypeError(f"callbacks: expected a sequence of functions of an epoch's record, got {callbacks!r}")
     if backward is not None and not callable(backward):
         raise TypeError(f"backward: expected a function of the loss, got {backward!r}")
-    if scheduler is not None and (isinstance(scheduler, type) or not hasattr(scheduler, "step")):
-        raise TypeError(f"scheduler: expected a learning-rate scheduler, got {scheduler!r}")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler: expected a torch.amp.GradScaler or None, got {scaler!r}")
     if amp not in (None, torch.bfloat16, torch.float16):
@@ -56,6 +54,34 @@ def check_trainer(
         raise ValueError("scaler: expected a torch.amp.GradScaler with amp=torch.float16, whose small gradients vanish, got None")
     if scaler is not None and backward is not None:
         raise ValueError("backward: expected None with a scaler, whose scaled loss goes backward, got both")
+
+
+def check_scheduler(scheduler: Any, interval: str) -> None:
+    """Check ``Trainer``'s scheduler and scheduler_interval."""
+    if scheduler is not None and (isinstance(scheduler, type) or not hasattr(scheduler, "step")):
+        raise TypeError(f"scheduler: expected a learning-rate scheduler, got {scheduler!r}")
+    if interval not in ("epoch", "batch"):
+        raise ValueError(f'scheduler_interval: expected "epoch" or "batch", got {interval!r}')
+    if interval == "batch" and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        raise ValueError('scheduler_interval: expected "epoch" for ReduceLROnPlateau, which sees mean losses, got "batch"')
+
+
+def warn_of_scheduler(scheduler: Any, interval: str, epochs: float) -> None:
+    """Warn where a scheduler that counts batches is stepped once an epoch."""
+    total = getattr(scheduler, "total_steps", None) or getattr(scheduler, "total_size", None)  # OneCycleLR's, CyclicLR's
+    if interval == "epoch" and total is not None and total > epochs:
+        warn(
+            f"scheduler: {type(scheduler).__name__} is planned over {total:g} steps but takes one an epoch, {epochs} in all, so "
+            'the learning rate hardly moves: Trainer(…, scheduler_interval="batch")?'
+        )
+
+
+def step_scheduler(scheduler: Any, loss: dict[str, float]) -> None:
+    """Step a scheduler, if there is one, at the end of an epoch of these mean losses."""
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(sum(loss.values()) / len(loss))
+    elif scheduler is not None:
+        scheduler.step()
 
 
 def obstacle_to_graphs(model: MultimodalModel, optimizer: MLAOptimizer, in_turn: dict[str, bool]) -> str | None:
@@ -106,16 +132,11 @@ def stopped(history: list[dict[str, Any]], patience: int | None, monitor: str) -
 
 
 def kept(optimizer: MLAOptimizer, history: list[dict[str, Any]]) -> dict[str, float]:
-    """Return ‖GP‖/‖G‖ of each layer of the head in its last step; warn once if it has frozen."""
+    """Return ‖GP‖/‖G‖ of each layer of the head in its last step; warn, once in a run, if one has frozen."""
     layers = optimizer.diagnostics()["layers"]
-    frozen = [name for name, layer in layers.items() if layer["frozen"]]
     before = history[-1]["projection"] if history else {}
-    if frozen and not any(share < FROZEN for share in before.values()):
-        warnings.warn(
-            f"{', '.join(frozen)}: less than a thousandth of the gradient is left after the projection, so this layer has "
-            'stopped learning; raise alpha, or use projection="window", which does not shrink',
-            stacklevel=3,
-        )
+    if not any(share < FROZEN for share in before.values()):
+        optimizer.watch.frozen([name for name, layer in layers.items() if layer["frozen"]])
     return {name: layer["gradient_kept"] for name, layer in layers.items()}
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +46,63 @@ def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
+_HOOKS = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+SHARED = ("param_groups", "state", "defaults", *(f"_optimizer_{when}_hooks" for when in _HOOKS))
+
+
+def shared(name: str) -> property:
+    """Make an attribute of an MLAOptimizer the wrapped optimizer's own: schedulers, scalers and the user see and change that."""
+
+    def write(outer: Any, value: Any) -> None:
+        if "optimizer" in vars(outer):  # not while the base class prepares its own
+            setattr(outer.optimizer, name, value)
+
+    return property(lambda outer: getattr(outer.optimizer, name), write)
+
+
 def check(optimizer: torch.optim.Optimizer) -> None:
     """Raise TypeError for what MLAOptimizer cannot wrap."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if _needs_closure(optimizer):
         raise TypeError(
-            f"optimizer: {type(optimizer).__name__} needs a closure that it calls several times a step; not supported"
+            f"optimizer: {type(optimizer).__name__} needs a closure that it calls several times a step (as L-BFGS and SAM do), "
+            "which would have to be projected each time; not supported"
         )
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its ``step`` does nothing without a closure, by its signature, by SAM's two steps, or by what it does with None."""
+    step = inspect.unwrap(type(optimizer).step)
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is None:
+        return False
+    if closure.default is inspect.Parameter.empty or hasattr(optimizer, "second_step"):
+        return True
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(step)))
+    except (OSError, TypeError, SyntaxError):  # there is no source to read
+        return False
+    return _calls_unguarded(tree) or any(_refuses_none(node) for node in ast.walk(tree))
+
+
+def _names_closure(node: ast.AST) -> bool:
+    return any(isinstance(part, ast.Name) and part.id == "closure" for part in ast.walk(node))
+
+
+def _refuses_none(node: ast.AST) -> bool:
+    """``assert closure is not None``, or ``if closure is None: raise``."""
+    if isinstance(node, ast.Assert):
+        return ast.unparse(node.test) in ("closure", "closure is not None")
+    raises = isinstance(node, ast.If) and any(isinstance(part, ast.Raise) for part in node.body)
+    return raises and ast.unparse(node.test) in ("not closure", "closure is None")  # type: ignore[attr-defined]
+
+
+def _calls_unguarded(node: ast.AST) -> bool:
+    """Whether ``closure()`` is called where no condition has asked for it."""
+    condition = node.values[0] if isinstance(node, ast.BoolOp) else getattr(node, "test", None)
+    if condition is not None and _names_closure(condition):
+        return False
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "closure":
+        return True
+    return any(map(_calls_unguarded, ast.iter_child_nodes(node)))

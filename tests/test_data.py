@@ -123,7 +123,7 @@ class TestLoadNpz:
         names = np.array(["a", "b"])
         path = save(tmp_path / "d.npz", speaker=np.arange(6), name=np.array(list("uvwxyz")), speaker_names=names)
         dataset = data.load_npz(path, ["audio", "text"])
-        assert dataset.inputs["audio"].dtype == dataset.inputs["text"].dtype == torch.float32
+        assert dataset.inputs["audio"].dtype == torch.float32 and dataset.inputs["text"].dtype == torch.float64
         assert (dataset.inputs["audio"] == 1).all() and dataset.inputs["text"].max() == 17
         assert dataset.target.tolist() == list(range(6)) and set(dataset.fields) == {"speaker", "name"}
 
@@ -149,7 +149,7 @@ class TestLoadNpz:
     def test_a_zip_of_something_else(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
             archive.writestr("readme.txt", "hello")
-        with pytest.raises(ValueError, match=r"d\.npz: 'readme\.txt' is not a NumPy array"):
+        with pytest.raises(ValueError, match=r"d\.npz: cannot read array 'readme\.txt': it is not a NumPy array"):
             data.load_npz(tmp_path / "d.npz", ["audio"])
 
     def test_cut_short_anywhere(self, tmp_path):
@@ -169,8 +169,13 @@ class TestLoadNpz:
 
     def test_never_unpickles(self, tmp_path):
         path = save(tmp_path / "d.npz", speaker=np.array([None] * 6, dtype=object))
-        with pytest.raises(ValueError, match=r"d\.npz: cannot read array 'speaker'.*allow_pickle"):
-            data.load_npz(path, ["audio"])
+        for asked in ({"modalities": ["audio", "speaker"]}, {"modalities": ["audio"], "label": "speaker"}):
+            with pytest.raises(ValueError, match=r"d\.npz: 'speaker': expected numbers or names, got Python objects"):
+                data.load_npz(path, **asked)
+        dataset = data.load_npz(path, ["audio"])  # which nobody has asked for
+        assert "speaker" not in dataset.fields
+        with pytest.raises(ValueError, match=r"where: no field 'speaker'.*arrays of Python objects"):
+            data.split_where(dataset, "speaker=1")
 
     @pytest.mark.parametrize(
         ("changed", "message"),
@@ -182,8 +187,12 @@ class TestLoadNpz:
             ({"label": np.array(3)}, r"of one length N .* label \[\]"),
             ({"text": np.array([["a"]] * 6)}, "'text': expected numbers, got dtype <U1"),
             ({"text": np.zeros((6, 3), complex)}, "'text': expected numbers, got dtype complex128"),
-            ({"label": np.arange(6.0)}, "'label': expected integers, got dtype float64"),
-            ({"label": np.array(list("abcdef"))}, "'label': expected integers, got dtype <U1"),
+            ({"label": np.arange(6.0) + 0.5}, "'label': expected classes, as whole numbers, row 0 has 0.5"),
+            (
+                {"label": np.zeros(6, complex)},
+                "'label': expected integers, whole numbers, booleans or names, got dtype complex128",
+            ),
+            ({"label": np.array(list("abcdef"))}, "'label': expected classes .* another label in each of 6 rows"),
             ({"label": np.arange(6) - 1}, "'label': expected classes from 0, got -1"),
             ({"label": np.zeros((6, 2), int)}, r"'label': expected \[N\] .* got \[6, 2\]"),
             ({"audio": np.zeros((0, 4)), "text": np.zeros((0, 3)), "label": np.zeros(0, int)}, r"at least one sample, got \[0\]"),
@@ -275,8 +284,11 @@ class TestStandardize:
             x = {"a": shift + 2 * torch.randn(N, 5, generator=generator), "b": torch.rand(N, 2, 2, generator=generator)}
             parts.append(MultimodalDataset(x, torch.zeros(N, dtype=torch.long), {"row": np.arange(N)}))
         (train, test), statistics = data.standardize(*parts)
-        for modality, (mean, std) in statistics.items():
-            assert abs(train.inputs[modality].mean()) < 1e-5 and abs(train.inputs[modality].std(correction=0) - 1) < 1e-5
+        assert [len(part) for part in statistics["a"]] == [5, 5] and statistics["b"] == data.statistics(parts[0], "array")["b"]
+        for modality, moments in statistics.items():
+            own = train.inputs[modality] if modality == "a" else train.inputs[modality].flatten()
+            assert own.mean(0).abs().max() < 1e-5 and (own.std(0, correction=0) - 1).abs().max() < 1e-5
+            mean, std = map(torch.tensor, moments)
             torch.testing.assert_close(test.inputs[modality] * std + mean, parts[1].inputs[modality])
         assert test.fields["row"].tolist() == list(range(40)) and test.inputs["a"].dtype == torch.float32
         assert parts[0].inputs["a"].mean() > 2  # the argument is as it was
@@ -286,13 +298,13 @@ class TestStandardize:
         constant = MultimodalDataset({"a": torch.full((7, 3), value)}, torch.zeros(7, dtype=torch.long))
         other = MultimodalDataset({"a": torch.full((2, 3), value + 2)}, torch.zeros(2, dtype=torch.long))
         (train, test), statistics = data.standardize(constant, other)
-        assert statistics["a"][1] == 1 and train.inputs["a"].abs().max() <= 1e-6 * max(1, abs(value))
+        assert statistics["a"][1] == [1, 1, 1] and train.inputs["a"].abs().max() <= 1e-6 * max(1, abs(value))
         torch.testing.assert_close(test.inputs["a"], torch.full((2, 3), 2.0), rtol=1e-3, atol=0)
 
-    def test_float64_stays_and_integers_become_float32(self):
+    def test_all_become_float32(self):
         inputs = {"a": torch.arange(6, dtype=torch.float64)[:, None], "b": torch.arange(6)[:, None]}
         (train,), _ = data.standardize(MultimodalDataset(inputs, torch.zeros(6, dtype=torch.long)))
-        assert [x.dtype for x in train.inputs.values()] == [torch.float64, torch.float32]
+        assert [x.dtype for x in train.inputs.values()] == [torch.float32, torch.float32]
 
     def test_a_modality_that_nobody_has(self):
         present = torch.tensor([[True, False]] * 5)
@@ -409,7 +421,7 @@ class TestMissing:
         dataset = data.load_npz(tmp_path / "masked.npz", ["audio", "image"])
         assert "missing" in repr(dataset) and torch.equal(dataset.present, present) and "present" not in dataset.fields
         (train,), statistics = data.standardize(dataset)
-        assert statistics["audio"][0] == pytest.approx(audio[present[:, 0]].double().mean().item())
+        assert statistics["audio"][0] == pytest.approx(audio[present[:, 0]].double().mean(0).tolist())
         inputs, target, here = dataset.subset([3, 5])[:]
         assert torch.equal(here, present[[3, 5]]) and torch.equal(train[4][2], present[4])
         with pytest.raises(ValueError, match="^dataset: expected one without missing"):

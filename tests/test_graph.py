@@ -279,6 +279,18 @@ def test_what_cannot_be_captured_is_trained_on_eagerly_and_says_so_once(stand_in
     assert stand_in.replays == 0
 
 
+def test_modalities_of_any_name(stand_in):
+    def odd():
+        torch.manual_seed(0)
+        return mla.MultimodalModel({name: nn.Linear(4, 5) for name in ("type", "a.b")}, nn.Linear(5, CLASSES))
+
+    (step, model, optimizer), plain = graphed_and_plain(model=odd)
+    inputs = {name: torch.randn(7, 4, dtype=f64) for name in model.modalities}
+    follow(step, plain, [(inputs, torch.arange(7) % CLASSES)] * 5)
+    assert stand_in.captures == 1 and stand_in.replays == 2
+    assert_alike(model, optimizer, *plain)
+
+
 def test_what_is_refused(monkeypatch):
     model = make_model()
     optimizer = mla.MLAOptimizer(momentum_sgd(model.parameters()), model.head)

@@ -1,8 +1,10 @@
 """What the README shows under "Put it under your training" runs as it stands there, and learns."""
 
+import itertools
 import os
 import re
 import socket
+import warnings
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,23 @@ def run(title, times=1, **more):
 def test_a_loop_of_your_own():
     names = run("A loop of your own", times=20)
     assert names["optimizer"].diagnostics()["layers"]["head"]["steps"] >= 6
+
+
+def test_accumulation():
+    names = surroundings()
+    optimizer = mla.MLAOptimizer(torch.optim.SGD(names["model"].parameters(), lr=0.1), names["model"].head)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = run(
+            "Accumulation",
+            times=20,
+            model=names["model"],
+            encoders=names["encoders"],
+            head=names["head"],
+            optimizer=optimizer,
+            itertools=itertools,
+        )
+    assert optimizer.diagnostics()["layers"]["head"]["steps"] == 20 * 3  # three batches of 16 are one group
 
 
 def test_fabric():

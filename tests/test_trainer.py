@@ -193,7 +193,7 @@ def test_evaluate_is_what_it_says(masked):
     there = torch.ones(20, dtype=torch.bool) if present is None else present.any(1)
     hits["average"] = (kept.sum(0).argmax(1) == target)[there].float().mean().item()
     hits["fused"] = (mla.entropy_fusion(logits, present).logits.argmax(1) == target)[there].float().mean().item()
-    assert report["samples"] == 20 and report.keys() == {"samples", "loss", "accuracy"}
+    assert report["samples"] == 20 and report.keys() == {"samples", "loss", "accuracy", "macro_f1", "majority", "class_accuracy"}
     assert report["loss"] == pytest.approx(loss, rel=1e-5)
     assert report["accuracy"] == pytest.approx(hits)
 
@@ -460,7 +460,7 @@ def test_a_part_that_does_not_fit_takes_back_those_that_do(tmp_path):
 
 def test_other_settings_of_the_projection_are_said_to_go(tmp_path):
     make_trainer().fit(loader(), epochs=1, checkpoint=tmp_path / "c.pt")
-    with pytest.warns(UserWarning, match="^resume: the projection goes on as it was saved, .*window.*, not .*rls"):
+    with pytest.warns(UserWarning, match="^state_dict: the projection goes on as it was saved, .*window.*, not .*rls"):
         make_trainer(projection="rls").resume(tmp_path / "c.pt")
 
 

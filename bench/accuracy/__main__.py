@@ -33,6 +33,7 @@ EVERYTHING = (
     "--data {data} --config B --seeds 0-5 --missing 0.1:0.7 --methods 'Concat,Late fusion,MLA rls,MLA window'",
     "--data {data} --config C --seeds 0-2",
     "--data competition --seeds 0-2",
+    "--data remainders --seeds 0-2",
 )
 ON_AVDIGITS = (isolation.STUDY, gap.STUDY, collapse.STUDY)
 STUDIES = (*ON_AVDIGITS, forgetting.STUDY, competition.STUDY)

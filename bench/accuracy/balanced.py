@@ -39,7 +39,7 @@ def task(name: str, path: Path) -> tuple[Task, int]:
     config, group = TASKS[name]
     found = setting(name if config is None else str(path), config)
     identity = name if config is None else f"{config} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    return Task(name, identity, found.prepare, group), found.epochs
+    return Task(name, identity, found.prepare, group, per="array"), found.epochs
 
 
 def tables(folder: Path) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mla_fast as mla
+from bench.accuracy.interaction import CONTROLS, INTERACTIONS
 from bench.accuracy.settings import Setting
 from mla_fast import data, reference
 from mla_fast.baselines import METHODS as ALL_BASELINES
@@ -20,7 +21,7 @@ from mla_fast.encoders import encoder_for
 FEATURES, BATCH, MOMENTUM = 64, 64, 0.9
 # The methods of the paper's tables; ``bench.accuracy.balanced`` has all of ``mla_fast.baselines``.
 BASELINES = {name: ALL_BASELINES[name] for name in ("Sum", "Concat", "Late fusion", "FiLM", "BiGated", "OGM-GE", "QMF")}
-METHODS = (*BASELINES, *MLA_SETTINGS, "MLA official")
+METHODS = (*BASELINES, *CONTROLS, *MLA_SETTINGS, *INTERACTIONS, "MLA official")
 
 
 def train(method: str, dataset: MultimodalDataset, task: Setting, seed: int) -> JointModel | mla.Trainer:
@@ -29,11 +30,11 @@ def train(method: str, dataset: MultimodalDataset, task: Setting, seed: int) -> 
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if len(dataset.modalities) < 2:
         raise ValueError(f"dataset: expected at least two modalities, got {', '.join(dataset.modalities)}")
-    if method not in BASELINES:
+    if method not in BASELINES and method not in CONTROLS:
         trainer = mla_trainer(method, dataset, task, seed)
         trainer.fit(Batches(dataset, seed, batch_size=BATCH), task.epochs)
         return trainer
-    model = BASELINES[method](_encoders(dataset, seed), FEATURES, dataset.classes)
+    model = {**BASELINES, **CONTROLS}[method](_encoders(dataset, seed), FEATURES, dataset.classes)
     optimizer = _sgd(model, task)
     batches = Batches(dataset, seed, indexed=True, batch_size=BATCH)
     fit_joint(model, optimizer, batches, task.epochs, scheduler=_scheduler(optimizer, task))
@@ -42,7 +43,11 @@ def train(method: str, dataset: MultimodalDataset, task: Setting, seed: int) -> 
 
 def mla_trainer(method: str, dataset: MultimodalDataset, task: Setting, seed: int, **options: Any) -> mla.Trainer:
     """Ready to ``fit`` on ``Batches(dataset, seed)``; options: for the ``MLAOptimizer``, over those of the method."""
-    model = mla.MultimodalModel(_encoders(dataset, seed), nn.Linear(FEATURES, dataset.classes))
+    encoders, head = _encoders(dataset, seed), nn.Linear(FEATURES, dataset.classes)
+    beside = None
+    if method in INTERACTIONS:
+        beside = mla.Interaction(FEATURES, dataset.classes, dataset.modalities, gradient=INTERACTIONS[method])
+    model = mla.MultimodalModel(encoders, head, interaction=beside)
     options = {**_mla_settings(method, dataset), **options}
     optimizer = mla.MLAOptimizer(_sgd(model, task), model.head, **options)
     return mla.Trainer(model, optimizer, scheduler=_scheduler(optimizer, task), progress=False)
@@ -56,7 +61,7 @@ def _encoders(dataset: MultimodalDataset, seed: int) -> dict[str, nn.Module]:
 
 def _mla_settings(method: str, dataset: MultimodalDataset) -> dict[str, Any]:
     if method != "MLA official":
-        return MLA_SETTINGS[method]
+        return MLA_SETTINGS["MLA window" if method in INTERACTIONS else method]
     # The released code's α falls within each epoch, so that it depends on the number of batches.
     M, batches = len(dataset.modalities), math.ceil(len(dataset) / BATCH)
     return {"projection": "official", "alpha": lambda step: reference.official_alpha(step // M % batches, batches)}
@@ -78,4 +83,4 @@ def accuracy(trained: JointModel | mla.Trainer, dataset: MultimodalDataset) -> d
     else:
         found = joint_accuracy(trained, batches)
         found["fused"] = found.pop("joint")
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    return {name: value for name, value in found.items() if name != "without_interaction" and not math.isnan(value)}

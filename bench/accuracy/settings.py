@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mla_fast import data
-from mla_fast.compare.task import BUILT_IN
+from mla_fast.compare import task
 from mla_fast.data import MultimodalDataset
 
 Parts = tuple[MultimodalDataset, MultimodalDataset]
@@ -39,7 +39,7 @@ class Setting:
         parts = self.prepare(seed)
         if missing:
             parts = [data.with_missing(part, missing, 2 * seed + i) for i, part in enumerate(parts)]
-        (train, test), _ = data.standardize(*parts)
+        (train, test), _ = data.standardize(*parts, per="array")
         return train, test
 
 
@@ -118,5 +118,22 @@ def any_npz(path: str, seed: int, *, modalities: Sequence[str], label: str, test
     return data.random_split(dataset, 0.25, seed) if test_where is None else data.split_where(dataset, test_where)
 
 
+def remainders(seed: int, modulus: int = 4, times: int = 6) -> Parts:
+    """Two of scikit-learn's digits, drawn independently, and the remainder of their sum, of which one digit tells nothing.
+
+    Each image of the training part stands `times` times on the left, with others on the right.
+    """
+    parts = []
+    for i, part in enumerate(data.digits(seed)):
+        generator = torch.Generator().manual_seed(2 * seed + i)
+        left = torch.arange(len(part)).repeat(times)
+        right = torch.randint(len(part), (len(left),), generator=generator)
+        pixels = part.inputs["pixels"]
+        target = (part.target[left] + part.target[right]) % modulus
+        parts.append(MultimodalDataset({"left": pixels[left], "right": pixels[right]}, target))
+    return parts[0], parts[1]
+
+
+BUILT_IN: dict[str, Callable[[int], Parts]] = {**task.BUILT_IN, "remainders": remainders}
 # B: trained jointly, the image is learned and drowns the audio. C: what must be learned is in no modality alone.
 AVDIGITS: dict[str, tuple[Callable[[str, int], Parts], dict]] = {"B": (unheard, {}), "C": (sums, {"epochs": 10})}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_fast.inputs import to_device
+from mla_fast.modality_dict import ModalityDict
 
 
 class Setup(NamedTuple):
@@ -53,9 +54,7 @@ class JointModel(nn.Module):
 
     def __init__(self, encoders: Mapping[str, nn.Module], features: int):
         super().__init__()
-        if not encoders:
-            raise ValueError("encoders: expected at least one modality, got none")
-        self.encoders = nn.ModuleDict(encoders)
+        self.encoders = ModalityDict(encoders)
         self.features = features
 
     @property

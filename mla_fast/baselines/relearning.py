@@ -34,7 +34,8 @@ class Relearning(Concat):
         self.setup: Setup | None = None
 
     def prepare(self, setup: Setup) -> int:
-        self.setup, self.initial = setup, copy.deepcopy(self.encoders.state_dict())
+        self.setup = setup
+        self.initial = {name: copy.deepcopy(encoder.state_dict()) for name, encoder in self.encoders.items()}
         return super().prepare(setup)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -53,7 +54,7 @@ class Relearning(Concat):
             a = math.tanh(self.strength * abs(train - held_out))
             with torch.no_grad():
                 for name, p in self.encoders[modality].named_parameters():
-                    p.lerp_(self.initial[f"{modality}.{name}"].to(p), a)
+                    p.lerp_(self.initial[modality][name].to(p), a)
 
     @torch.no_grad()
     def class_features(self, loader: Iterable[Sequence[Any]]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     p = commands.add_parser("compare", help="train many methods on your data, and say which is right for it")
     p.add_argument("--data", required=True, help="digits, competition, or an .npz with an array for each modality and a label")
     p.add_argument("--modalities", type=options.names, default=[], help="names of its arrays, as audio,image")
-    p.add_argument("--label", default="label", help="name of the integer labels (default: label)")
+    p.add_argument("--label", default="label", help="name of the labels (default: label)")
     p.add_argument("--group", help="an array whose values are each in one part only, as speaker")
     p.add_argument("--methods", type=options.names, default=["all"], help="all, or names separated by commas")
     p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2, 3, 4], help='as "0-4" or "0,2": a split and a run each')

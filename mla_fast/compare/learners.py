@@ -14,6 +14,7 @@ from mla_fast.compare.batches import Batches
 from mla_fast.compare.methods import METHODS
 from mla_fast.data import MultimodalDataset, loader
 from mla_fast.encoders import encoder_for
+from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.trainer import Trainer
@@ -126,8 +127,11 @@ def make_learner(
         make: Callable[..., JointModel] = method.model
         joint = make(encoders, budget.features, train.classes, **own).to(device)
         return JointLearner(joint, train, held_out, budget, seed, decay)
-    model = MultimodalModel(encoders, nn.Linear(budget.features, train.classes)).to(device)
-    return MLALearner(model, {**method.settings, **own}, train, budget, seed, decay)
+    head, settings = nn.Linear(budget.features, train.classes), {**method.settings, **own}
+    gradient = settings.pop("interaction", None)
+    beside = None if gradient is None else Interaction(budget.features, train.classes, train.modalities, gradient=gradient)
+    model = MultimodalModel(encoders, head, interaction=beside).to(device)
+    return MLALearner(model, settings, train, budget, seed, decay)
 
 
 def snapshot(learner: Learner) -> dict[str, Any]:

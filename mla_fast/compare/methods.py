@@ -19,7 +19,10 @@ COMMON_GRID: dict[str, Sequence[Any]] = {"lr_factor": (1.0, 0.3, 3.0), "weight_d
 
 
 class Method(NamedTuple):
-    """A joint model, or without one an MLAOptimizer with these settings; grid: of its own hyperparameters, the default first."""
+    """A joint model, or without one an MLAOptimizer with these settings, of which ``"interaction"`` is the head beside it.
+
+    grid: the values of its own hyperparameters, the default first.
+    """
 
     model: type[JointModel] | None
     settings: Mapping[str, Any]
@@ -31,8 +34,10 @@ METHODS |= {
     name: Method(None, settings, {} if settings["projection"] == "none" else {"alpha": (1.0, 0.1, 10.0)})
     for name, settings in MLA_SETTINGS.items()
 }
-# Those whose logits are no sum of the modalities' own: they can learn what no modality shows by itself.
-INTERACTING = ("FiLM", "BiGated")
+METHODS |= {
+    name: Method(None, {**MLA_SETTINGS["MLA window"], "interaction": gradient}, {"alpha": (1.0, 0.1, 10.0)})
+    for name, gradient in (("MLA + interaction", "encoders"), ("MLA + detached interaction", "detached"))
+}
 
 
 def trials(name: str, count: int) -> list[dict[str, Any]]:

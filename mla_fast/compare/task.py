@@ -24,13 +24,14 @@ class Task:
     """Data that is split anew for every seed.
 
     name: in reports; identity: what tells these data from others; prepare: seed → (the rest, test); group: a field of the data
-    whose values are each in a single part.
+    whose values are each in a single part; per: how to standardise, as for ``data.standardize``.
     """
 
     name: str
     identity: str
     prepare: Callable[[int], Two]
     group: str | None = None
+    per: str = "feature"
 
     def parts(self, seed: int) -> Three:
         """Return (train, validation, test), standardised by train.
@@ -44,7 +45,7 @@ class Task:
         if absent:
             some = ", ".join(map(str, sorted(absent)[:5]))
             raise ValueError(f"label: seed {seed}: expected every class in the training part, got none of class {some}")
-        (train, validation, test), _ = data.standardize(train, validation, test)
+        (train, validation, test), _ = data.standardize(train, validation, test, per=self.per)
         return train, validation, test
 
 

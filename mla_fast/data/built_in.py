@@ -34,7 +34,7 @@ def digits(seed: int = 0, test_fraction: float = 0.25) -> tuple[MultimodalDatase
         "profile": torch.cat(sides + diagonals, 1),
     }
     train, test = random_split(MultimodalDataset(views, torch.from_numpy(bundled.target)), test_fraction, seed)
-    (train, test), _ = standardize(train, test)
+    (train, test), _ = standardize(train, test, per="array")
     return train, test
 
 

@@ -24,6 +24,7 @@ class MultimodalDataset(Dataset[Sample]):
     fields: {name: array [N, ...]}, anything else known about the samples, such as their speakers; ``split_where`` splits by them.
     present: bool [N, M], which modalities each sample has, in the order of `inputs`; None if every sample has all of them. Absent
         rows of `inputs` may hold anything.
+    class_names: of the classes 0, 1, …, if they have any.
 
     Raises ValueError or TypeError for arguments of the wrong shape, dtype or type.
     """
@@ -34,6 +35,7 @@ class MultimodalDataset(Dataset[Sample]):
         target: Tensor,
         fields: Mapping[str, Array] | None = None,
         present: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         if not inputs:
             raise ValueError("inputs: expected at least one modality, got none")
@@ -53,6 +55,9 @@ class MultimodalDataset(Dataset[Sample]):
             got = f"{present.dtype} {list(present.shape)}"
             raise ValueError(f"present: expected bool [{N}, {len(self.inputs)}] (samples, modalities), got {got}")
         self.present = present
+        self.class_names = None if class_names is None else list(class_names)
+        if self.class_names is not None and len(self.class_names) <= (highest := int(self.target.max())):
+            raise ValueError(f"class_names: expected a name for each class up to {highest}, got {listed(self.class_names)}")
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -61,8 +66,8 @@ class MultimodalDataset(Dataset[Sample]):
 
     @property
     def classes(self) -> int:
-        """The highest class plus one. A class below it may have no samples."""
-        return int(self.target.max()) + 1
+        """As many as there are `class_names`, otherwise the highest class plus one. A class may have no samples."""
+        return int(self.target.max()) + 1 if self.class_names is None else len(self.class_names)
 
     def __len__(self) -> int:
         return len(self.target)
@@ -92,7 +97,12 @@ class MultimodalDataset(Dataset[Sample]):
             raise ValueError("mask_or_indices: expected to select at least one sample, got none")
         fields = {name: column[rows.numpy()] for name, column in self.fields.items()}
         present = None if self.present is None else self.present[rows]
-        return MultimodalDataset({m: x[rows] for m, x in self.inputs.items()}, self.target[rows], fields, present)
+        inputs = {m: x[rows] for m, x in self.inputs.items()}
+        return MultimodalDataset(inputs, self.target[rows], fields, present, self.class_names)
+
+    def with_inputs(self, inputs: Mapping[str, Tensor]) -> MultimodalDataset:
+        """Return the same samples with other inputs of the same modalities."""
+        return MultimodalDataset(inputs, self.target, self.fields, self.present, self.class_names)
 
     def rows(self, modality: str) -> Tensor:
         """Return the inputs [K, ...] of the K samples that have `modality`."""
@@ -118,6 +128,11 @@ def checked_target(target: Tensor, name: str = "target") -> Tensor:
     if (lowest := int(target.min())) < 0:
         raise ValueError(f"{name}: expected classes from 0, got {lowest}")
     return target
+
+
+def listed(names: Sequence[object], most: int = 20) -> str:
+    """Return some of `names`, for a message."""
+    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
 
 
 def _as_index(index: Index) -> int | slice | Tensor:

@@ -36,4 +36,4 @@ def with_missing(dataset: MultimodalDataset, rate: float, seed: int) -> Multimod
     if dataset.present is not None:
         raise ValueError("dataset: expected one without missing modalities, got one with a mask")
     present = missing_mask(len(dataset), len(dataset.modalities), rate, seed)
-    return MultimodalDataset(dataset.inputs, dataset.target, dataset.fields, present)
+    return MultimodalDataset(dataset.inputs, dataset.target, dataset.fields, present, dataset.class_names)

@@ -3,45 +3,88 @@
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mla_fast.data.dataset import Array, MultimodalDataset, checked_target
+from mla_fast.data.archive import read_arrays
+from mla_fast.data.dataset import Array, MultimodalDataset
+from mla_fast.data.labels import as_classes, as_strings
+
+# What arrays become that torch cannot compute with, or that are scaled; others keep their dtype.
+_DTYPES: dict[str, Any] = {
+    "bool": np.float32,
+    "uint8": np.float32,
+    "float16": np.float32,
+    np.dtype(np.longdouble).name: np.float64,
+}
+_DTYPES |= {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
 
 
-def load_npz(path: str | Path, modalities: Sequence[str], label: str = "label") -> MultimodalDataset:
+def load_npz(
+    path: str | Path,
+    modalities: Sequence[str],
+    label: str = "label",
+    *,
+    tokens: Collection[str] = (),
+    class_names: Sequence[str] | None = None,
+) -> MultimodalDataset:
     """Load a data set from the arrays `modalities` [N, ...] and `label` [N] of a NumPy ``.npz`` file.
 
-    uint8 modalities (images, spectrograms) are divided by 255; other numbers are converted to float32 unchanged. An array
-    ``present``, bool [N, M], becomes the mask of present modalities. Its columns are named by the array of strings ``modalities``
-    if the file has one, and are otherwise those of the argument `modalities` in order. Other arrays [N, ...] become fields.
-    Pickled objects are never loaded.
+    Of any byte and memory order. Floats and integers stay exact, so standardise before you train, which makes float32 of them:
+    float16 becomes float32, long double float64, unsigned integers signed ones. Booleans become float32. uint8 (images,
+    spectrograms) becomes float32 divided by 255, unless it is among `tokens`, which stay integers.
+
+    label: integers from 0, or what ``as_classes`` makes classes of; the data set keeps their names. class_names: those to match.
+
+    An array ``present``, bool [N, M], becomes the mask of present modalities. Its columns are named by the array ``modalities``,
+    strings or bytes [M], if the file has one, and are otherwise those of the argument `modalities` in order. Other arrays
+    [N, ...] become fields, bytes among them strings. Arrays of Python objects are never loaded: those that are not asked for
+    are left out.
 
     Raises FileNotFoundError; and ValueError, naming the path and the array, for a file that is not an ``.npz`` or is damaged, a
-    missing array, arrays of different N, a modality that is not numeric or not finite, and labels that are not integers from 0.
+    missing array, arrays of different N, a modality that is not of real numbers, not finite or beyond int64, and labels, names
+    or a mask of another kind or shape.
     """
+    return read_npz(path, modalities, label, tokens=tokens, class_names=class_names)[0]
+
+
+def read_npz(
+    path: str | Path,
+    modalities: Sequence[str],
+    label: str = "label",
+    *,
+    tokens: Collection[str] = (),
+    class_names: Sequence[str] | None = None,
+) -> tuple[MultimodalDataset, dict[str, str]]:
+    """Return what ``load_npz`` does, and a description of each array that was asked for: dtype and shape in the file."""
     _check_names(path, modalities, label)
-    arrays = _read_npz(path)
+    arrays, objects = read_arrays(path)
     wanted = [*modalities, label]
-    missing = [key for key in wanted if key not in arrays]
+    missing = [key for key in wanted if key not in {*arrays, *objects}]
     if missing:
         raise ValueError(f"{path}: no array {', '.join(map(repr, missing))}; there are: {', '.join(arrays) or 'none'}")
+    masked = "present" in {*arrays, *objects} and "present" not in wanted
+    names = ["present", *(["modalities"] if "modalities" not in wanted else [])] if masked else []
+    if unread := [key for key in (*wanted, *names) if key in objects]:
+        raise ValueError(f"{path}: {unread[0]!r}: expected numbers or names, got Python objects, which are never loaded")
     N = arrays[label].shape[0] if arrays[label].ndim else 0
     if any(arrays[key].shape[:1] != (N,) for key in wanted):
         shapes = ", ".join(f"{key} {list(arrays[key].shape)}" for key in wanted)
         raise ValueError(f"{path}: expected arrays of one length N in the first dimension, got {shapes}")
-    present = _pop_present(path, arrays, N, modalities) if "present" in arrays and "present" not in wanted else None
-    columns = [None] * len(modalities) if present is None else list(present.T)
-    inputs = {m: _as_float(path, m, arrays[m], column) for m, column in zip(modalities, columns, strict=True)}
-    target = _as_target(path, label, arrays[label])
-    fields = {key: a for key, a in arrays.items() if key not in wanted and a.shape[:1] == (N,)}
-    return MultimodalDataset(inputs, target, fields, present)
+    described = {key: f"{arrays[key].dtype} {list(arrays[key].shape)}" for key in (*wanted, *names) if key in arrays}
+    columns = {key: arrays.pop(key, None) for key in names}
+    mask = columns.get("present")
+    present = None if mask is None else _columns(path, mask, columns.get("modalities"), N, modalities)
+    here = [None] * len(modalities) if present is None else list(present.T)
+    inputs = {m: _as_tensor(f"{path}: {m!r}", arrays[m], column, m in tokens) for m, column in zip(modalities, here, strict=True)}
+    target, class_names = as_classes(arrays[label], f"{path}: {label!r}", class_names)
+    fields = {key: _as_field(key, a) for key, a in arrays.items() if key not in wanted and a.shape[:1] == (N,)}
+    return MultimodalDataset(inputs, target, fields, present, class_names), described
 
 
 def _check_names(path: str | Path, modalities: Sequence[str], label: str) -> None:
@@ -55,30 +98,16 @@ def _check_names(path: str | Path, modalities: Sequence[str], label: str) -> Non
         raise ValueError(f"label: expected another key than the modalities {', '.join(modalities)}, got {label!r}")
 
 
-def _read_npz(path: str | Path) -> dict[str, Array]:
-    """Read all arrays, which checks every one against its checksum; raise ValueError for damage of any kind."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: not a .npz file, or cut short (expected a zip archive of NumPy arrays)")
-    arrays = {}
-    with np.load(path, allow_pickle=False) as archive:
-        for key in archive.files:
-            try:
-                arrays[key] = archive[key]
-            except (ValueError, EOFError, OSError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
-                raise ValueError(f"{path}: cannot read array {key!r}: {error}") from error
-            if not isinstance(arrays[key], np.ndarray):  # NumPy returns the bytes of a member that is not an .npy
-                raise ValueError(f"{path}: {key!r} is not a NumPy array")
-    return arrays
-
-
-def _pop_present(path: str | Path, arrays: dict[str, Array], N: int, modalities: Sequence[str]) -> Tensor:
-    """Remove the mask and the names of its columns, if any, from `arrays`; return bool [N, M] in the order of `modalities`."""
-    mask, names = arrays.pop("present"), list(modalities)
-    stored = arrays.get("modalities")
-    if stored is not None and "modalities" not in names and stored.ndim == 1 and stored.dtype.kind == "U":
-        names = arrays.pop("modalities").tolist()
+def _columns(path: str | Path, mask: Array, stored: Array | None, N: int, modalities: Sequence[str]) -> Tensor:
+    """Return the mask as bool [N, M] in the order of `modalities`; stored: the names of its columns in the file, if any."""
+    names = list(modalities)
+    if stored is not None:
+        if stored.ndim != 1 or stored.dtype.kind not in "US":
+            got = f"{stored.dtype} {list(stored.shape)}"
+            raise ValueError(f"{path}: 'modalities': expected the names of the columns of present, strings [M], got {got}")
+        names = as_strings(stored, f"{path}: 'modalities'").tolist()
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: 'modalities': expected each name once, got {', '.join(names)}")
     if mask.dtype != np.bool_ or mask.shape != (N, len(names)):
         raise ValueError(
             f"{path}: expected present to be bool [{N}, {len(names)}] (samples, {', '.join(names)}), "
@@ -89,20 +118,27 @@ def _pop_present(path: str | Path, arrays: dict[str, Array], N: int, modalities:
     return torch.from_numpy(mask[:, [names.index(m) for m in modalities]])
 
 
-def _as_float(path: str | Path, key: str, array: Array, present: Tensor | None) -> Tensor:
-    """Return float32 [N, ...]; rows that are not `present` need not be finite."""
+def _as_tensor(name: str, array: Array, present: Tensor | None, as_tokens: bool) -> Tensor:
+    """Return numbers [N, ...] that torch computes with; rows that are not `present` may hold anything of the dtype."""
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{path}: {key!r}: expected numbers, got dtype {array.dtype}")
-    x = torch.from_numpy(array.astype(np.float32))
-    finite = torch.isfinite(x).view(len(x), math.prod(x.shape[1:])).all(1)
-    if present is not None:
-        finite |= ~present
-    if not finite.all():
-        raise ValueError(f"{path}: {key!r}: expected finite values, row {int(finite.logical_not().nonzero()[0])} has others")
-    return x.div_(255) if array.dtype == np.uint8 else x
+        raise ValueError(f"{name}: expected numbers, got dtype {array.dtype}")
+    here = np.ones(len(array), dtype=bool) if present is None else present.numpy()
+    if array.dtype.kind == "u" and array[here].max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: expected integers below 2^63, got {array[here].max()}")
+    native = array.dtype.newbyteorder("=")
+    dtype = np.int64 if as_tokens and array.dtype == np.uint8 else _DTYPES.get(native.name, native)
+    with np.errstate(over="ignore"):  # of long doubles, which are infinite then
+        x = torch.from_numpy(np.ascontiguousarray(array, dtype))
+    finite = x.isfinite().reshape(len(x), math.prod(x.shape[1:])).all(1).numpy()
+    if (lost := np.flatnonzero(~finite & here)).size:
+        raise ValueError(f"{name}: expected finite values, row {lost[0]} has others")
+    return x.div_(255) if array.dtype == np.uint8 and not as_tokens else x
 
 
-def _as_target(path: str | Path, key: str, array: Array) -> Tensor:
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{path}: {key!r}: expected integers, got dtype {array.dtype}")
-    return checked_target(torch.from_numpy(array.astype(np.int64)), f"{path}: {key!r}")
+def _as_field(name: str, array: Array) -> Array:
+    """Return a field in this machine's byte order; bytes as strings where they are UTF-8."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    try:
+        return as_strings(array, name)
+    except ValueError:
+        return array

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_fast.data.dataset import MultimodalDataset
+from mla_fast.data.dataset import MultimodalDataset, listed
+from mla_fast.data.labels import as_strings
 
 
 def split_where(dataset: MultimodalDataset, where: str) -> tuple[MultimodalDataset, MultimodalDataset]:
     """Split into (train, test) by a field: ``"speaker=2,4"`` tests on the samples whose field `speaker` is 2 or 4.
 
-    The field is [N], of integers or strings. Raises ValueError for a malformed expression, an unknown field, a value that no
-    sample has, and if nothing is left to train on.
+    The field is [N], of integers, booleans, strings or bytes in UTF-8. Raises ValueError for a malformed expression, an unknown
+    field or one of another kind, a value that no sample has, and if nothing is left to train on.
     """
     held_out = rows_where(dataset, where)
     if held_out.all():
@@ -23,21 +24,21 @@ def split_where(dataset: MultimodalDataset, where: str) -> tuple[MultimodalDatas
 
 def rows_where(dataset: MultimodalDataset, where: str) -> Tensor:
     """Return the mask, bool [N], of the samples that ``split_where`` tests on; it may be true for all of them."""
-    name, equals, listed = where.partition("=")
-    name, values = name.strip(), [value.strip() for value in listed.split(",")]
+    name, equals, wanted = where.partition("=")
+    name, values = name.strip(), [value.strip() for value in wanted.split(",")]
     if not (name and equals and all(values)):
         raise ValueError(f'where: expected "field=value" or "field=value,value", got {where!r}')
     if name not in dataset.fields:
-        raise ValueError(f"where: no field {name!r}; there are: {', '.join(dataset.fields) or 'none'}")
-    column = dataset.fields[name]
+        fields = f"{', '.join(dataset.fields) or 'none'} (arrays of Python objects are none)"
+        raise ValueError(f"where: no field {name!r}; there are: {fields}")
+    column = as_strings(dataset.fields[name], f"where: {name!r}")
     if column.ndim != 1 or column.dtype.kind not in "biuU":
         raise ValueError(f"where: expected a field [N] of integers or strings, {name!r} is {column.dtype} {list(column.shape)}")
     found, rows = np.unique(column, return_inverse=True)
     found = found.astype(str)
     for value in values:
         if value not in found:
-            some = ", ".join(found[:20]) + (", …" if len(found) > 20 else "")
-            raise ValueError(f"where: no sample has {name}={value}; {name} is one of: {some}")
+            raise ValueError(f"where: no sample has {name}={value}; {name} is one of: {listed(found.tolist())}")
     return torch.from_numpy(np.isin(found, values)[rows])
 
 

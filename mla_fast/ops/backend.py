@@ -13,13 +13,14 @@ import functools
 import importlib
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from mla_fast.caller import warn
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -94,7 +95,7 @@ def announce(what: str, reason: str) -> None:
     """Warn, once, that the reference backend runs `what`, and why."""
     if what not in _announced:
         _announced.add(what)
-        warnings.warn(f"mla_fast runs its reference backend for {what}: {reason}", stacklevel=4)
+        warn(f"mla_fast runs its reference backend for {what}: {reason}")
 
 
 class Operator(Generic[R]):

@@ -1,0 +1,121 @@
+"""Whether steps alternate: in its first steps an optimizer looks whose encoder's features went through the head."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mla_fast.caller import warn
+
+LOOKS = 16  # steps that are looked at
+_MERGES = ("CatBackward", "StackBackward", "AddBackward", "MulBackward")
+_LOOP = (
+    "MLA takes one modality a step: for each modality zero_grad(), backward() of its own loss (several times to accumulate), "
+    'step(modality="…")'
+)
+
+
+class Call(NamedTuple):
+    """One call of the head that was differentiated. encoder: the parameters that its features depend on, a bit for each. joined:
+    features of encoders that share no parameter were put together before the head."""
+
+    encoder: int
+    joined: bool
+
+
+class Alternation:
+    """Warn, once, where a step mixes modalities: it can only do harm, and nothing else would show it.
+
+    What it sees is the graph behind the features. Two calls of the head in one step whose encoders share no parameter, or that
+    earlier steps of different names kept apart, are a joint loss, or accumulation with the modalities inside. Steps of
+    different names through the very same parameters, or features that were joined before the head in every step, are joint
+    training. Gradients of encoders that no call went through are of another step, or zeros. It looks at the first 16 steps;
+    after them nothing is left of it.
+    """
+
+    def __init__(self, head: nn.Module):
+        self._head = set(head.parameters())
+        self._bits: dict[Tensor, int] = {}
+        self._calls: list[Call] = []
+        self._alone: dict[str | None, int] = {}  # the encoder of the last step of each name
+        self._steps, self._joined = 0, 0
+
+    def call(self, features: Tensor) -> Call:
+        """Return what the graph behind `features` says; ``add`` it once they are differentiated."""
+        return Call(*self._behind(features.grad_fn))
+
+    def add(self, call: Call) -> None:
+        self._calls.append(call)
+
+    def forget(self) -> None:
+        """Forget calls that no step has taken."""
+        self._calls = []
+
+    def look(self, modality: str | None) -> bool:
+        """Look at a step; returns whether there is nothing more to look for."""
+        calls, self._calls = [call for call in self._calls if call.encoder], []
+        if not calls:
+            return False
+        self._steps += 1
+        said = self._trouble(calls, modality)
+        if said is not None:
+            warn(f"step: {said}. {_LOOP}")
+        return said is not None or self._steps == LOOKS
+
+    def _trouble(self, calls: list[Call], modality: str | None) -> str | None:
+        encoders = list(dict.fromkeys(call.encoder for call in calls))
+        apart = {encoder: name for name, encoder in self._alone.items()}
+        known = {apart[encoder] for encoder in encoders if encoder in apart}
+        if len(known) > 1 or any(not a & b for a, b in itertools.combinations(encoders, 2)):
+            sizes = ", ".join(str(encoder.bit_count()) for encoder in encoders)
+            return (
+                f"gradients of {len(encoders)} encoders (of {sizes} parameters) came together in one step, so this is a joint "
+                "loss, or accumulation with the modalities inside"
+            )
+        idle = [p for p, bit in self._bits.items() if p.grad is not None and not any(e >> bit & 1 for e in encoders)]
+        if idle:
+            return (
+                f"{len(idle)} parameters of encoders that nothing went through have a gradient: one of an earlier step, for want "
+                "of zero_grad(), or zeros of an engine's, which momentum and weight decay step on; set it to None"
+            )
+        if modality is not None and len(encoders) == 1:
+            other = next((name for name, e in self._alone.items() if e == encoders[0] and name not in (None, modality)), None)
+            if other is not None:
+                return (
+                    f"those of {other!r} and of {modality!r} move the very same {encoders[0].bit_count()} parameters outside the "
+                    "head, so this is joint training, unless one encoder serves both on purpose"
+                )
+            self._alone[modality] = encoders[0]
+        self._joined += all(call.joined for call in calls)
+        if self._joined == LOOKS:
+            return "in every step features of several encoders were joined before the head, so this is joint training"
+        return None
+
+    def _behind(self, root: Any) -> tuple[int, bool]:
+        """Return the parameters behind a node of the graph, and whether branches that share none of them meet there."""
+        found: dict[Any, int] = {None: 0}
+        joined, stack = False, [root]
+        while stack:
+            node = stack[-1]
+            below = [] if node in found else [parent for parent, _ in node.next_functions]
+            if waiting := [parent for parent in below if parent not in found]:
+                stack += waiting
+                continue
+            stack.pop()
+            if node in found:
+                continue
+            found[node] = self._bit(node)
+            for parent in below:
+                found[node] |= found[parent]
+            if node.name().startswith(_MERGES):
+                branches = [found[parent] for parent in below if found[parent].bit_count() > 1]  # a position or a token has one
+                joined |= any(not a & b for a, b in itertools.combinations(branches, 2))
+        return found[root], joined
+
+    def _bit(self, node: Any) -> int:
+        p = getattr(node, "variable", None)  # of a leaf of the graph
+        if not isinstance(p, nn.Parameter) or p in self._head:
+            return 0
+        return 1 << self._bits.setdefault(p, len(self._bits))

@@ -1,0 +1,142 @@
+"""The data of ``mla-fast train`` and ``mla-fast eval``: read as options or a checkpoint say, described, split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mla_fast import data
+from mla_fast.data.dataset import listed
+from mla_fast.data.npz import read_npz
+from mla_fast.data.standardization import feature_axis
+
+OTHERWISE = {"tokens": "features", "sequence": "image", "channels_last": "image"}
+FAR = 5  # deviations between the means of a feature in two data sets, beyond which its units must differ
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a checkpoint with what older versions did not write: they read every array in one way."""
+    layouts = {name: "features" if len(shape) == 1 else "image" for name, shape in config["encoders"].items()}
+    older = {"layouts": layouts, "vocabulary": {}, "standardize": "array", "class_names": None, "interaction": 0}
+    return older | config
+
+
+def read_for_training(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:
+    """Return the data set and what its arrays are in the file; add to `config` how they are read and what encoders they need."""
+    dataset, arrays = _read(config)
+    try:
+        config["layouts"] = data.find_layouts(dataset, config["layouts"])
+        dataset = data.arrange(dataset, config["layouts"])
+    except ValueError as error:
+        raise ValueError(f"{config['data']}: {error}") from None
+    config["encoders"] = {name: list(x.shape[1:]) for name, x in dataset.inputs.items()}
+    config["vocabulary"] = data.vocabulary(dataset, config["layouts"])
+    config["classes"], config["class_names"] = _classes(dataset, config), dataset.class_names
+    return _masked(dataset, config), arrays
+
+
+def read_for_evaluation(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:
+    """Return the same of data to evaluate on; raise ValueError where they do not fit what was trained on."""
+    known = config["class_names"] or [str(i) for i in range(config["classes"])]
+    dataset, arrays = _read({**config, "class_names": known})
+    try:
+        dataset = data.arrange(dataset, config["layouts"])
+    except ValueError as error:
+        raise ValueError(f"{config['data']}: {error}") from None
+    for name, x in dataset.inputs.items():
+        varies = config["layouts"][name] in ("tokens", "sequence")  # in T
+        expected, got = config["encoders"][name], list(x.shape[1:])
+        if expected[varies:] != got[varies:] or len(expected) != len(got):
+            raise ValueError(f"{config['data']}: {name!r}: expected samples {expected}, got {got}")
+    for name, size in data.vocabulary(dataset, config["layouts"]).items():
+        if size > config["vocabulary"][name]:
+            highest = config["vocabulary"][name] - 1
+            raise ValueError(f"{config['data']}: {name!r}: expected tokens up to {highest}, as in training, got {size - 1}")
+    return _masked(dataset, config), arrays
+
+
+def _read(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:
+    tokens = [name for name, layout in config["layouts"].items() if layout == "tokens"]
+    names = config.get("class_names")
+    return read_npz(config["data"], config["modalities"], config["label"], tokens=tokens, class_names=names)
+
+
+def _masked(dataset: data.MultimodalDataset, config: dict[str, Any]) -> data.MultimodalDataset:
+    rate = config.get("missing", 0.0)
+    return data.with_missing(dataset, rate, config["seed"]) if rate else dataset
+
+
+def _classes(dataset: data.MultimodalDataset, config: dict[str, Any]) -> int:
+    """Return the number of classes; raise ValueError if there is only one, or if the labels cannot be class numbers."""
+    label, found = f"{config['data']}: {config['label']!r}", len(dataset.target.unique())
+    if found < 2:
+        only = dataset.target[0] if dataset.class_names is None else dataset.class_names[0]
+        raise ValueError(f"{label}: expected at least two classes, got {only} alone")
+    if found == len(dataset):
+        raise ValueError(f"{label}: expected classes that samples have in common, got another in each of {found} rows")
+    if dataset.classes > 10**5 > len(dataset):
+        raise ValueError(f"{label}: expected classes numbered from 0, got {found} of them up to {dataset.classes - 1}")
+    return dataset.classes
+
+
+def split(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[data.MultimodalDataset, data.MultimodalDataset]:
+    """Return (train, test) as the options say."""
+    if config["test_where"] is not None:
+        return data.split_where(dataset, config["test_where"])
+    return data.random_split(dataset, config["test_fraction"], config["seed"])
+
+
+def print_reading(
+    dataset: data.MultimodalDataset, arrays: dict[str, str], config: dict[str, Any], *, training: bool = False
+) -> None:
+    """Print a line for each array that is used: what it is in the file, how it is read, and in training how to say otherwise."""
+    width, kinds = max(map(len, arrays)), max(map(len, arrays.values()))
+    read = {name: _how(dataset, arrays[name], name, config, training) for name in dataset.modalities}
+    names = config["class_names"]
+    read[config["label"]] = f"{config['classes']} classes" + (", numbered from 0" if names is None else f": {listed(names, 10)}")
+    if "present" in arrays:
+        named = "modalities" in arrays and "modalities" not in dataset.modalities
+        order = "as the array 'modalities' names them" if named else "in the order of --modalities"
+        read["present"] = f"which rows have each modality, {order}"
+    print(f"read from {config['data']}" + (" (--layout and --standardize read otherwise)" if training else ""))
+    for name, how in read.items():
+        print(f"  {name:{width}}  {arrays[name]:{kinds}}  {how}")
+
+
+def _how(dataset: data.MultimodalDataset, array: str, name: str, config: dict[str, Any], training: bool) -> str:
+    layout, x = config["layouts"][name], dataset.inputs[name]
+    by = {"none": "not standardised", "array": "standardised as a whole"}.get(config["standardize"])
+    if by is None:
+        by = "standardised as a whole" if feature_axis(x, layout) is None else "standardised feature by feature"
+        by = by.replace("feature", "channel") if x.dim() == 4 else by
+    how = f"tokens below {config['vocabulary'][name]}" if layout == "tokens" else f"{layout.replace('_', ' ')}, {by}"
+    if array.startswith("uint8") and layout != "tokens":
+        how = how.replace(",", " / 255,", 1)
+    if layout == "image":
+        other: str | None = "sequence" if x.dim() == 3 else "channels_last"
+    else:
+        other = OTHERWISE.get(layout, "tokens" if "int" in array and x.dim() == 2 and x.shape[1] > 1 else None)
+    return f"{how} (otherwise: --layout {name}={other})" if training and other is not None else how
+
+
+def print_constant(train: data.MultimodalDataset, config: dict[str, Any]) -> None:
+    """Print which features have one value in training, if they are standardised each by itself."""
+    if config["standardize"] != "feature":
+        return
+    for name, columns in data.constant_features(train, config["layouts"]).items():
+        kind = "channels" if train.inputs[name].dim() == 4 else "features"
+        count = train.inputs[name].shape[feature_axis(train.inputs[name], config["layouts"][name]) or 0]
+        print(f"note: {len(columns)} of {count} {kind} of {name!r} have one value in training: {listed(columns, 8)}")
+
+
+def note_other_units(standardized: data.MultimodalDataset, config: dict[str, Any]) -> None:
+    """Print a note for each modality with features so far from those in training that their units must differ."""
+    for name in standardized.modalities:
+        rows = standardized.rows(name).double()
+        if config["statistics"][name] is None or config["standardize"] == "none" or not len(rows):
+            continue
+        axis = feature_axis(rows, config["layouts"][name]) if config["standardize"] == "feature" else None
+        means = rows.mean().view(1) if axis is None else rows.movedim(axis, 0).flatten(1).mean(1)
+        far = int(means.abs().argmax())
+        if means[far].abs() > FAR:
+            which = f"{name!r}" if axis is None else f"{'channel' if rows.dim() == 4 else 'feature'} {far} of {name!r}"
+            print(f"note: {which} has a mean {means[far].abs():.3g} deviations from that in training: are the units the same?")

@@ -1,0 +1,148 @@
+"""One modality's step after another, each with a backward pass of its own (eq. 1): for what cannot be taken together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mla_fast.batch import BatchRows, Rows
+from mla_fast.model import LoneRowError, MultimodalModel
+from mla_fast.optimizer import MLAOptimizer
+from mla_fast.pull import Pull, pull_of
+from mla_fast.step import autocast, features_of, leave_out, mean_loss
+
+
+def steps_in_turn(
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    batches: Sequence[Mapping[str, Rows]],
+    totals: Mapping[str, float],
+    amp: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_norm: float | None = None,
+    backward: Callable[[Tensor], Any] | None = None,
+) -> dict[str, Tensor]:
+    """Take one step of each modality after another (eq. 1), each over its rows of all `batches`; returns the mean losses."""
+    if backward is None:
+        backward = torch.autograd.backward if scaler is None else (lambda loss: torch.autograd.backward(scaler.scale(loss)))
+    losses: dict[str, Tensor] = {}
+    optimizer.watch.alternates()
+    optimizer.zero_grad()
+    together = _Together(model, optimizer, batches, totals, amp) if model.interaction is not None else None
+    for modality, total in totals.items():
+        optimizer.zero_grad()
+        if together is not None and together.pull is not None:
+            loss: Tensor | None = together.backward(modality, total, backward)
+        else:
+            parts = [rows[modality] for rows in batches if modality in rows]
+            loss = _backward(model, optimizer, modality, parts, total, amp, backward)
+        if loss is not None:
+            losses[modality] = loss
+            _step(optimizer, modality, scaler, clip_norm)
+    if together is not None:
+        together.step_interaction(clip_norm)
+    return losses
+
+
+def _backward(
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    modality: str,
+    parts: list[Rows],
+    total: float,
+    amp: torch.dtype | None,
+    backward: Callable[[Tensor], Any],
+) -> Tensor | None:
+    """Accumulate the gradients of a modality's rows; returns their mean loss, or None where there are none to train on."""
+    if optimizer.process_group is None:
+        parts = [part for part in parts if len(part.target)]
+    sum_of_losses: Tensor | None = None
+    for i, (x, y, _) in enumerate(parts):
+        try:
+            with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
+                with autocast(optimizer, amp):
+                    loss = mean_loss(model({modality: x})[modality], y, total)
+                backward(loss)
+        except LoneRowError as error:
+            leave_out(optimizer, error)
+            continue
+        sum_of_losses = loss.detach() if sum_of_losses is None else sum_of_losses + loss.detach()
+    return sum_of_losses
+
+
+def _step(optimizer: MLAOptimizer, modality: str, scaler: torch.amp.GradScaler | None, clip_norm: float | None) -> None:
+    if clip_norm is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        _clip(optimizer, clip_norm)
+    if scaler is None:
+        optimizer.step(modality=modality)
+    else:
+        scaler.step(optimizer, modality=modality)
+        scaler.update()
+
+
+def _clip(optimizer: MLAOptimizer, norm: float) -> None:
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    torch.nn.utils.clip_grad_norm_([p for p in held if p.grad is not None], norm)
+
+
+class _Together:
+    """Features of all modalities of some batches, kept until each one's turn has come, and how an interaction pulls at them."""
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        optimizer: MLAOptimizer,
+        batches: Sequence[Mapping[str, Rows]],
+        totals: Mapping[str, float],
+        amp: torch.dtype | None,
+    ):
+        self.model, self.optimizer, self.batches, self.amp = model, optimizer, batches, amp
+        self.pull: Pull | None = None
+        if all(isinstance(rows, BatchRows) and rows.whole is not None for rows in batches):
+            with autocast(optimizer, amp):
+                taken = [{m: rows[m] for m in totals if m in rows} for rows in batches]
+                self.features = [features_of(model, optimizer, rows) for rows in taken]
+                self.pull = pull_of(model, optimizer, self.features, batches)
+
+    def backward(self, modality: str, total: float, backward: Callable[[Tensor], Any]) -> Tensor | None:
+        """Differentiate L_m + Σ ⟨h, ∂L_r/∂h⟩ over all batches, in one pass; returns L_m, or None without rows."""
+        assert self.pull is not None
+        losses, pulls = [], []
+        for i, (features, rows) in enumerate(zip(self.features, self.batches, strict=True)):
+            if modality in features:
+                h, asked = features[modality], self.pull.at(i, modality)
+                with autocast(self.optimizer, self.amp):
+                    losses.append(mean_loss(self.model.head(h), rows[modality].target, total))
+                if asked is not None:
+                    pulls.append((h.to(asked.dtype) * asked).sum())
+        if not losses:
+            return None
+        loss = torch.stack(losses).sum()
+        backward(loss + sum(pulls))
+        return loss.detach()
+
+    def step_interaction(self, clip_norm: float | None) -> None:
+        """Take the interaction's own step, whose gradient was never scaled."""
+        if self.pull is not None:
+            self.optimizer.zero_grad()
+            self.pull.restore()
+            if clip_norm is not None:
+                _clip(self.optimizer, clip_norm)
+            self.optimizer.step()
+
+
+@contextlib.contextmanager
+def _unsynchronized(model: MultimodalModel, modality: str) -> Iterator[None]:
+    """Gradients stay on this rank, to be averaged together with those of a later batch."""
+    with contextlib.ExitStack() as stack:
+        for part in (model.encoders[modality], model.head):
+            if isinstance(part, DistributedDataParallel):
+                stack.enter_context(part.no_sync())
+        yield
