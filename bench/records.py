@@ -1,37 +1,12 @@
-"""Results as lines of JSON, one to a finished run: what is there is not run again, and what is cut short does no harm."""
+"""Results as lines of JSON: those of ``mla_fast.compare.records``, and the times of the throughput bench."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
+from mla_fast.compare.records import Record, append, key, read
 
-
-def read(path: Path) -> list[Record]:
-    """All records, none if there is no such file. A last line that was being written when its process ended is left out.
-
-    Raises ValueError for any other line that is no record.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                print(f"{path}: line {number} was cut short and is left out", file=sys.stderr)
-                break
-            raise ValueError(f"{path}: line {number}: expected a record in JSON, got {line[:60]!r} ({error})") from None
-        found.append(record)
-    return found
+__all__ = ["Record", "append", "key", "read", "timings"]
 
 
 def timings(path: Path) -> dict[tuple, Record]:
@@ -41,19 +16,3 @@ def timings(path: Path) -> dict[tuple, Record]:
         if {"median_us", "op"} <= record.keys():  # others compare ways to train
             found[record["case"], record["provider"], record["device"], record["machine"]["threads"]] = record
     return found
-
-
-def append(path: Path, record: Record) -> None:
-    """Adds a line; one that was cut short goes first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0)
-        whole = file.read()
-        if not whole.endswith(b"\n"):
-            file.truncate(whole.rfind(b"\n") + 1)
-        file.write((json.dumps(record, allow_nan=False) + "\n").encode())
-
-
-def key(record: Record, names: Sequence[str]) -> tuple:
-    """What tells a run from others."""
-    return tuple(record.get(name) for name in names)

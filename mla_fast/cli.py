@@ -1,4 +1,4 @@
-"""The command line: ``mla-fast demo | train | eval | env``."""
+"""The command line: ``mla-fast demo | train | eval | compare | env``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from mla_fast import data, environment, ops
 from mla_fast.cli_train import evaluate, train
+from mla_fast.compare.command import add_parser as add_compare
 from mla_fast.data.standardization import PER
 from mla_fast.settings import BIASES, PROJECTIONS, TARGETS
 
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto")
     p.set_defaults(command=evaluate)
 
+    add_compare(commands)
     commands.add_parser("env", help="show versions, devices, and which backends are active").set_defaults(command=env)
     return parser
 

@@ -51,7 +51,10 @@ def test_one_thread_inside_and_as_many_as_before_after():
 
 
 def test_the_core_imports_no_periphery():
-    periphery = {"bench", *(f"mla_fast.{name}" for name in ("demo", "competition", "baselines", "cli", "tables", "threads"))}
+    periphery = {
+        "bench",
+        *(f"mla_fast.{name}" for name in ("demo", "competition", "baselines", "compare", "cli", "tables", "threads")),
+    }
     code = f"import sys, mla_fast; sys.exit(', '.join({periphery} & sys.modules.keys()) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

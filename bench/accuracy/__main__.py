@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import shlex
 import sys
 import time
@@ -26,6 +25,7 @@ from bench.accuracy.methods import METHODS, accuracy, train
 from bench.accuracy.settings import AVDIGITS, Setting, setting
 from bench.accuracy.studies import collapse, competition, forgetting, gap, isolation
 from bench.records import Record
+from mla_fast.compare.options import rates
 
 EVERYTHING = (
     "--data {data} --config B --seeds 0-5",
@@ -55,21 +55,6 @@ def run(job: Job) -> Record:
     train_set, test_set = job.task.parts(job.seed, job.missing)
     found = accuracy(train(job.method, train_set, job.task, job.seed), test_set)
     return {**describe(job), "accuracy": found, "seconds": round(time.perf_counter() - started, 2), "torch": torch.__version__}
-
-
-def rates(text: str) -> list[float]:
-    """``"0.1:0.7"`` → 0.1, 0.3, 0.5, 0.7, in steps of 0.2 as in the paper; ``"0.2,0.5"`` → these."""
-    try:
-        if ":" in text:
-            low, high = (float(part) for part in text.split(":"))
-            found = [round(low + 0.2 * i, 3) for i in range(math.floor((high - low) / 0.2 + 1e-9) + 1)]
-        else:
-            found = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'expected rates as "0.1:0.7" or "0.1,0.5", got {text!r}') from None
-    if not found or not all(0 <= rate < 1 for rate in found):
-        raise argparse.ArgumentTypeError(f"expected rates in [0, 1), got {text!r}")
-    return found
 
 
 def methods(text: str) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from bench import records
 from bench.accuracy.settings import setting
 from bench.records import Record
+from mla_fast.compare.options import seeds
 
 
 def describe(job: Any) -> Record:
@@ -47,19 +48,6 @@ def _results(jobs: Sequence[Any], run: Callable[[Any], Record], processes: int) 
         return
     with ProcessPoolExecutor(processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(run, jobs)  # in their order, so that the tables of a file are always the same
-
-
-def seeds(text: str) -> list[int]:
-    """``"0-2,5"`` → [0, 1, 2, 5]."""
-    found = []
-    for part in filter(None, text.split(",")):
-        first, dash, last = part.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
-            raise argparse.ArgumentTypeError(f'expected seeds as "0-5" or "0,2,7", got {text!r}')
-        found += range(int(first), int(last or first) + 1)
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected at least one seed, got {text!r}")
-    return found
 
 
 class Study(NamedTuple):

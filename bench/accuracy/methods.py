@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 import mla_fast as mla
-from bench.accuracy.baselines import BASELINES
 from bench.accuracy.interaction import CONTROLS, INTERACTIONS
 from bench.accuracy.settings import Setting
 from mla_fast import data, reference
+from mla_fast.baselines import METHODS as ALL_BASELINES
 from mla_fast.baselines import MLA_SETTINGS, JointModel, fit_joint, joint_accuracy
+from mla_fast.compare.batches import Batches
 from mla_fast.data import MultimodalDataset
 from mla_fast.encoders import encoder_for
 
 FEATURES, BATCH, MOMENTUM = 64, 64, 0.9
+# The methods of the paper's tables; ``bench.accuracy.balanced`` has all of ``mla_fast.baselines``.
+BASELINES = {name: ALL_BASELINES[name] for name in ("Sum", "Concat", "Late fusion", "FiLM", "BiGated", "OGM-GE", "QMF")}
 METHODS = (*BASELINES, *CONTROLS, *MLA_SETTINGS, *INTERACTIONS, "MLA official")
-
-
-class Batches:
-    """Shuffled anew in each epoch; from the same seed always the same batches in the same order.
-
-    (inputs, target, present or None) for the Trainer, with index [N] after them for the joint methods.
-    """
-
-    def __init__(self, dataset: MultimodalDataset, seed: int, *, indexed: bool = False):
-        self.dataset, self.indexed = dataset, indexed
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[tuple]:
-        for index in torch.randperm(len(self.dataset), generator=self.generator).split(BATCH):
-            batch = (*self.dataset[index], None)[:3]
-            yield (*batch, index) if self.indexed else batch
 
 
 def train(method: str, dataset: MultimodalDataset, task: Setting, seed: int) -> JointModel | mla.Trainer:
@@ -46,11 +32,11 @@ def train(method: str, dataset: MultimodalDataset, task: Setting, seed: int) -> 
         raise ValueError(f"dataset: expected at least two modalities, got {', '.join(dataset.modalities)}")
     if method not in BASELINES and method not in CONTROLS:
         trainer = mla_trainer(method, dataset, task, seed)
-        trainer.fit(Batches(dataset, seed), task.epochs)
+        trainer.fit(Batches(dataset, seed, batch_size=BATCH), task.epochs)
         return trainer
     model = {**BASELINES, **CONTROLS}[method](_encoders(dataset, seed), FEATURES, dataset.classes)
     optimizer = _sgd(model, task)
-    batches = Batches(dataset, seed, indexed=True)
+    batches = Batches(dataset, seed, indexed=True, batch_size=BATCH)
     fit_joint(model, optimizer, batches, task.epochs, scheduler=_scheduler(optimizer, task))
     return model
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mla_fast import data
+from mla_fast.compare import task
 from mla_fast.data import MultimodalDataset
 
 Parts = tuple[MultimodalDataset, MultimodalDataset]
@@ -117,13 +118,6 @@ def any_npz(path: str, seed: int, *, modalities: Sequence[str], label: str, test
     return data.random_split(dataset, 0.25, seed) if test_where is None else data.split_where(dataset, test_where)
 
 
-def competition(seed: int) -> Parts:
-    """Huang et al.: every training sample shows its class in both modalities, many a test sample in one only."""
-    directions = data.sparse_coding_directions(3 * seed)
-    train = data.sparse_coding(300, 0.0, 3 * seed + 1, directions=directions)
-    return train, data.sparse_coding(4000, 0.3, 3 * seed + 2, directions=directions)
-
-
 def remainders(seed: int, modulus: int = 4, times: int = 6) -> Parts:
     """Two of scikit-learn's digits, drawn independently, and the remainder of their sum, of which one digit tells nothing.
 
@@ -140,6 +134,6 @@ def remainders(seed: int, modulus: int = 4, times: int = 6) -> Parts:
     return parts[0], parts[1]
 
 
-BUILT_IN: dict[str, Callable[[int], Parts]] = {"digits": data.digits, "competition": competition, "remainders": remainders}
+BUILT_IN: dict[str, Callable[[int], Parts]] = {**task.BUILT_IN, "remainders": remainders}
 # B: trained jointly, the image is learned and drowns the audio. C: what must be learned is in no modality alone.
 AVDIGITS: dict[str, tuple[Callable[[str, int], Parts], dict]] = {"B": (unheard, {}), "C": (sums, {"epochs": 10})}

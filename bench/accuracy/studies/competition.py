@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import pictures
-from bench.accuracy import settings, tables
+from bench.accuracy import tables
 from bench.accuracy.jobs import Study, main
-from bench.accuracy.settings import Setting
+from bench.accuracy.settings import DEFAULT, Setting
 from bench.records import Record
+from mla_fast.compare.task import BUILT_IN
 from mla_fast.competition import ROUNDS, train_joint, train_mla, train_unimodal
 from mla_fast.tables import markdown_table
 
@@ -37,7 +38,7 @@ class Job(NamedTuple):
 
 def jobs(_: Setting, seeds: Sequence[int]) -> list[Job]:
     """On data of its own, whatever the task; an epoch is a round, one step on all samples."""
-    task = Setting("competition", settings.DEFAULT, settings.competition, epochs=ROUNDS)
+    task = Setting("competition", DEFAULT, BUILT_IN["competition"], epochs=ROUNDS)
     return [Job(task, *job) for job in itertools.product(METHODS, MUS, SCALES, seeds)]
 
 

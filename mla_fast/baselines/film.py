@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mla_fast.baselines import JointModel
+from mla_fast.baselines.joint import JointModel
 
 
 class FiLM(JointModel):
-    """The last modality's features, scaled and shifted feature by feature as the others say (eqs. 1 and 2 of the paper):
+    """Scale and shift the last modality's features, feature by feature, as the others say (eqs. 1 and 2 of the paper):
 
         γ, β = F [h_1, …, h_{M−1}] + c,    z = W (γ ⊙ h_M + β) + b
 
@@ -22,6 +22,7 @@ class FiLM(JointModel):
         self.film = nn.Linear(features * (len(encoders) - 1), 2 * features)
         self.head = nn.Linear(features, classes)
 
-    def fuse(self, h: Tensor, here: Tensor) -> Tensor:
+    def fuse(self, h: Tensor, available: Tensor) -> Tensor:
         gamma, beta = self.film(h[:-1].transpose(0, 1).flatten(1)).chunk(2, 1)
-        return self.head(gamma * h[-1] + beta)
+        logits: Tensor = self.head(gamma * h[-1] + beta)
+        return logits

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from mla_fast.baselines import JointModel
+from mla_fast.baselines.joint import JointModel
 
 
 class BiGated(JointModel):
-    """The last modality's features pass through gates that the others open, both after a linear map of their own:
+    """Pass the last modality's features through gates that the others open, both after a linear map of their own:
 
         z = W (σ(U [h_1, …, h_{M−1}] + c) ⊙ (V h_M + d)) + b
 
@@ -24,6 +24,7 @@ class BiGated(JointModel):
         self.value = nn.Linear(features, features)
         self.head = nn.Linear(features, classes)
 
-    def fuse(self, h: Tensor, here: Tensor) -> Tensor:
+    def fuse(self, h: Tensor, available: Tensor) -> Tensor:
         gate = self.gate(h[:-1].transpose(0, 1).flatten(1)).sigmoid()
-        return self.head(gate * self.value(h[-1]))
+        logits: Tensor = self.head(gate * self.value(h[-1]))
+        return logits

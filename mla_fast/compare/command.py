@@ -1,0 +1,90 @@
+"""``mla-fast compare``: train every method on the same data under the same budget, and say which is right for it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla_fast.compare import options, report
+from mla_fast.compare.learners import Budget
+from mla_fast.compare.methods import select, trials
+from mla_fast.compare.run import Job
+from mla_fast.compare.runner import claim, run_all, settings_of
+from mla_fast.compare.task import Task, load_task
+
+EXTRA = ("sklearn", "scipy", "torchmetrics", "matplotlib")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``mla-fast``."""
+    p = commands.add_parser("compare", help="train many methods on your data, and say which is right for it")
+    p.add_argument("--data", required=True, help="digits, competition, or an .npz with an array for each modality and a label")
+    p.add_argument("--modalities", type=options.names, default=[], help="names of its arrays, as audio,image")
+    p.add_argument("--label", default="label", help="name of the labels (default: label)")
+    p.add_argument("--group", help="an array whose values are each in one part only, as speaker")
+    p.add_argument("--methods", type=options.names, default=["all"], help="all, or names separated by commas")
+    p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2, 3, 4], help='as "0-4" or "0,2": a split and a run each')
+    p.add_argument("--trials", type=options.positive, default=4, help="choices of hyperparameters, of every method (default: 4)")
+    p.add_argument("--missing", type=options.rates, default=[], help='also test with modalities missing, as "0.1:0.7"')
+    p.add_argument("--epochs", type=options.positive, default=20, help="passes over each modality (default: 20)")
+    p.add_argument("--jobs", type=options.positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the results; what is done is kept")
+    p.set_defaults(command=compare)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Run what is not done yet, and write runs.jsonl, results.csv and report.html to the output folder."""
+    check_installed()
+    check_device(arguments.device)
+    task = load_task(arguments.data, arguments.modalities, arguments.label, arguments.group)
+    # What is wrong with the data, for any seed, is said before anything is run.
+    modalities = [task.parts(seed)[0].modalities for seed in arguments.seeds][0]
+    names, left_out = select(arguments.methods, len(modalities))
+    for name in left_out:
+        print(f"{name} is left out: it is not defined for {len(modalities)} modalities")
+    data = {"modalities": list(modalities), "label": arguments.label}
+    budget = Budget(epochs=arguments.epochs)
+    print(compare_methods(task, names, arguments.seeds, arguments.trials, budget, arguments, **data))
+    print(f"\nwrote {arguments.output / 'report.html'}, results.csv and runs.jsonl")
+
+
+def compare_methods(
+    task: Task, names: list[str], seeds: list[int], count: int, budget: Budget, arguments: argparse.Namespace, **data: Any
+) -> str:
+    """Run all methods, seeds and trials into ``arguments.output`` and return what the report says."""
+    for name in names:
+        trials(name, count)
+    settings = settings_of(task, budget, arguments.missing, arguments.device, **data)
+    digest = claim(arguments.output, settings)
+    rates = tuple(arguments.missing)
+    jobs = [
+        Job(task, name, seed, trial, budget, rates, arguments.device, digest)
+        for seed in seeds
+        for name in names
+        for trial in range(count)
+    ]
+    found = run_all(jobs, arguments.output, arguments.jobs)
+    return report.write(found, {**settings, "trials": count}, arguments.output)
+
+
+def check_installed() -> None:
+    """Raise ImportError, with its cure, where the extra is not installed."""
+    for name in EXTRA:
+        try:
+            __import__(name)
+        except ImportError as error:
+            raise ImportError(f'{name} is missing: pip install "mla_fast[compare]"') from error
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless torch can use the device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected cpu or an available device, got {name!r} ({reason})") from None

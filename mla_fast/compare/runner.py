@@ -1,0 +1,109 @@
+"""All runs of a comparison, in processes side by side, into a folder that remembers what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla_fast.compare import records
+from mla_fast.compare.learners import Budget
+from mla_fast.compare.records import Record
+from mla_fast.compare.run import NAMES, Job, run
+from mla_fast.compare.task import Task
+
+
+def settings_of(task: Task, budget: Budget, rates: Sequence[float], device: str, **names: Any) -> dict[str, Any]:
+    """Return what the results in a folder have in common; names: others, as the modalities and the label."""
+    common = {"data": task.name, "identity": task.identity, "group": task.group, **names}
+    return {**common, **budget._asdict(), "missing": list(rates), "device": device}
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> str:
+    """Write the settings to a folder, or check that they are those of the results that it has; return their digest.
+
+    Raises ValueError that names the first setting that differs.
+    """
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for name in sorted(saved.keys() | settings.keys(), key=lambda name: (name != "data", name)):
+            if saved.get(name) != settings.get(name):
+                here = f"results of {name} {saved.get(name)!r}"
+                raise ValueError(f"output: {folder} has {here}, expected {settings.get(name)!r}; choose another folder")
+    else:
+        records.replace(path, json.dumps(settings, indent=2) + "\n")
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def finished(folder: Path, digest: str) -> dict[tuple[Any, ...], Record]:
+    """Return the runs that the folder has by (method, seed, trial); raise ValueError for one of other settings."""
+    path = folder / "runs.jsonl"
+    found = records.read(path)
+    for number, record in enumerate(found, 1):
+        if record.get("settings") != digest:
+            raise ValueError(f"output: {path}: line {number} is a run with other settings; choose another folder")
+    return {records.key(record, NAMES): record for record in found}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def run_all(jobs: Sequence[Job], folder: Path, processes: int, say: Callable[[str], None] = _say) -> list[Record]:
+    """Run what the folder does not have, add each run to ``runs.jsonl`` as soon as it is done, and return all in order.
+
+    A run that fails stops the others; what is done is kept.
+    """
+    done = finished(folder, jobs[0].settings)
+    wanted = [(job.method, job.seed, job.trial) for job in jobs]
+    left = [job for job, name in zip(jobs, wanted, strict=True) if name not in done]
+    if len(left) < len(jobs):
+        say(f"{len(jobs) - len(left)} of {len(jobs)} runs are done already")
+    started = time.perf_counter()
+    for count, record in enumerate(_results(left, processes), 1):
+        records.append(folder / "runs.jsonl", record)
+        done[records.key(record, NAMES)] = record
+        remaining = (time.perf_counter() - started) / count * (len(left) - count)
+        what = f"{record['method']}, seed {record['seed']}, trial {record['trial'] + 1}"
+        reached = f"validation {100 * record['validation']['accuracy']:.1f} %, {record['cost']['seconds']:.1f} s"
+        say(f"[{count}/{len(left)}] {what}: {reached}; {_duration(remaining)} left")
+    return [done[name] for name in wanted]
+
+
+def _results(jobs: Sequence[Job], processes: int) -> Iterator[Record]:
+    if processes == 1:
+        yield from map(run, jobs)
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+    try:
+        for future in as_completed([pool.submit(run, job) for job in jobs]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed, which otherwise would leave it waiting for work."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,129 @@
+"""What methods are compared on: data in three parts, to train, to choose epochs and hyperparameters, and to test."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mla_fast import data
+from mla_fast.data import MultimodalDataset
+
+HELD_OUT = 0.25  # of the samples or groups for testing, and of what remains for validation
+Two = tuple[MultimodalDataset, MultimodalDataset]
+Three = tuple[MultimodalDataset, MultimodalDataset, MultimodalDataset]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data that is split anew for every seed.
+
+    name: in reports; identity: what tells these data from others; prepare: seed → (the rest, test); group: a field of the data
+    whose values are each in a single part; per: how to standardise, as for ``data.standardize``.
+    """
+
+    name: str
+    identity: str
+    prepare: Callable[[int], Two]
+    group: str | None = None
+    per: str = "feature"
+
+    def parts(self, seed: int) -> Three:
+        """Return (train, validation, test), standardised by train.
+
+        Raises ValueError where a part would be empty, or a class is missing from train.
+        """
+        rest, test = self.prepare(seed)
+        group = self.group if self.group in rest.fields else None
+        train, validation = hold_out(rest, group, seed, "validation")
+        absent = set(torch.cat([validation.target, test.target]).tolist()) - set(train.target.tolist())
+        if absent:
+            some = ", ".join(map(str, sorted(absent)[:5]))
+            raise ValueError(f"label: seed {seed}: expected every class in the training part, got none of class {some}")
+        (train, validation, test), _ = data.standardize(train, validation, test, per=self.per)
+        return train, validation, test
+
+
+def hold_out(dataset: MultimodalDataset, group: str | None, seed: int, part: str) -> Two:
+    """Return (the rest, a quarter that is held out): whole groups if there is a group, else of each class its share."""
+    if group is None:
+        try:
+            return data.random_split(dataset, HELD_OUT, seed)
+        except ValueError:
+            raise ValueError(f"data: expected enough samples for a {part} part, got {len(dataset)}") from None
+    from sklearn.model_selection import GroupShuffleSplit
+
+    column = group_column(dataset, group)
+    if column.max() == 0:
+        raise ValueError(f"group: expected at least two values of {group!r} to make a {part} part of, got one")
+    splitter = GroupShuffleSplit(1, test_size=HELD_OUT, random_state=seed)
+    rest, held_out = next(splitter.split(column, groups=column))
+    return dataset.subset(torch.from_numpy(rest)), dataset.subset(torch.from_numpy(held_out))
+
+
+def group_column(dataset: MultimodalDataset, group: str) -> np.typing.NDArray[np.int64]:
+    """Return the group of each sample as numbers from 0."""
+    if group not in dataset.fields:
+        raise ValueError(f"group: expected one of {', '.join(dataset.fields) or 'no fields at all'}, got {group!r}")
+    column = dataset.fields[group]
+    if column.ndim != 1 or column.dtype.kind not in "biuU":
+        raise ValueError(f"group: expected a field [N] of integers or strings, {group!r} is {column.dtype} {list(column.shape)}")
+    return np.unique(column, return_inverse=True)[1].astype(np.int64)
+
+
+def load_task(source: str, modalities: Sequence[str] = (), label: str = "label", group: str | None = None) -> Task:
+    """Return the task of ``"digits"``, ``"competition"`` or an .npz with arrays of these names.
+
+    Raises FileNotFoundError, or ValueError that names the argument: fewer than two modalities, a group of two values or one.
+    """
+    if source in BUILT_IN:
+        if group is not None:
+            raise ValueError(f"group: expected none for {source}, got {group!r}")
+        return Task(source, source, partial(_built_in, source, tuple(modalities)))
+    if not Path(source).exists():
+        raise FileNotFoundError(f"data: expected {', '.join(BUILT_IN)} or an .npz, and there is no file {source}")
+    if len(modalities) < 2:
+        raise ValueError(f"modalities: expected at least two names of arrays in {source}, got {', '.join(modalities) or 'none'}")
+    whole = _load(source, tuple(modalities), label)
+    if group is not None and (values := int(group_column(whole, group).max()) + 1) < 3:
+        raise ValueError(f"group: expected at least three values of {group!r}, to train, to choose and to test on, got {values}")
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
+    return Task(Path(source).stem, digest, partial(_from_file, source, tuple(modalities), label, group), group)
+
+
+@lru_cache(1)
+def _load(path: str, modalities: tuple[str, ...], label: str) -> MultimodalDataset:
+    return data.load_npz(path, modalities, label)
+
+
+def _from_file(path: str, modalities: tuple[str, ...], label: str, group: str | None, seed: int) -> Two:
+    return hold_out(_load(path, modalities, label), group, seed, "test")
+
+
+def _built_in(name: str, modalities: tuple[str, ...], seed: int) -> Two:
+    train, test = (_only(part, modalities) for part in BUILT_IN[name](seed))
+    return train, test
+
+
+def _only(dataset: MultimodalDataset, modalities: tuple[str, ...]) -> MultimodalDataset:
+    if not modalities:
+        return dataset
+    if len(modalities) < 2 or (unknown := [name for name in modalities if name not in dataset.inputs]):
+        got = ", ".join(unknown if len(modalities) > 1 else modalities)
+        raise ValueError(f"modalities: expected at least two of {', '.join(dataset.modalities)}, got {got}")
+    return MultimodalDataset({name: dataset.inputs[name] for name in modalities}, dataset.target, dataset.fields)
+
+
+def competition(seed: int) -> Two:
+    """Draw data of Huang et al.: every training sample shows its class in both modalities, many a test sample in one only."""
+    directions = data.sparse_coding_directions(3 * seed)
+    train = data.sparse_coding(300, 0.0, 3 * seed + 1, directions=directions)
+    return train, data.sparse_coding(4000, 0.3, 3 * seed + 2, directions=directions)
+
+
+BUILT_IN: dict[str, Callable[[int], Two]] = {"digits": data.digits, "competition": competition}
