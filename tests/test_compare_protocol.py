@@ -1,5 +1,6 @@
 """The protocol of the comparison: parts, trials, the choice on validation, runs that survive being killed, what is refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -102,7 +103,7 @@ def test_every_method_starts_from_the_same_encoders():
 def test_the_best_epoch_is_that_of_the_validation_part(method):
     train, validation, _ = task().parts(0)
     scored = []
-    learner = make_learner(method, {"lr_factor": 3.0}, train, validation, SMALL._replace(epochs=6), 0)
+    learner = make_learner(method, {"lr_factor": 3.0}, train, validation, dataclasses.replace(SMALL, epochs=6), 0)
     original = learner.train_epoch
 
     def remember(epoch):

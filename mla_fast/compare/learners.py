@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ from mla_fast.optimizer import MLAOptimizer
 from mla_fast.trainer import Trainer
 
 
-class Budget(NamedTuple):
+@dataclass(frozen=True)
+class Budget:
     """SGD with momentum for `epochs` passes over each modality; the rate falls to a tenth after 70 % of the epochs."""
 
     epochs: int = 20
@@ -119,7 +122,7 @@ def make_learner(
 ) -> Learner:
     """Return a method ready to be trained; options: of a trial, ``lr_factor`` and ``weight_decay`` among them."""
     own = dict(options)
-    budget = budget._replace(lr=budget.lr * own.pop("lr_factor", 1.0))
+    budget = dataclasses.replace(budget, lr=budget.lr * own.pop("lr_factor", 1.0))
     decay, method = own.pop("weight_decay", 0.0), METHODS[name]
     torch.manual_seed(seed)  # the encoders are drawn first of all, and so are the same for every method
     encoders = {modality: encoder_for(x.shape[1:], budget.features) for modality, x in train.inputs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -25,7 +26,7 @@ from mla_fast.compare.task import Task
 def settings_of(task: Task, budget: Budget, rates: Sequence[float], device: str, **names: Any) -> dict[str, Any]:
     """Return what the results in a folder have in common; names: others, as the modalities and the label."""
     common = {"data": task.name, "identity": task.identity, "group": task.group, **names}
-    return {**common, **budget._asdict(), "missing": list(rates), "device": device}
+    return {**common, **dataclasses.asdict(budget), "missing": list(rates), "device": device}
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> str:
