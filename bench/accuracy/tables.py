@@ -149,10 +149,15 @@ def spread(values: Sequence[float | None], scale: float = 100, digits: int = 1) 
 def draw_accuracy(found: Sequence[Record], path: Path) -> bool:
     """Fused accuracy: a panel for each task, and one over the rates where modalities are missing. False without matplotlib."""
     tasks, rates = complete(found), missing(found)
-    figure = pictures.new_figure(5 * (len(tasks) + len(rates)), 4)
+    number = len(tasks) + len(rates)
+    columns = min(number, 3)
+    rows = -(-number // columns)
+    figure = pictures.new_figure(5 * columns, 4 * rows)
     if figure is None:
         return False
-    panels = figure.subplots(1, len(tasks) + len(rates), squeeze=False)[0]
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in panels[number:]:
+        axes.remove()
     for axes, group in zip(panels, tasks, strict=False):
         runs = {each[0]["method"]: [100 * run["accuracy"]["fused"] for run in each] for each in groups(group, ["method"])}
         for place, values in enumerate(runs.values()):
@@ -160,11 +165,11 @@ def draw_accuracy(found: Sequence[Record], path: Path) -> bool:
             axes.plot(statistics.mean(values), place, "|", color="black", ms=14)
         axes.set(title=title(group[0]), xlabel="fused accuracy, %; one point a seed", yticks=range(len(runs)), yticklabels=runs)
         axes.invert_yaxis()
-    for axes, group in zip(panels[len(tasks) :], rates, strict=True):
+    for axes, group in zip(panels[len(tasks) : number], rates, strict=True):
         for runs in groups(group, ["method"]):
             means = {rate: statistics.mean(100 * r["accuracy"]["fused"] for r in each) for rate, each in _by(runs, "missing")}
             axes.plot(means.keys(), means.values(), "o-", label=runs[0]["method"])
-        axes.set(title=f"{title(group[0])}, modalities missing", xlabel="rate", ylabel="fused accuracy, %")
+        axes.set(title=f"{group[0]['data']} {group[0]['config']}, some missing", xlabel="rate", ylabel="fused accuracy, %")
         axes.legend(fontsize=8)
     return pictures.save(figure, path)
 
