@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -40,6 +43,7 @@ class Alternation:
         self._bits: dict[Tensor, int] = {}
         self._calls: list[Call] = []
         self._alone: dict[str | None, int] = {}  # the encoder of the last step of each name
+        self._seen: set[int] = set()
         self._steps, self._joined = 0, 0
 
     def call(self, features: Tensor) -> Call:
@@ -53,18 +57,18 @@ class Alternation:
         """Forget calls that no step has taken."""
         self._calls = []
 
-    def look(self, modality: str | None) -> bool:
-        """Look at a step; returns whether there is nothing more to look for."""
+    def look(self, modality: str | None, held: Iterable[Tensor]) -> bool:
+        """Look at a step of an optimizer that holds these parameters; returns whether there is nothing more to look for."""
         calls, self._calls = [call for call in self._calls if call.encoder], []
         if not calls:
             return False
         self._steps += 1
-        said = self._trouble(calls, modality)
+        said = self._trouble(calls, modality, set(held))
         if said is not None:
             warn(f"step: {said}. {_LOOP}")
         return said is not None or self._steps == LOOKS
 
-    def _trouble(self, calls: list[Call], modality: str | None) -> str | None:
+    def _trouble(self, calls: list[Call], modality: str | None, held: set[Tensor]) -> str | None:
         encoders = list(dict.fromkeys(call.encoder for call in calls))
         apart = {encoder: name for name, encoder in self._alone.items()}
         known = {apart[encoder] for encoder in encoders if encoder in apart}
@@ -74,11 +78,13 @@ class Alternation:
                 f"gradients of {len(encoders)} encoders (of {sizes} parameters) came together in one step, so this is a joint "
                 "loss, or accumulation with the modalities inside"
             )
-        idle = [p for p, bit in self._bits.items() if p.grad is not None and not any(e >> bit & 1 for e in encoders)]
+        now = functools.reduce(operator.or_, encoders)
+        idle = [p for p, bit in self._bits.items() if not now >> bit & 1 and p.grad is not None and p in held]
         if idle:
             return (
                 f"{len(idle)} parameters of encoders that nothing went through have a gradient: one of an earlier step, for want "
-                "of zero_grad(), or zeros of an engine's, which momentum and weight decay step on; set it to None"
+                "of zero_grad(), zeros of an engine's, which momentum and weight decay step on, or one of another loss, which "
+                "belongs into the turn of their own modality"
             )
         if modality is not None and len(encoders) == 1:
             other = next((name for name, e in self._alone.items() if e == encoders[0] and name not in (None, modality)), None)
@@ -88,9 +94,13 @@ class Alternation:
                     "head, so this is joint training, unless one encoder serves both on purpose"
                 )
             self._alone[modality] = encoders[0]
+        self._seen.update(encoders)
         self._joined += all(call.joined for call in calls)
-        if self._joined == LOOKS:
-            return "in every step features of several encoders were joined before the head, so this is joint training"
+        if self._joined == LOOKS and len(self._seen) == 1:
+            return (
+                "in every step features of parts that share nothing were joined before the head, so this is joint training, "
+                "unless they are one modality's"
+            )
         return None
 
     def _behind(self, root: Any) -> tuple[int, bool]:

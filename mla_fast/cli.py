@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,12 +59,25 @@ def _layouts(text: str) -> list[tuple[str, str]]:
 def _positive(kind: type) -> Any:
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse uses the name in the error message for text that kind refuses
     return parse
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not -(2**63) <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a number of 64 bits, got {text}")
+    return value
 
 
 def _rate(text: str) -> float:
@@ -79,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("demo", help="compare joint training and MLA on digits and on synthetic data, in a minute")
     p.add_argument("--output", type=Path, default=Path("demo"), help="folder for results.json and demo.png (default: demo)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=_seed, default=0)
     p.add_argument("--quick", action="store_true", help="take a few seconds, to see that it runs")
     p.set_defaults(command=demo)
 
@@ -119,11 +133,11 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
 
 def _add_training_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epochs", type=_positive(int), default=20)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=_seed, default=0)
     p.add_argument("--batch-size", type=_positive(int), default=64)
     p.add_argument("--lr", type=_positive(float), default=0.03, help="falls to a tenth after 70 %% of the epochs (default: 0.03)")
-    p.add_argument("--momentum", type=float, default=0.9)
-    p.add_argument("--weight-decay", type=float, default=0.0)
+    p.add_argument("--momentum", type=_not_negative, default=0.9)
+    p.add_argument("--weight-decay", type=_not_negative, default=0.0)
     p.add_argument("--features", type=_positive(int), default=64, help="size of the encoders' features (default: 64)")
     p.add_argument(
         "--interaction", type=int, default=0, metavar="RANK", help="of an interaction head (default: 0, none; try 128)"

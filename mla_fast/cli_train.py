@@ -45,15 +45,16 @@ def train(arguments: argparse.Namespace) -> None:
         trainer.callbacks = (TensorBoard(arguments.output),)
     batches = data.loader(train_set, config["batch_size"], shuffle=True)
     trainer.fit(batches, config["epochs"], checkpoint=checkpoint, checkpoint_every=arguments.checkpoint_every)
-    _finish(arguments.output, trainer, trainer.evaluate(data.loader(test_set, 1024), use_test=True))
+    _finish(arguments.output, trainer, test_set)
 
 
-def _finish(output: Path, trainer: Trainer, result: dict[str, Any]) -> None:
-    """Write metrics.json, and print what is in it."""
+def _finish(output: Path, trainer: Trainer, test_set: data.MultimodalDataset) -> None:
+    """Evaluate, write metrics.json, and print what is in it."""
+    result = _evaluated(trainer, test_set)
     head = trainer.optimizer.diagnostics()
     metrics = {"config": trainer.config, "history": trainer.history, "test": result, "head": head}
     (output / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=2))
-    print_result(result, (trainer.config or {}).get("class_names"))
+    print_result(result, (trainer.config or {}).get("class_names"), _is_complete(test_set))
     if head["skipped_nonfinite"]:
         print(f"{head['skipped_nonfinite']} steps were skipped because they were not finite: lower --lr?")
     if head["skipped_lone"]:
@@ -127,7 +128,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
     cli_data.note_other_units(test_set, config)
     trainer = _build(config, _device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
-    print_result(trainer.evaluate(data.loader(test_set, 1024), use_test=True), config.get("class_names"))
+    print_result(_evaluated(trainer, test_set), config.get("class_names"), _is_complete(test_set))
+
+
+def _evaluated(trainer: Trainer, dataset: data.MultimodalDataset) -> dict[str, Any]:
+    """Evaluate in a shuffled order: the use test permutes features within a batch, where sorted samples are alike."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    return trainer.evaluate(data.loader(dataset.subset(order), 1024), use_test=True)
+
+
+def _is_complete(dataset: data.MultimodalDataset) -> bool:
+    return dataset.present is None or bool(dataset.present.all())
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:

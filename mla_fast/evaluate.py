@@ -94,8 +94,10 @@ def evaluate(
         "majority": fused.majority(),
         "class_accuracy": fused.by_class(),
     }
-    without = {name.of: tally.accuracy() for name, tally in tallies.items() if isinstance(name, Without)}
-    return report | ({"use": {of: fused.accuracy() - left for of, left in without.items()}} if use_test else {})
+    if use_test:  # NaN where no batch had two samples to permute
+        of = [*(m for m in model.modalities if m in tallies), *(["interaction"] if model.interaction is not None else [])]
+        report["use"] = {name: fused.accuracy() - tallies.get(Without(name), Tally(1)).accuracy() for name in of}
+    return report
 
 
 class Without(NamedTuple):
@@ -128,7 +130,7 @@ class _Found:
         }
         if model.interaction is not None:
             together["without_interaction"] = fused.logits
-        if self.use_test:
+        if self.use_test and N > 1:
             together |= _permuted(model, features, fused, plan, self._generator)
         self.samples.add("all", 0, N)
         for modality, z, y in zip(inputs, parts, targets, strict=True):

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
 from mla_fast.projection import Projection
 from mla_fast.settings import Settings
+from mla_fast.watch import Watch
 
 VERSION = 3
 
@@ -80,6 +81,7 @@ class Stateful(torch.optim.Optimizer):
     settings: Settings
     layers: list[HeadLayer]
     skipped: dict[str, int]
+    watch: Watch
 
     def counted(self) -> dict[str, int]:
         """Return the numbers of skipped steps."""
@@ -110,4 +112,8 @@ class Stateful(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if "watch" not in state:  # pickled before there was one
+            self.skipped = {"nonfinite": 0, "empty": 0, "lone": 0} | self.skipped
+            self.watch = Watch(nn.ModuleList(layer.module for layer in self.layers), self.layers, self.settings.bias)
+            self.watch.alternates()
         super().__setstate__({})

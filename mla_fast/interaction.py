@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GRADIENTS = ("encoders", "detached")
+IGNORED = -100  # the label that cross-entropy leaves out
 
 
 class Interaction(nn.Module):
@@ -64,10 +65,21 @@ class Interaction(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], present: Tensor | None = None) -> Tensor:
         """Return r [N, C] for features {modality: [N, s]} of at least one modality; present: bool [N, M'] over these."""
-        if unknown := [m for m in features if m not in self.modalities]:
-            raise ValueError(f"features: expected modalities among {', '.join(self.modalities)}, got {', '.join(unknown)}")
+        self._check(features, present)
         with torch.autocast(self.out.weight.device.type, enabled=False):
             return self._product(features, present)
+
+    def _check(self, features: Mapping[str, Tensor], present: Tensor | None) -> None:
+        if not features or any(m not in self.modalities for m in features):
+            names = ", ".join(features) or "none"
+            raise ValueError(f"features: expected modalities among {', '.join(self.modalities)}, got {names}")
+        N = len(next(iter(features.values())))
+        for m, h in features.items():
+            if h.shape != (N, self.widths[m]):
+                raise ValueError(f"features[{m!r}]: expected [{N}, {self.widths[m]}], got {list(h.shape)}")
+        if present is not None and (present.dtype != torch.bool or present.shape != (N, len(features))):
+            expected = f"bool [{N}, {len(features)}] (samples, {', '.join(features)})"
+            raise ValueError(f"present: expected {expected}, got {present.dtype} {list(present.shape)}")
 
     def _product(self, features: Mapping[str, Tensor], present: Tensor | None) -> Tensor:
         product: Tensor | None = None
@@ -80,8 +92,7 @@ class Interaction(nn.Module):
             if present is not None:
                 factor = torch.where(present[:, i, None], factor, 1)
             product = factor if product is None else product * factor
-        if product is None:
-            raise ValueError("features: expected at least one modality, got none")
+        assert product is not None  # there are features
         r: Tensor = self.out(product)
         if present is not None:
             return torch.where(paired(present)[:, None], r, 0)
@@ -104,6 +115,8 @@ class Interaction(nn.Module):
         """
         if self.gradient == "detached":
             features = {modality: h.detach() for modality, h in features.items()}
+        if missing := [m for m in features if m not in logits]:
+            raise ValueError(f"logits: expected those of {', '.join(features)}, got none of {', '.join(missing)}")
         r = self(features, present)
         return corrected_loss(torch.stack([logits[modality] for modality in features]), r, target, present, total)
 
@@ -147,9 +160,10 @@ def corrected_loss(
     """Return L_r for logits [M, N, C], which get no gradient, and r [N, C]: of samples with two modalities, over `total`."""
     z = logits.detach().to(r.dtype)
     if present is None:
-        return F.cross_entropy(z.mean(0) + r, target, reduction="sum") / (len(target) if total is None else total)
+        loss = F.cross_entropy(z.mean(0) + r, target, reduction="mean" if total is None else "sum")
+        return loss if total is None else loss / total
     mean = torch.where(present.T[..., None], z, 0).sum(0) / present.sum(1, keepdim=True).clamp(min=1)
-    both = paired(present)
+    both = paired(present) & (target != IGNORED)
     losses = torch.where(both, F.cross_entropy(mean + r, target, reduction="none"), 0)
     return losses.sum() / (both.sum().clamp(min=1) if total is None else total)
 

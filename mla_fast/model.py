@@ -125,7 +125,8 @@ class MultimodalModel(nn.Module):
             raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
         N, encoder = sample_count("inputs", modality, inputs), encoders[modality]
         encoder = encoder if torch.is_grad_enabled() else unwrap_ddp(encoder)
-        features = encoder(inputs) if torch.compiler.is_compiling() else _encode_or_note(encoder, inputs, modality)
+        name = f"the encoder of {modality!r}"
+        features = encoder(inputs) if torch.compiler.is_compiling() else _call_or_note(encoder, inputs, modality, name)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a floating tensor from the encoder of {modality!r}, got {got}")
@@ -157,7 +158,14 @@ class MultimodalModel(nn.Module):
         ``predict`` does not call this method.
         """
         check_by_modality(inputs)
-        return {modality: self.head(self.features(modality, x)) for modality, x in inputs.items()}
+        return {modality: self.logits(modality, self.features(modality, x)) for modality, x in inputs.items()}
+
+    def logits(self, modality: str, features: Tensor) -> Tensor:
+        """Return the head's logits [N, C] of a modality's features [N, s]."""
+        if torch.compiler.is_compiling() or len(features) != 1:
+            logits: Tensor = self.head(features)
+            return logits
+        return cast(Tensor, _call_or_note(self.head, features, modality, "the head"))
 
     @torch.no_grad()
     def packed_features(self, inputs: Mapping[str, Inputs], plan: DispatchPlan | None = None) -> dict[str, Tensor]:
@@ -249,21 +257,22 @@ class LoneRowError(ValueError):
     """Raised for a single row that an encoder's BatchNorm cannot train on."""
 
 
-def _encode_or_note(encoder: nn.Module, inputs: Inputs, modality: str) -> Any:
-    lone = encoder.training and len(leaves(inputs)[0]) == 1
-    before = [(buffer, buffer.clone()) for buffer in encoder.buffers()] if lone else []
+def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> Any:
+    """Call a part; an error gets a note with its name and inputs, and says what to do where it is about a single row."""
+    lone = len(leaves(inputs)[0]) == 1 and torch.is_grad_enabled()
+    before = [(buffer, buffer.clone()) for buffer in part.buffers()] if lone else []
     try:
-        return encoder(inputs)
+        return part(inputs)
     except Exception as error:
         if lone and "more than 1 value per channel" in str(error):
             for buffer, value in before:  # some layers have counted the row
-                buffer.copy_(value)
+                buffer.data.copy_(value)  # a graph that another batch has left may have saved it
             raise LoneRowError(
-                f"inputs[{modality!r}]: expected at least 2 rows in training, for the BatchNorm in its encoder, got 1; "
+                f"inputs[{modality!r}]: expected at least 2 rows in training, for the BatchNorm in {name}, got 1; "
                 "drop the last batch if it is one row (drop_last=True), take larger batches, or GroupNorm in place of BatchNorm"
             ) from error
         if hasattr(error, "add_note"):
-            error.add_note(f"in the encoder of {modality!r}, which was given {describe(inputs)}")
+            error.add_note(f"in {name}, which was given {describe(inputs)}")
         raise
 
 

@@ -191,7 +191,7 @@ class MLAOptimizer(Stateful):
         check_modality(found, modality, self.modality, self.settings)
         check_stepped([] if found.unseen else self.layers, self.optimizer)
         named = self.modality if modality is None else modality
-        self.watch.before(named)
+        self.watch.before(named, self.optimizer)
         if found.empty:
             self.skipped["empty"] += 1
             return True

@@ -26,10 +26,11 @@ class Pull:
     until ``restore``, or every modality's step would move it.
     """
 
-    def __init__(self, model: MultimodalModel, optimizer: MLAOptimizer, features: Sequence[Features], wholes: Sequence[Whole]):
+    def __init__(self, model: MultimodalModel, optimizer: MLAOptimizer, parts: Mapping[int, tuple[Features, Whole]]):
         self._parameters = list(model.interaction.parameters()) if model.interaction is not None else []
+        pairs = list(parts.values())
+        wholes = [whole for _, whole in pairs]
         total = _total(wholes, optimizer.process_group, optimizer.device)
-        pairs = list(zip(features, wholes, strict=True))
         if _is_plain(model, wholes):
             found, own = _in_closed_form(model, pairs, total)
             gradients = [own.get(p) for p in self._parameters]
@@ -38,7 +39,8 @@ class Pull:
             gradients = [p.grad for p in self._parameters]
             for p in self._parameters:
                 p.grad = None
-        self.of_features, self._own = self._finite(optimizer, found, gradients)
+        finite, self._own = self._finite(optimizer, found, gradients)
+        self.of_features = dict(zip(parts, finite, strict=True))
 
     def _finite(
         self, optimizer: MLAOptimizer, found: list[dict[str, Tensor]], own: list[Tensor | None]
@@ -59,7 +61,7 @@ class Pull:
 
     def at(self, batch: int, modality: str) -> Tensor | None:
         """Return ∂L_r/∂h [n, s] of a modality's packed features; None where L_r does not move its encoder."""
-        return self.of_features[batch].get(modality)
+        return self.of_features.get(batch, {}).get(modality)
 
     def restore(self) -> None:
         """Give the interaction's parameters their gradients back, for the step that moves them."""
@@ -73,18 +75,23 @@ def pull_of(
     """Return what an interaction asks of these batches; None without one, and where no sample has two modalities."""
     if model.interaction is None:
         return None
-    wholes = [rows.whole if isinstance(rows, BatchRows) else None for rows in batches]
-    widths = unwrap_ddp(model.interaction).widths
-    complete = [_complete(h, rows, whole, widths) for h, rows, whole in zip(features, batches, wholes, strict=True)]
-    parts = [(h, whole) for h, whole in zip(complete, wholes, strict=True) if h is not None and whole is not None]
-    if len(parts) < len(batches) or (optimizer.process_group is None and all(_nobody_paired(whole) for _, whole in parts)):
-        return None
-    return Pull(model, optimizer, *zip(*parts, strict=True))
+    parts: dict[int, tuple[Features, Whole]] = {}  # by the place of the batch
+    widths, nobody = unwrap_ddp(model.interaction).widths, optimizer.process_group is None
+    for i, (h, rows) in enumerate(zip(features, batches, strict=True)):
+        whole = rows.whole if isinstance(rows, BatchRows) else None
+        complete = None if whole is None else _complete(h, rows, widths)
+        if whole is not None and complete is not None and not (nobody and _nobody_paired(whole)):
+            parts[i] = complete, whole
+    if not any(isinstance(rows, BatchRows) and rows.whole is not None for rows in batches):
+        optimizer.watch.unpaired()
+    trains = any(p.requires_grad for p in model.interaction.parameters())
+    trains |= unwrap_ddp(model.interaction).gradient == "encoders"
+    return Pull(model, optimizer, parts) if parts and trains else None
 
 
-def _complete(features: Features, rows: Mapping[str, Rows], whole: Whole | None, widths: dict[str, int]) -> Features | None:
+def _complete(features: Features, rows: Mapping[str, Rows], widths: dict[str, int]) -> Features | None:
     """Return features of all the modalities of a batch, [0, s] where one has no rows; None where a lone row was left out."""
-    if whole is None or any(len(rows[m].target) and m not in features for m in rows):
+    if any(len(rows[m].target) and m not in features for m in rows):
         return None
     some = next(iter(features.values()), None)
     return None if some is None else {m: features[m] if m in features else some.new_empty(0, widths[m]) for m in rows}

@@ -73,7 +73,11 @@ def steps_together(
     head, plain = list(model.head.parameters()), _plain_layer(model, optimizer, amp)
     for modality in features:
         h = features[modality].detach().requires_grad_()
-        losses[modality] = _head_backward(model, optimizer, plain, h, rows[modality], totals[modality], amp)
+        try:
+            losses[modality] = _head_backward(model, optimizer, plain, modality, h, rows[modality], totals[modality], amp)
+        except LoneRowError as error:
+            leave_out(optimizer, error)
+            continue
         with torch.no_grad():
             bad = optimizer.take_step(modality)
         if isinstance(bad, Tensor):
@@ -130,6 +134,7 @@ def _head_backward(
     model: MultimodalModel,
     optimizer: MLAOptimizer,
     plain: HeadLayer | None,
+    modality: str,
     features: Tensor,
     rows: Rows,
     total: float,
@@ -142,7 +147,8 @@ def _head_backward(
         return loss
     with torch.enable_grad(), _weighted(optimizer, rows.weights):
         with autocast(optimizer, amp):
-            loss = mean_loss(model.head(features.clone()), rows.target, total, rows.weights)  # a head may change its inputs
+            logits = model.logits(modality, features.clone())  # a head may change its inputs
+            loss = mean_loss(logits, rows.target, total, rows.weights)
         torch.autograd.backward(loss)
     return loss.detach()
 

@@ -138,9 +138,8 @@ class Trainer:
         """
         check_belong(self.model, self.optimizer)
         check_fit(epochs, validation, checkpoint, checkpoint_every, patience, monitor)
-        warn_of_scheduler(self.scheduler, self.scheduler_interval, epochs)
-        if isinstance(loader, Mapping) and self.model.interaction is not None:
-            warn("interaction: it is not trained, since batches of loaders of their own show no two modalities of a sample")
+        if not self.history:
+            warn_of_scheduler(self.scheduler, self.scheduler_interval, epochs)
         self._position.start_fit(self.seed, self.epoch)
         save = None if checkpoint is None else lambda: self.save(checkpoint)
         while self.epoch < epochs and not stopped(self.history, patience, monitor):
@@ -231,9 +230,11 @@ class Trainer:
         macro_f1 have ``"without_interaction"``, too.
 
         use_test: add ``"use"``, by how much fused accuracy falls when the features of one modality are permuted among the samples
-        of a batch, for each modality, and for what the ``"interaction"`` alone sees: whether modalities add up, or act on each
-        other. NaN for what no sample had. Logits that are NaN are
-        wrong. Over the samples of all ranks, those included that a ``DistributedSampler`` gives twice.
+        of a batch (let it be large and shuffled: sorted samples are replaced by their like), for each modality and for what the
+        ``"interaction"`` alone sees: whether modalities add up, or act on each other.
+
+        NaN for what no sample had. Logits that are NaN are wrong. Over the samples of all ranks, those included that a
+        ``DistributedSampler`` gives twice.
         """
         return evaluate(self.model, loader, self.device, self.optimizer.process_group, use_test)
 

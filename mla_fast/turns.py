@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mla_fast.batch import BatchRows, Rows
+from mla_fast.batch import Rows
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.pull import Pull, pull_of
+from mla_fast.pull import pull_of
 from mla_fast.step import autocast, features_of, leave_out, mean_loss
 
 
@@ -36,7 +36,7 @@ def steps_in_turn(
     together = _Together(model, optimizer, batches, totals, amp) if model.interaction is not None else None
     for modality, total in totals.items():
         optimizer.zero_grad()
-        if together is not None and together.pull is not None:
+        if together is not None:
             loss: Tensor | None = together.backward(modality, total, backward)
         else:
             parts = [rows[modality] for rows in batches if modality in rows]
@@ -62,6 +62,7 @@ def _backward(
     if optimizer.process_group is None:
         parts = [part for part in parts if len(part.target)]
     sum_of_losses: Tensor | None = None
+    left_out = 0
     for i, (x, y, _) in enumerate(parts):
         try:
             with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
@@ -70,8 +71,15 @@ def _backward(
                 backward(loss)
         except LoneRowError as error:
             leave_out(optimizer, error)
+            left_out += 1
             continue
         sum_of_losses = loss.detach() if sum_of_losses is None else sum_of_losses + loss.detach()
+    if sum_of_losses is not None and left_out:  # the mean is over the others
+        share = total / (total - left_out)
+        for p in _with_gradient(optimizer):
+            assert p.grad is not None
+            p.grad.mul_(share)
+        sum_of_losses = sum_of_losses * share
     return sum_of_losses
 
 
@@ -88,8 +96,12 @@ def _step(optimizer: MLAOptimizer, modality: str, scaler: torch.amp.GradScaler |
 
 
 def _clip(optimizer: MLAOptimizer, norm: float) -> None:
+    torch.nn.utils.clip_grad_norm_(_with_gradient(optimizer), norm)
+
+
+def _with_gradient(optimizer: MLAOptimizer) -> list[Tensor]:
     held = (p for group in optimizer.param_groups for p in group["params"])
-    torch.nn.utils.clip_grad_norm_([p for p in held if p.grad is not None], norm)
+    return [p for p in held if p.grad is not None]
 
 
 class _Together:
@@ -104,22 +116,26 @@ class _Together:
         amp: torch.dtype | None,
     ):
         self.model, self.optimizer, self.batches, self.amp = model, optimizer, batches, amp
-        self.pull: Pull | None = None
-        if all(isinstance(rows, BatchRows) and rows.whole is not None for rows in batches):
-            with autocast(optimizer, amp):
-                taken = [{m: rows[m] for m in totals if m in rows} for rows in batches]
-                self.features = [features_of(model, optimizer, rows) for rows in taken]
-                self.pull = pull_of(model, optimizer, self.features, batches)
+        alone = optimizer.process_group is None  # or others wait for a rank that has no rows
+        taken = [{m: rows[m] for m in totals if m in rows and (len(rows[m].target) or not alone)} for rows in batches]
+        with autocast(optimizer, amp):
+            self.features = [features_of(model, optimizer, rows) for rows in taken]
+            self.pull = pull_of(model, optimizer, self.features, batches)
+        self.left_out = {m: sum(m in rows and m not in h for rows, h in zip(taken, self.features, strict=True)) for m in totals}
 
     def backward(self, modality: str, total: float, backward: Callable[[Tensor], Any]) -> Tensor | None:
         """Differentiate L_m + Σ ⟨h, ∂L_r/∂h⟩ over all batches, in one pass; returns L_m, or None without rows."""
-        assert self.pull is not None
         losses, pulls = [], []
         for i, (features, rows) in enumerate(zip(self.features, self.batches, strict=True)):
             if modality in features:
-                h, asked = features[modality], self.pull.at(i, modality)
-                with autocast(self.optimizer, self.amp):
-                    losses.append(mean_loss(self.model.head(h), rows[modality].target, total))
+                h, asked = features[modality], None if self.pull is None else self.pull.at(i, modality)
+                try:
+                    with autocast(self.optimizer, self.amp):
+                        logits = self.model.logits(modality, h)
+                        losses.append(mean_loss(logits, rows[modality].target, total - self.left_out[modality]))
+                except LoneRowError as error:
+                    leave_out(self.optimizer, error)
+                    continue
                 if asked is not None:
                     pulls.append((h.to(asked.dtype) * asked).sum())
         if not losses:

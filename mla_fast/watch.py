@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from mla_fast.alternation import Alternation
@@ -23,7 +24,7 @@ class Watch:
         self._unprojected = [(name, p) for name, p in frozen if p is not None]
         self._features = layers[0].features
         self._features.alternation = Alternation(head)
-        self._said_frozen = False
+        self._said_frozen, self._said_unpaired = False, False
         for layer in layers:
             if type(layer.module).forward is not nn.Linear.forward or "forward" in vars(layer.module):
                 warn(
@@ -40,16 +41,24 @@ class Watch:
         if self._features.alternation is not None:
             self._features.alternation.forget()
 
-    def before(self, modality: str | None) -> None:
-        """Look at a step that is about to be taken."""
-        if self._features.alternation is not None and self._features.alternation.look(modality):
-            self._features.alternation = None
+    def before(self, modality: str | None, optimizer: torch.optim.Optimizer) -> None:
+        """Look at a step that `optimizer` is about to take."""
+        if self._features.alternation is not None:
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            if self._features.alternation.look(modality, held):
+                self._features.alternation = None
         if late := [name for name, p in self._unprojected if p.requires_grad and p.grad is not None]:
             self._unprojected = []
             warn(
                 f"head: {', '.join(late)} was frozen when MLAOptimizer was built and trains now without a projection; "
                 "build MLAOptimizer anew"
             )
+
+    def unpaired(self) -> None:
+        """Warn of batches that an interaction learns nothing from."""
+        if not self._said_unpaired:
+            self._said_unpaired = True
+            warn("interaction: it does not train on batches of one modality, which show no two of a sample")
 
     def after(self, steps: list[HeadStep]) -> None:
         """Look now and then at what was left of steps, where that need not wait for a device."""

@@ -105,4 +105,9 @@ def _calls_unguarded(node: ast.AST) -> bool:
         return False
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "closure":
         return True
-    return any(map(_calls_unguarded, ast.iter_child_nodes(node)))
+    for child in ast.iter_child_nodes(node):
+        if _calls_unguarded(child):
+            return True
+        if isinstance(child, ast.If) and _names_closure(child.test) and isinstance(child.body[-1], ast.Return):
+            return False  # what follows is for the other case
+    return False

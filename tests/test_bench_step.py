@@ -79,7 +79,7 @@ def test_every_way_to_train_passes_its_gate(capsys):
     case = step.build(TINY, CPU)
     assert not case.failed and "left out" not in capsys.readouterr().err
     names = ["plain loop", "ours in turn rls", "ours in turn window"]
-    whole = ["ours rls", "ours window", "joint concat", "released"]
+    whole = ["ours rls", "ours window", "ours interaction window", "joint concat", "released"]
     assert sorted(case.providers) == sorted([*names, *(f"{name} without encoders" for name in names), *whole])
 
 
@@ -119,7 +119,7 @@ def test_main_measures_compares_and_fails_when_ours_does(monkeypatch, tmp_path, 
     times = [line for line in lines if "provider" in line]
     compared = {line["comparison"]: line for line in lines if "comparison" in line}
     pairs = [pair for pair in step.COMPARED if not {"streams", "graph"} & set(" ".join(pair).split())]  # which are for a GPU
-    assert len(times) == 7 + 3 and len(compared) == len(pairs) + 2 and len(lines) == len(times) + len(compared)
+    assert len(times) == 8 + 3 and len(compared) == len(pairs) + 2 and len(lines) == len(times) + len(compared)
     assert all((line["case"], line["machine"]["threads"], line["rounds"]) == ("resnets N=5", 1, 3) for line in times)
     median = {line["provider"]: line["median_us"] for line in times}
     found = compared["ours rls / joint concat"]

@@ -8,7 +8,7 @@ from mla_fast.cli_result import notes
 
 
 def result(majority=0.25, **accuracy):
-    return {"accuracy": accuracy, "majority": majority}
+    return {"accuracy": accuracy, "majority": majority, "samples": 120}
 
 
 def test_a_rare_class_is_said():
@@ -24,7 +24,9 @@ def test_fused_below_the_best_modality_is_said_with_a_remedy():
 @pytest.mark.parametrize("missing", [float("nan"), 0.5])
 def test_there_is_nothing_to_say_where_all_is_well(missing):
     assert notes(result(a=missing, b=0.8, average=0.9, fused=0.9)) == []
-    assert notes(result(a=0.9, b=0.5, average=0.9, fused=0.899)) == []  # within the noise
+    assert notes(result(a=0.9, b=0.5, average=0.9, fused=0.88)) == []  # within the noise
+    assert notes(result(a=1.0, b=0.5, average=0.8, fused=0.8), complete=False) == []  # of other samples
+    assert notes(result(majority=1.0, a=0.8, fused=0.8)) == ["there is one class in these samples: accuracy says little"]
 
 
 def test_a_run_prints_them_and_an_interaction(tmp_path, capsys):

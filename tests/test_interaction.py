@@ -198,7 +198,7 @@ def test_unpaired_loaders_are_said_to_leave_it_out():
     model, optimizer = make()
     inputs, target = batch()
     loaders = {m: [(x, target)] * 2 for m, x in inputs.items()}
-    with pytest.warns(UserWarning, match="^interaction: it is not trained") as caught:
+    with pytest.warns(UserWarning, match="^interaction: it does not train on batches of one modality") as caught:
         mla.Trainer(model, optimizer).fit(loaders, epochs=2)
     assert len(caught) == 1 and not model.interaction.out.weight.any()
 
@@ -331,3 +331,59 @@ def test_ranks_train_on_the_samples_of_all(in_turn, tmp_path):
     mla.Trainer(model, optimizer, in_turn=in_turn, accumulate=1 + in_turn).fit(parts, epochs=2)
     for result in results:
         torch.testing.assert_close(result, model.state_dict(), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_paired_samples_train_it_whatever_else_is_in_the_group(in_turn):
+    """Beside a batch of one modality, and where nobody is paired every encoder still counts its rows once."""
+    model, optimizer = make()
+    inputs, target = batch()
+    alone = {"audio": inputs["audio"]}, target
+    mla.Trainer(model, optimizer, accumulate=2, in_turn=in_turn).fit([(inputs, target), alone], epochs=1)
+    assert model.interaction.out.weight.any()
+    with pytest.warns(UserWarning, match="^interaction: it does not train on batches of one modality"):
+        mla.Trainer(model, optimizer, in_turn=in_turn).fit([alone] * 2, epochs=1)
+
+
+def test_rows_are_encoded_once_where_nobody_is_paired():
+    encoders = {m: nn.Sequential(nn.Linear(width, S), nn.BatchNorm1d(S)) for m, width in WIDTHS.items()}
+    model = mla.MultimodalModel(encoders, nn.Linear(S, CLASSES), interaction=mla.Interaction(S, CLASSES, tuple(WIDTHS)))
+    inputs, target = batch(dtype=torch.float32)
+    present = torch.eye(3, dtype=torch.bool)[torch.arange(9) % 3]
+    mla.Trainer(model, wrap(model), in_turn=True).fit([(inputs, target, present)], epochs=1)
+    assert [int(encoder[1].num_batches_tracked) for encoder in model.encoders.values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("gradient", ["encoders", "detached"])
+def test_a_frozen_one_stays_as_it_is(gradient):
+    model, optimizer = make(gradient=gradient, trained=True)
+    model.interaction.requires_grad_(False)
+    before = copy.deepcopy(model.interaction.state_dict())
+    for data in (batch(), batch(missing=True)):
+        mla.Trainer(model, optimizer).fit([data], epochs=1)
+    assert_bitwise(model.interaction.state_dict(), before)
+
+
+def test_features_and_masks_that_do_not_fit_are_named():
+    model, _ = make()
+    r, h = model.interaction, {m: torch.randn(4, S, dtype=f64) for m in WIDTHS}
+    two = {m: h[m] for m in ("audio", "text")}
+    for features, present, error in (
+        (two, torch.ones(4, 3, dtype=torch.bool), r"^present: expected bool \[4, 2\] \(samples, audio, text\), got .*\[4, 3\]"),
+        (h, torch.ones(4, 3), r"^present: expected bool \[4, 3\]"),
+        (h | {"text": h["text"][:1]}, None, r"^features\['text'\]: expected \[4, 5\], got \[1, 5\]"),
+        (h | {"text": torch.randn(4, 7)}, None, r"^features\['text'\]: expected \[4, 5\], got \[4, 7\]"),
+        (h | {"video": h["text"]}, None, "^features: expected modalities among audio, image, text"),
+        ({}, None, "^features: expected modalities among audio, image, text, got none"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            r(features, present)
+    with pytest.raises(ValueError, match="^logits: expected those of audio, text, got none of text"):
+        r.loss(two, {"audio": torch.randn(4, CLASSES)}, torch.zeros(4, dtype=torch.int64))
+
+
+def test_the_use_test_has_no_number_for_batches_of_one():
+    model, optimizer = make(dtype=torch.float32)
+    inputs, target = batch(dtype=torch.float32)
+    one = [({m: x[i : i + 1] for m, x in inputs.items()}, target[i : i + 1]) for i in range(9)]
+    assert all(value != value for value in mla.Trainer(model, optimizer).evaluate(one, use_test=True)["use"].values())

@@ -141,8 +141,20 @@ class WithPosition(nn.Module):
         return self.last(torch.stack([h, self.token.expand_as(h)]).mean(0))
 
 
+class TwoBranches(nn.Module):
+    """Both directions of an LSTM meet before any parameter is shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, bidirectional=True)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.last(self.lstm(x[None])[0][0])
+
+
 @pytest.mark.parametrize("step", [in_turn, all_at_once_one_backward_each, by_the_engine])
-@pytest.mark.parametrize("kind", [None, WithPosition])
+@pytest.mark.parametrize("kind", [None, WithPosition, TwoBranches])
 def test_alternation_is_not_warned_of(step, kind):
     model, optimizer = make(parts=None if kind is None else {name: kind() for name in ("audio", "image")})
     assert said(model, optimizer, step, ("audio", "image")) == []
@@ -155,6 +167,23 @@ def test_one_encoder_for_all_is_the_trainers_own_affair():
         warnings.simplefilter("error")
         mla.Trainer(model, optimizer).fit([batch()] * 3, epochs=1)
     assert len(said(*make(parts={"audio": shared, "image": shared}), in_turn, ("audio", "image"))) == 1
+
+
+def test_gradients_that_the_optimizer_does_not_hold_are_not_its_affair():
+    """Encoders with optimizers of their own, and a loop without names."""
+    model, _ = make(parts={name: TwoBranches() for name in ("audio", "image")})
+    own = {m: torch.optim.SGD(encoder.parameters(), lr=0.1) for m, encoder in model.encoders.items()}
+    optimizer = mla.MLAOptimizer(torch.optim.SGD(model.head.parameters(), lr=0.1), model.head)
+
+    def step(model, optimizer, name):
+        inputs, target = batch()
+        optimizer.zero_grad()
+        own[name].zero_grad()
+        F.cross_entropy(model({name: inputs[name]})[name], target).backward()
+        own[name].step()
+        optimizer.step()
+
+    assert said(model, optimizer, step, ("audio", "image")) == []
 
 
 def test_nothing_is_left_of_looking_after_the_first_steps():
@@ -290,6 +319,15 @@ class Plain(torch.optim.SGD):
         return loss
 
 
+class ReturnsEarly(torch.optim.SGD):
+    def step(self, closure=None):
+        if closure is None:
+            return super().step()
+        loss = closure()
+        super().step()
+        return loss
+
+
 @pytest.mark.parametrize("kind", [SAM, Asserts, Raises, Calls, torch.optim.LBFGS])
 def test_an_optimizer_that_needs_its_closure_is_refused_at_once(kind):
     head = nn.Linear(5, CLASSES)
@@ -297,9 +335,10 @@ def test_an_optimizer_that_needs_its_closure_is_refused_at_once(kind):
         mla.MLAOptimizer(kind(head.parameters()), head)
 
 
-def test_an_optimizer_that_can_do_without_is_not():
+@pytest.mark.parametrize("kind", [Plain, ReturnsEarly])
+def test_an_optimizer_that_can_do_without_is_not(kind):
     head = nn.Linear(5, CLASSES)
-    mla.MLAOptimizer(Plain(head.parameters(), lr=0.1), head)
+    mla.MLAOptimizer(kind(head.parameters(), lr=0.1), head)
 
 
 def rates(interval, scheduler):
@@ -360,6 +399,32 @@ def test_a_lone_row_under_batch_norm_is_left_out_and_counted(in_turn):
     assert ours[1].diagnostics()["skipped_lone"] == 4 and history[0]["loss"].keys() == {"image"}
     ours[1].skipped["lone"] = 0
     torch.testing.assert_close(everything(*ours), everything(*without), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("interaction", [False, True])
+def test_a_lone_row_does_not_count_in_the_mean_of_an_accumulated_step(interaction):
+    inputs, target = batch(N=4)
+    parts = [({m: x[rows] for m, x in inputs.items()}, target[rows]) for rows in (slice(0, 3), slice(3, 4))]
+    losses = []
+    for data, accumulate in ((parts, 2), (parts[:1], 1)):
+        torch.manual_seed(0)
+        beside = mla.Interaction(5, CLASSES, ("audio", "image"), 2) if interaction else None
+        model = mla.MultimodalModel(normalized(), nn.Linear(5, CLASSES), interaction=beside)
+        optimizer = mla.MLAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.head)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            history = mla.Trainer(model, optimizer, accumulate=accumulate, in_turn=True).fit(data, epochs=1)
+        losses.append((history[0]["loss"], [p.detach().clone() for p in model.parameters()], list(model.buffers())))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_lone_row_under_batch_norm_in_the_head_is_left_out(in_turn):
+    model = mla.MultimodalModel(encoders(), nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, CLASSES)))
+    optimizer = mla.MLAOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model.head)
+    with pytest.warns(UserWarning, match=r"^a row is left out.*inputs\['audio'\]: .*the BatchNorm in the head"):
+        mla.Trainer(model, optimizer, in_turn=in_turn).fit([batch(), batch(N=1)], epochs=1)
+    assert optimizer.diagnostics()["skipped_lone"] == 2
 
 
 def test_a_last_batch_of_one_is_left_out():
