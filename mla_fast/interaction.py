@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,22 @@ class Interaction(nn.Module):
 
     def extra_repr(self) -> str:
         return f"modalities={', '.join(self.modalities)}, gradient={self.gradient!r}"
+
+
+def check_fits(interaction: Any, modalities: tuple[str, ...], classes: int | None, head: nn.Module) -> None:
+    """Raise TypeError or ValueError unless it is an interaction of a model with these modalities, classes and head."""
+    if not isinstance(interaction, Interaction):
+        raise TypeError(f"interaction: expected a mla_fast.Interaction or None, got {type(interaction).__name__}")
+    if interaction.modalities != modalities:
+        raise ValueError(
+            f"interaction: expected the model's modalities {', '.join(modalities)} in that order, "
+            f"got {', '.join(interaction.modalities)}"
+        )
+    if classes not in (None, interaction.out.out_features):
+        raise ValueError(f"interaction: expected {classes} classes like the head, got {interaction.out.out_features}")
+    widths = set(interaction.widths.values())
+    if isinstance(head, nn.Linear) and widths != {head.in_features}:
+        raise ValueError(f"interaction: expected features={head.in_features} like head.in_features, got {sorted(widths)}")
 
 
 def corrected_loss(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.inputs import Inputs, check_by_modality, describe, leaves, sample_count, sample_counts
-from mla_fast.interaction import Interaction
+from mla_fast.interaction import Interaction, check_fits
 from mla_fast.modality_dict import ModalityDict
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused, entropy_fusion
@@ -66,7 +66,9 @@ class MultimodalModel(nn.Module):
         if not isinstance(head, nn.Module):
             raise TypeError(f"head: expected an nn.Module, got {type(head).__name__}")
         self.head = head
-        self.interaction = self._checked(interaction)
+        if interaction is not None:
+            check_fits(unwrap_ddp(interaction), self.modalities, self.classes, unwrap_ddp(head))
+        self.interaction = interaction
         self.streams = streams
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -86,25 +88,6 @@ class MultimodalModel(nn.Module):
         while isinstance(last, nn.Sequential) and len(last):
             last = last[-1]
         return last.out_features if isinstance(last, nn.Linear) else None
-
-    def _checked(self, interaction: Interaction | None) -> Interaction | None:
-        if interaction is None:
-            return None
-        of = unwrap_ddp(interaction)
-        if not isinstance(of, Interaction):
-            raise TypeError(f"interaction: expected a mla_fast.Interaction or None, got {type(interaction).__name__}")
-        if of.modalities != self.modalities:
-            raise ValueError(
-                f"interaction: expected the model's modalities {', '.join(self.modalities)} in that order, "
-                f"got {', '.join(of.modalities)}"
-            )
-        if self.classes not in (None, of.out.out_features):
-            raise ValueError(f"interaction: expected {self.classes} classes like the head, got {of.out.out_features}")
-        head = unwrap_ddp(self.head)
-        widths = set(of.widths.values())
-        if isinstance(head, nn.Linear) and widths != {head.in_features}:
-            raise ValueError(f"interaction: expected features={head.in_features} like head.in_features, got {sorted(widths)}")
-        return interaction
 
     @property
     def shared_parameters(self) -> bool:

@@ -63,6 +63,11 @@ class Pull:
         """Return ∂L_r/∂h [n, s] of a modality's packed features; None where L_r does not move its encoder."""
         return self.of_features.get(batch, {}).get(modality)
 
+    def added(self, batch: int, modality: str, gradient: Tensor | None) -> Tensor | None:
+        """Return ∂L_m/∂h + ∂L_r/∂h."""
+        asked = self.at(batch, modality)
+        return gradient if asked is None or gradient is None else gradient + asked
+
     def restore(self) -> None:
         """Give the interaction's parameters their gradients back, for the step that moves them."""
         for p, g in zip(self._parameters, self._own, strict=True):

@@ -66,10 +66,9 @@ def steps_together(
     """Take one step of each modality with one backward pass through all encoders; returns the mean losses."""
     optimizer.zero_grad()
     with autocast(optimizer, amp):
-        features = features_of(model, optimizer, {modality: rows[modality] for modality in totals})
+        features = features_of(model, optimizer, {m: rows[m] for m in totals})
         pull = pull_of(model, optimizer, [features], [rows])
-    losses: dict[str, Tensor] = {}
-    outputs, gradients, flags = [], [], []
+    losses, outputs, gradients, flags = dict[str, Tensor](), [], [], []
     head, plain = list(model.head.parameters()), _plain_layer(model, optimizer, amp)
     for modality in features:
         h = features[modality].detach().requires_grad_()
@@ -83,9 +82,8 @@ def steps_together(
         if isinstance(bad, Tensor):
             flags.append(bad)
         if bad is not True and features[modality].requires_grad:
-            asked = None if pull is None else pull.at(0, modality)
             outputs.append(features[modality])
-            gradients.append(h.grad if asked is None or h.grad is None else h.grad + asked)
+            gradients.append(h.grad if pull is None else pull.added(0, modality, h.grad))
         for p in head:
             p.grad = None
     try:

@@ -137,7 +137,7 @@ def test_main_measures_compares_and_fails_when_ours_does(monkeypatch, tmp_path, 
     with pytest.raises(SystemExit, match="resnets N=5: ours rls: GateError"):
         run(monkeypatch, "--output", output)
     again = [json.loads(line) for line in output.read_text().splitlines()][len(lines) :]
-    assert {line.get("provider") for line in again} == {None, *median} - {"ours rls", "ours window"}
+    assert {line.get("provider") for line in again} == {None, *median} - {"ours rls", "ours window", "ours interaction window"}
 
 
 def test_what_is_compared_by_hand():
