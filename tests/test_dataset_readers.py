@@ -156,11 +156,11 @@ def test_images_of_any_mode_are_rgb(tmp_path, mode):
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     write_image(path, picture(8, 12), mode)
     image = images.read_image(path)
-    assert image.shape == (3, 8, 12) and image.dtype == torch.uint8
+    assert image.shape == (8, 12, 3) and image.dtype == torch.uint8
     if mode in ("RGB", "RGBA"):
-        assert (image.permute(1, 2, 0).numpy() == picture(8, 12)).all()
+        assert (image.numpy() == picture(8, 12)).all()
     if mode == "L":
-        assert (image[0] == image[1]).all()
+        assert (image[..., 0] == image[..., 1]).all()
 
 
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
@@ -169,7 +169,7 @@ def test_images_of_any_mode_are_rgb(tmp_path, mode):
 def test_resizing_is_that_of_pillow(tmp_path, height, width, squash, resample):
     Image = pytest.importorskip("PIL.Image")
     reader, array = Images(32, squash=squash, resample=resample), picture(height, width)
-    x = reader.finish(torch.from_numpy(array).permute(2, 0, 1)[None], augment=False)
+    x = reader.finish(torch.from_numpy(array)[None], augment=False)
     size = (32, 32) if squash else (round(32 * width / min(height, width)), round(32 * height / min(height, width)))
     resized = np.asarray(Image.fromarray(array).resize(size, getattr(Image.Resampling, resample.upper())), dtype="f8") / 255
     top, left = (round((side - 32) / 2) for side in resized.shape[:2])
@@ -178,7 +178,7 @@ def test_resizing_is_that_of_pillow(tmp_path, height, width, squash, resample):
 
 
 def test_augmentation_is_a_crop_that_the_generator_draws():
-    reader, decoded = Images(16, frames=2, jitter=0.4), torch.from_numpy(picture(40, 50)).permute(2, 0, 1).expand(2, -1, -1, -1)
+    reader, decoded = Images(16, frames=2, jitter=0.4), torch.from_numpy(picture(40, 50)).expand(2, -1, -1, -1)
     torch.manual_seed(0)
     first = reader.finish(decoded, augment=True)
     second = reader.finish(decoded, augment=True)

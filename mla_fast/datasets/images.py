@@ -20,7 +20,7 @@ Moment = tuple[Path, float, float]  # a video, and seconds from and to
 
 
 def read_image(path: Path) -> Tensor:
-    """Return uint8 [3, H, W] of an image of any mode; DecodeError if it is none or cut short, ImportError without Pillow."""
+    """Return uint8 [H, W, 3] of an image of any mode; DecodeError if it is none or cut short, ImportError without Pillow."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -28,13 +28,13 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             rgb = image.convert("RGBA").convert("RGB") if image.mode == "P" else image.convert("RGB")
-            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+            return torch.from_numpy(np.array(rgb))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DecodeError(path, f"not an image ({error})") from None
 
 
 def read_video(path: Path, count: int, start: float = 0.0, end: float = math.inf) -> list[Tensor]:
-    """Return `count` frames, uint8 [3, H, W], chosen by ``spread`` from one each second between `start` and `end`.
+    """Return `count` frames, uint8 [H, W, 3], chosen by ``spread`` from one each second between `start` and `end`.
 
     Raises DecodeError if nothing can be decoded, ImportError without PyAV.
     """
@@ -52,7 +52,7 @@ def read_video(path: Path, count: int, start: float = 0.0, end: float = math.inf
                 if time > end:
                     break
                 if time >= start + len(kept):
-                    kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous())
+                    kept.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
     except (av.error.FFmpegError, IndexError, OSError) as error:
         raise DecodeError(path, f"not a video ({error})") from None
     if not kept:
@@ -88,6 +88,7 @@ class Images:
         return f"Images(frames={self.frames})"  # all that decoding depends on
 
     def decode(self, source: Path | Moment) -> Tensor:
+        """Return uint8 [frames or 1, H, W, 3]."""
         count = self.frames or 1
         if isinstance(source, tuple):
             images = read_video(source[0], count, *source[1:])
@@ -105,17 +106,23 @@ class Images:
         return torch.stack(images)
 
     def finish(self, decoded: Tensor, augment: bool) -> Tensor:
-        images = [self._augmented(image) if augment else self._plain(image) for image in decoded.float().div_(255)]
+        images = [
+            image.permute(2, 0, 1) for image in decoded
+        ]  # [3, H, W] with the channels last in memory, which resizes fastest
+        batch = torch.stack([self._augmented(image) if augment else self._plain(image) for image in images])
+        batch = batch.float().div_(255)  # in place: what a clip costs is the memory that it touches
+        if augment and self.jitter:
+            batch = torch.stack([self._jittered(image) for image in batch])
         mean, deviation = (torch.tensor(m)[:, None, None] for m in self.moments)
-        batch = (torch.stack(images) - mean) / deviation
+        batch = batch.sub_(mean).div_(deviation)
         return batch[0] if self.frames is None else batch
 
     def empty(self) -> Tensor:
         return torch.zeros(*(() if self.frames is None else (self.frames,)), 3, self.size, self.size)
 
     def _resized(self, image: Tensor, height: int, width: int) -> Tensor:
-        resized = F.interpolate(image[None], (height, width), mode=self.resample, antialias=True, align_corners=False)
-        return resized[0].clamp(0, 1)
+        resized: Tensor = F.interpolate(image[None], (height, width), mode=self.resample, antialias=True)[0]
+        return resized
 
     def _plain(self, image: Tensor) -> Tensor:
         _, height, width = image.shape
@@ -129,15 +136,16 @@ class Images:
     def _augmented(self, image: Tensor) -> Tensor:
         top, left, height, width = random_crop(image.shape[1], image.shape[2])
         image = self._resized(image[:, top : top + height, left : left + width], self.size, self.size)
-        if torch.rand(()) < 0.5:
-            image = image.flip(2)
-        if self.jitter:
-            brightness, contrast, saturation = (1 + self.jitter * (2 * torch.rand(3) - 1)).tolist()
-            image = (image * brightness).clamp(0, 1)
-            image = (image - _grey(image).mean()) * contrast + _grey(image).mean()
-            image = image.clamp(0, 1)
-            image = ((image - _grey(image)) * saturation + _grey(image)).clamp(0, 1)
-        return image
+        return image.flip(2) if torch.rand(()) < 0.5 else image
+
+    def _jittered(self, image: Tensor) -> Tensor:
+        """Change brightness, contrast and saturation of [3, size, size] in 0 … 1, each by a factor of its own."""
+        brightness, contrast, saturation = (1 + self.jitter * (2 * torch.rand(3) - 1)).tolist()
+        image = (image * brightness).clamp(0, 1)
+        mean = _grey(image).mean()
+        image = ((image - mean) * contrast + mean).clamp(0, 1)
+        grey = _grey(image)
+        return ((image - grey) * saturation + grey).clamp(0, 1)
 
 
 def random_crop(height: int, width: int) -> tuple[int, int, int, int]:
