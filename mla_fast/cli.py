@@ -1,4 +1,4 @@
-"""The command line: ``mla-fast demo | train | eval | env``."""
+"""The command line: ``mla-fast demo | train | eval | prepare | paper | env``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_fast import data, environment, ops
+from mla_fast import cli_paper, data, environment, ops
 from mla_fast.cli_train import evaluate, train
 from mla_fast.data.standardization import PER
 from mla_fast.settings import BIASES, PROJECTIONS, TARGETS
@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto")
     p.set_defaults(command=evaluate)
 
+    cli_paper.add_commands(commands)
     commands.add_parser("env", help="show versions, devices, and which backends are active").set_defaults(command=env)
     return parser
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from mla_fast.datasets.audio import Fbank
 from mla_fast.datasets.files import index, read_lines
 from mla_fast.datasets.images import Images
-from mla_fast.datasets.lazy import Entry, Found, LazyDataset, check_part, chosen, find_root
+from mla_fast.datasets.lazy import WITH_VALIDATION, Entry, Found, LazyDataset, check_part, chosen, find_root
 from mla_fast.datasets.readers import Reader
 
 EMOTIONS = {"ANG": "Anger", "DIS": "Disgust", "FEA": "Fear", "HAP": "Happy", "NEU": "Neutral", "SAD": "Sad"}
 NAME = re.compile(r"(\d{4})_[A-Z]{3}_(ANG|DIS|FEA|HAP|NEU|SAD)_(LO|MD|HI|XX|X)")  # old copies have 1040_ITH_SAD_X
 AUDIO = ("AudioWAV/*.wav", "audio/*_fbank/*.npy")
 FRAMES = ("Image-01-FPS/*", "visual/*_imgs/Image-01-FPS/*", "VideoFlash/*.flv", "VideoFlash/*.mp4")
+LISTED = " with the published lists; split='speaker' has a validation part"
 LISTS = {"train": ("train.csv", "my_train_cre.txt"), "test": ("test.csv", "my_test_cre.txt")}
 
 
@@ -49,6 +50,8 @@ class CremaD(LazyDataset):
         self.split = split or ("lists" if all(self.lists.values()) else "speaker")
         if self.split not in ("lists", "speaker"):
             raise ValueError(f"split: expected lists or speaker, got {split!r}")
+        self.parts = WITH_VALIDATION if self.split == "speaker" else ("train", "test")
+        check_part(part, self.parts, "" if self.split == "speaker" else LISTED)
         audio, frames = index(folder, AUDIO), index(folder, FRAMES)
         for name in sorted(self._names(folder, part, audio.keys() | frames.keys())):
             match = NAME.fullmatch(name)
@@ -63,9 +66,7 @@ class CremaD(LazyDataset):
 
     def _names(self, folder: Path, part: str, there: set[str]) -> list[str]:
         if self.split == "speaker":
-            check_part(part)
             return [name for name in there if part in ("all", {"0": "test", "1": "validation"}.get(name[3:4], "train"))]
-        check_part(part, ("train", "test", "all"), " with the published lists; split='speaker' has a validation part")
         names = []
         for which in ("train", "test") if part == "all" else (part,):
             path = self.lists[which]

@@ -47,7 +47,8 @@ class Food101(LazyDataset):
         folder, found = find_root(root), Found()
         lists = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
         listed = {p: folder / name for p, name in lists.items() if (folder / name).exists()}
-        check_part(part, [*(listed or ("train", "test")), "all"])
+        self.parts = tuple(listed or ("train", "test"))
+        check_part(part, self.parts)
         rows, problems = {}, Found()
         for p in listed or ("train", "test"):
             report = found if part in (p, "all") else problems

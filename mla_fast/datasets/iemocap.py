@@ -9,7 +9,7 @@ from pathlib import Path
 from mla_fast.datasets.audio import CAVMAE, Fbank
 from mla_fast.datasets.files import index, read_lines
 from mla_fast.datasets.images import Images
-from mla_fast.datasets.lazy import PARTS, Entry, Found, LazyDataset, check_part, chosen, find_root
+from mla_fast.datasets.lazy import WITH_VALIDATION, Entry, Found, LazyDataset, check_part, chosen, find_root
 from mla_fast.datasets.readers import Reader
 from mla_fast.datasets.text import Tokenizer, Tokens
 
@@ -53,14 +53,14 @@ class IEMOCAP(LazyDataset):
             raise ValueError(f"split: expected session or lists, got {split!r}")
         if session not in range(1, 6):
             raise ValueError(f"session: expected 1 … 5, got {session}")
+        self.parts = WITH_VALIDATION if split == "session" else ("train", "test")
+        check_part(part, self.parts, "" if split == "session" else " with MLA's lists")
         folder, found = find_root(root), Found()
         entries = _read_sessions(folder, found)
         if split == "session":
-            check_part(part, PARTS)
             held_out = {str(session): "test", str((session - 2) % 5 + 1): "validation"}
             found.entries = [e for e in entries.values() if part in ("all", held_out.get(e.group, "train"))]
         else:
-            check_part(part, ("train", "test", "all"), " with MLA's lists")
             for name in _listed(folder, part):
                 if name in entries:
                     found.entries.append(entries[name])

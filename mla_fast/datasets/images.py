@@ -145,7 +145,8 @@ class Images:
         mean = _grey(image).mean()
         image = ((image - mean) * contrast + mean).clamp(0, 1)
         grey = _grey(image)
-        return ((image - grey) * saturation + grey).clamp(0, 1)
+        image = ((image - grey) * saturation + grey).clamp(0, 1)
+        return image
 
 
 def random_crop(height: int, width: int) -> tuple[int, int, int, int]:

@@ -42,7 +42,7 @@ class KineticsSounds(LazyDataset):
         augment: bool | None = None,
         cache: str | Path | None = None,
     ):
-        check_part(part, ("train", "test", "all"))
+        check_part(part, self.parts)
         folder, found = find_root(root), Found()
         rows = {which: _read_list(folder, names) for which, names in LISTS.items()}
         labels = {label for listed in rows.values() for _, label in listed}

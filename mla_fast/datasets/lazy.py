@@ -18,7 +18,7 @@ from mla_fast.datasets.files import DecodeError, problem_with
 from mla_fast.datasets.readers import Reader
 
 Sample = tuple[dict[str, Tensor], Tensor, Tensor]
-PARTS = ("train", "validation", "test", "all")
+WITH_VALIDATION = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,12 @@ class LazyDataset(Dataset[Sample]):
     augment: whether to crop, flip and jitter images at random, from torch's generator; by default in the part "train" alone.
     cache: a folder that ``mla_fast.datasets.prepare`` has written, from which decoded samples are read.
 
+    parts: those that the data set has.
+
     Raises ValueError if no sample is left, and for a cache that was made in another way.
     """
+
+    parts: Sequence[str] = ("train", "test")
 
     def __init__(
         self,
@@ -143,9 +147,9 @@ class LazyDataset(Dataset[Sample]):
         return Entry(entry.id, entry.label, sources, entry.group)
 
 
-def check_part(part: str, parts: Sequence[str] = PARTS, why: str = "") -> None:
-    if part not in parts:
-        raise ValueError(f"part: expected one of {', '.join(parts)}{why}, got {part!r}")
+def check_part(part: str, parts: Sequence[str], why: str = "") -> None:
+    if part not in (*parts, "all"):
+        raise ValueError(f"part: expected one of {', '.join(parts)}, all{why}, got {part!r}")
 
 
 def chosen(

@@ -10,7 +10,7 @@ import torch
 
 from mla_fast.datasets.files import read_lines
 from mla_fast.datasets.images import Images
-from mla_fast.datasets.lazy import PARTS, Entry, Found, LazyDataset, check_part, chosen, find_root
+from mla_fast.datasets.lazy import WITH_VALIDATION, Entry, Found, LazyDataset, check_part, chosen, find_root
 from mla_fast.datasets.readers import Reader
 from mla_fast.datasets.text import Tokenizer, Tokens
 
@@ -29,6 +29,8 @@ class MVSA(LazyDataset):
     See ``LazyDataset`` for the rest.
     """
 
+    parts = WITH_VALIDATION
+
     def __init__(
         self,
         root: str | Path,
@@ -42,7 +44,7 @@ class MVSA(LazyDataset):
         augment: bool | None = None,
         cache: str | Path | None = None,
     ):
-        check_part(part, PARTS)
+        check_part(part, self.parts)
         if labels not in LABELS:
             raise ValueError(f"labels: expected one of {', '.join(LABELS)}, got {labels!r}")
         folder, found = find_root(root), Found()
