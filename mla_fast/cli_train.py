@@ -24,7 +24,7 @@ from mla_fast.trainer import Trainer
 
 def train(arguments: argparse.Namespace) -> None:
     """Train on an .npz, evaluate on the part held out, and write checkpoint.pt and metrics.json."""
-    _check_output(arguments)
+    check_output(arguments)
     config = _config(arguments)
     dataset, arrays = cli_data.read_for_training(config)
     cli_data.print_reading(dataset, arrays, config, training=True)
@@ -34,27 +34,26 @@ def train(arguments: argparse.Namespace) -> None:
     cli_data.print_constant(parts[0], config)
     train_set, test_set = (data.apply_statistics(part, config["statistics"]) for part in parts)
     config = json.loads(json.dumps(config))  # as it is in a checkpoint
-    trainer = _build(config, _device(arguments.device))
+    trainer = _build(config, device(arguments.device))
     checkpoint = arguments.output / "checkpoint.pt"
     if arguments.resume:
         _resume(trainer, checkpoint, config)
     elif arguments.overwrite:
-        _remove(arguments.output)
+        remove(arguments.output)
     trainer.config = config
     if arguments.tensorboard:
         trainer.callbacks = (TensorBoard(arguments.output),)
     batches = data.loader(train_set, config["batch_size"], shuffle=True)
     trainer.fit(batches, config["epochs"], checkpoint=checkpoint, checkpoint_every=arguments.checkpoint_every)
-    _finish(arguments.output, trainer, test_set)
+    finish(arguments.output, trainer, _evaluated(trainer, test_set), _is_complete(test_set))
 
 
-def _finish(output: Path, trainer: Trainer, test_set: data.MultimodalDataset) -> None:
-    """Evaluate, write metrics.json, and print what is in it."""
-    result = _evaluated(trainer, test_set)
+def finish(output: Path, trainer: Trainer, result: dict[str, Any], complete: bool) -> None:
+    """Write metrics.json, and print what is in it; complete: no sample of the test part lacks a modality."""
     head = trainer.optimizer.diagnostics()
     metrics = {"config": trainer.config, "history": trainer.history, "test": result, "head": head}
     (output / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=2))
-    print_result(result, (trainer.config or {}).get("class_names"), _is_complete(test_set))
+    print_result(result, (trainer.config or {}).get("class_names"), complete)
     if head["skipped_nonfinite"]:
         print(f"{head['skipped_nonfinite']} steps were skipped because they were not finite: lower --lr?")
     if head["skipped_lone"]:
@@ -62,7 +61,7 @@ def _finish(output: Path, trainer: Trainer, test_set: data.MultimodalDataset) ->
     print(f"wrote {output / 'checkpoint.pt'} and {output / 'metrics.json'}")
 
 
-def _check_output(arguments: argparse.Namespace) -> None:
+def check_output(arguments: argparse.Namespace) -> None:
     """Raise FileExistsError if --output has a run that nobody has said what to do with."""
     there = [name for name in ("checkpoint.pt", "metrics.json") if (arguments.output / name).exists()]
     if there and not (arguments.resume or arguments.overwrite):
@@ -70,7 +69,7 @@ def _check_output(arguments: argparse.Namespace) -> None:
         raise FileExistsError(f"--output: {arguments.output} has {' and '.join(there)} of another run; {choice}")
 
 
-def _remove(output: Path) -> None:
+def remove(output: Path) -> None:
     """Remove what a run has written."""
     for path in (output / "checkpoint.pt", output / "metrics.json", *output.glob("events.out.tfevents.*")):
         path.unlink(missing_ok=True)
@@ -126,7 +125,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _, dataset = cli_data.split(dataset, config)
     test_set = data.apply_statistics(dataset, config["statistics"])
     cli_data.note_other_units(test_set, config)
-    trainer = _build(config, _device(arguments.device))
+    trainer = _build(config, device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
     print_result(_evaluated(trainer, test_set), config.get("class_names"), _is_complete(test_set))
 
@@ -167,7 +166,7 @@ def _build(config: dict[str, Any], device: torch.device) -> Trainer:
     return Trainer(model, optimizer, scheduler=scheduler, seed=config["seed"], **how)
 
 
-def _device(name: str) -> torch.device:
+def device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""Encoders to start with, each of which maps the samples of one modality to non-negative features [N, s]."""
+"""Small encoders and ResNet-18, each of which maps the samples of one modality to non-negative features [N, s]."""
 
 from __future__ import annotations
 
