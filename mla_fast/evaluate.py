@@ -39,15 +39,21 @@ class Sums(dict[str, list[Any]]):
 class Tally:
     """What was right, by class, int64 [3, C]: the samples of each class, how often it was answered, how often rightly."""
 
-    def __init__(self, classes: int):
-        self.counts = torch.zeros(3, classes, dtype=torch.int64)
+    def __init__(self, classes: int, device: torch.device | None = None):
+        self.counts = torch.zeros(3, classes, dtype=torch.int64, device=device)
 
-    def add(self, logits: Tensor, target: Tensor) -> None:
-        """Count the answers of logits [N, C] to target [N]. A NaN counts as the largest logit, and is no answer."""
+    def add(self, logits: Tensor, target: Tensor, counted: Tensor | None = None) -> None:
+        """Count the answers of logits [N, C] to target [N], of those samples that are counted (bool [N], by default all).
+
+        A NaN counts as the largest logit, and is no answer. Nobody waits for a device.
+        """
         largest, answers = logits.max(1)
-        sure = largest == largest
-        parts = target, answers[sure], target[(answers == target) & sure]
-        self.counts += torch.stack([part.bincount(minlength=logits.shape[1]) for part in parts]).cpu()
+        counted = torch.ones_like(target, dtype=torch.bool) if counted is None else counted
+        sure = counted & (largest == largest)
+        for row, classes, here in zip(
+            self.counts, (target, answers, target), (counted, sure, sure & (answers == target)), strict=True
+        ):
+            row.scatter_add_(0, classes, here.long())
 
     def accuracy(self) -> float:
         return _share(self.counts[2].sum(), self.counts[0].sum())
@@ -81,13 +87,12 @@ def evaluate(
     found = _Found(model, use_test)
     for batch in loader:
         found.add(*unpack_batch(model, batch, device))
-    samples = found.samples.over_ranks(["all"], group, device)
     loss = found.loss.over_ranks(model.modalities, group, device)
-    tallies = _of_all_ranks(found.tallies, group)
+    samples, tallies = _of_all_ranks(found, group)
     names = [name for name in (*model.modalities, "average", "fused", "without_interaction") if name in tallies]
     fused = tallies.get("fused", Tally(1))
     report = {
-        "samples": int(samples["all"][1]) if samples else 0,
+        "samples": samples,
         "loss": loss.means(),
         "accuracy": {name: tallies[name].accuracy() for name in names},
         "macro_f1": {name: tallies[name].macro_f1() for name in names},
@@ -111,7 +116,7 @@ class _Found:
 
     def __init__(self, model: MultimodalModel, use_test: bool):
         self.model, self.use_test = model, use_test
-        self.samples, self.loss = Sums(), Sums()
+        self.samples, self.loss = 0, Sums()
         self.tallies: dict[str | Without, Tally] = {}
         self._generator = torch.Generator().manual_seed(0)
 
@@ -132,15 +137,17 @@ class _Found:
             together["without_interaction"] = fused.logits
         if self.use_test and N > 1:
             together |= _permuted(model, features, fused, plan, self._generator)
-        self.samples.add("all", 0, N)
+        self.samples += N
         for modality, z, y in zip(inputs, parts, targets, strict=True):
             self.loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
             self._count(modality, z, y)
         for name, z in together.items():
-            self._count(name, z[some], target[some])
+            self._count(name, z, target, some)
 
-    def _count(self, name: str | Without, logits: Tensor, target: Tensor) -> None:
-        self.tallies.setdefault(name, Tally(logits.shape[1])).add(logits, target)
+    def _count(self, name: str | Without, logits: Tensor, target: Tensor, counted: Tensor | None = None) -> None:
+        if name not in self.tallies:
+            self.tallies[name] = Tally(logits.shape[1], logits.device)
+        self.tallies[name].add(logits, target, counted)
 
 
 def _permuted(
@@ -157,10 +164,12 @@ def _permuted(
     return found
 
 
-def _of_all_ranks(tallies: dict[str | Without, Tally], group: dist.ProcessGroup | None) -> dict[str | Without, Tally]:
-    """Return what all ranks have counted together, some of which may have seen nothing."""
+def _of_all_ranks(found: _Found, group: dist.ProcessGroup | None) -> tuple[int, dict[str | Without, Tally]]:
+    """Return the number of samples and what all ranks have counted together, some of which may have seen nothing."""
     together: dict[str | Without, Tally] = {}
-    for of_rank in all_gather_object(tallies, group):
-        for name, tally in of_rank.items():
-            together.setdefault(name, Tally(tally.counts.shape[1])).counts += tally.counts
-    return together
+    counts = {name: tally.counts.cpu() for name, tally in found.tallies.items()}
+    ranks = all_gather_object((found.samples, counts), group)
+    for _, of_rank in ranks:
+        for name, part in of_rank.items():
+            together.setdefault(name, Tally(part.shape[1])).counts += part
+    return sum(samples for samples, _ in ranks), together

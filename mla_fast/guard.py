@@ -13,6 +13,7 @@ from mla_fast import ops
 from mla_fast.caller import warn
 from mla_fast.head import Collected, HeadLayer, HeadStep, local, on_host
 from mla_fast.settings import Settings
+from mla_fast.wrapped import parameters_of
 
 
 class Verdict(NamedTuple):
@@ -83,7 +84,7 @@ def check_stepped(layers: list[HeadLayer], optimizer: torch.optim.Optimizer) -> 
     projection, or not at all."""
     for layer in layers:
         weight = layer.module.weight
-        if weight.requires_grad and not any(p is weight for group in optimizer.param_groups for p in group["params"]):
+        if weight.requires_grad and not any(p is weight for p in parameters_of(optimizer)):
             raise RuntimeError(
                 f"head: expected the weight of {layer.name} among the parameters that the optimizer steps, got another: it was "
                 "replaced since (load_state_dict(assign=True), fully_shard, a parameter group set by hand), or an engine steps "

@@ -15,6 +15,7 @@ from mla_fast import ops
 from mla_fast.features import FeatureMean
 from mla_fast.projection import Projection, make_projection
 from mla_fast.settings import Settings
+from mla_fast.wrapped import parameters_of
 
 FROZEN = 1e-3  # the share ‖GP‖ / ‖G‖ below which a layer has stopped learning
 
@@ -266,7 +267,7 @@ def trainable_linears(head: nn.Module, optimizer: torch.optim.Optimizer) -> list
     trainable = [(name, m) for name, m in linears if m.weight.requires_grad]
     if not trainable:
         raise ValueError("head: expected a trainable nn.Linear, but the weight of each is frozen (requires_grad=False)")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = set(map(id, parameters_of(optimizer)))
     first_with: dict[Tensor, str] = {}
     for name, module in trainable:
         _check_weight(name, module)

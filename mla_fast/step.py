@@ -17,6 +17,7 @@ from mla_fast.head import HeadLayer
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.pull import pull_of
+from mla_fast.wrapped import parameters_of
 
 
 def alternating_step(
@@ -198,8 +199,7 @@ def check_belong(model: MultimodalModel, optimizer: MLAOptimizer) -> None:
     if not any(layer.module is module for module in model.head.modules() for layer in optimizer.layers):
         raise ValueError("optimizer: expected an MLAOptimizer whose head is in the model, got one for another head")
     if model.interaction is not None:
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        if not held.issuperset(model.interaction.parameters()):
+        if not set(parameters_of(optimizer)).issuperset(model.interaction.parameters()):
             raise ValueError("optimizer: expected the interaction's parameters among the optimizer's, got it without them")
 
 

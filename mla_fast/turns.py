@@ -15,6 +15,7 @@ from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.pull import pull_of
 from mla_fast.step import autocast, features_of, leave_out, mean_loss
+from mla_fast.wrapped import parameters_of
 
 
 def steps_in_turn(
@@ -100,8 +101,7 @@ def _clip(optimizer: MLAOptimizer, norm: float) -> None:
 
 
 def _with_gradient(optimizer: MLAOptimizer) -> list[Tensor]:
-    held = (p for group in optimizer.param_groups for p in group["params"])
-    return [p for p in held if p.grad is not None]
+    return [p for p in parameters_of(optimizer) if p.grad is not None]
 
 
 class _Together:

@@ -8,6 +8,7 @@ from torch import nn
 from mla_fast.alternation import Alternation
 from mla_fast.caller import warn
 from mla_fast.head import HeadLayer, HeadStep, on_host
+from mla_fast.wrapped import parameters_of
 
 LOOKS_FOR_FROZEN = 100  # steps between looks
 
@@ -44,8 +45,7 @@ class Watch:
     def before(self, modality: str | None, optimizer: torch.optim.Optimizer) -> None:
         """Look at a step that `optimizer` is about to take."""
         if self._features.alternation is not None:
-            held = (p for group in optimizer.param_groups for p in group["params"])
-            if self._features.alternation.look(modality, held):
+            if self._features.alternation.look(modality, parameters_of(optimizer)):
                 self._features.alternation = None
         if late := [name for name, p in self._unprojected if p.requires_grad and p.grad is not None]:
             self._unprojected = []

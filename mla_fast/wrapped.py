@@ -5,12 +5,18 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 AMP = ("grad_scale", "found_inf")  # the attributes by which torch.amp reaches a fused optimizer
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield all that it steps, group by group."""
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def step(optimizer: torch.optim.Optimizer, amp: dict[str, Tensor]) -> None:
