@@ -7,6 +7,7 @@ from . import launch
 from .fusion import entropy_fusion, entropy_fusion_backward
 from .head_step import head_check_, head_restore_
 from .rls import rls_fold_, rls_project_, rls_step_
+from .softmax import softmax_delta_, softmax_sums
 from .window import window_project, window_step_
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "rls_fold_",
     "rls_project_",
     "rls_step_",
+    "softmax_delta_",
+    "softmax_sums",
     "window_project",
     "window_step_",
 ]

@@ -168,6 +168,10 @@ def fusion_config(op: str, C: int, M: int, itemsize: int) -> dict:
     return {"BLOCK_C": BLOCK_C, "BLOCK_N": min(elements // BLOCK_C, 32 * config["num_warps"]), **config}
 
 
+def softmax_config(op: str, C: int) -> dict:
+    return _fitted(op, C, C=C)
+
+
 def splits_tf32(dtype: torch.dtype) -> bool:
     """Whether a product in this dtype is made of three in TF32, which AMD's tensor cores do not have."""
     return dtype == torch.float32 and not HIP

@@ -6,7 +6,7 @@ from mla_fast.distributed import distribute
 from mla_fast.graph import GraphedStep
 from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
-from mla_fast.ops import rls_project_, window_project
+from mla_fast.ops import linear_cross_entropy, rls_project_, window_project
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused, entropy_fusion
 from mla_fast.optimizer import MLAOptimizer
@@ -28,6 +28,7 @@ __all__ = [
     "distribute",
     "entropy_fusion",
     "reference",
+    "linear_cross_entropy",
     "rls_project_",
     "window_project",
 ]

@@ -128,6 +128,21 @@ class MLAOptimizer(Stateful):
         if "optimizer" in self.__dict__:  # not while the base class goes through the groups that are there already
             self.optimizer.add_param_group(param_group)
 
+    def head_loss(
+        self, features: Tensor, target: Tensor, *, class_weight: Tensor | None = None, label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> Tensor:  # fmt: skip
+        """Return F.cross_entropy(head(features), target, …), eq. 2, without the logits [N, C] in memory.
+
+        For a head that is one ``nn.Linear``, in a loop of your own (``alternating_step`` and ``Trainer`` do it by themselves).
+        features: [N, s], which count in x̄ as those of a call of the head do; the other arguments, and what is raised, are
+        ``mla_fast.linear_cross_entropy``'s. Raises RuntimeError for a head of several layers, or one that is split over ranks.
+        """
+        layer, *others = self.layers
+        if others or layer.sharded or self.process_group is not None:
+            raise RuntimeError("head_loss: expected a head of one nn.Linear, whole and in one process; call the head itself")
+        return layer.cross_entropy(features, target, class_weight, label_smoothing, ignore_index)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients and the features that came with them.
 

@@ -70,7 +70,7 @@ def steps_together(
         features = features_of(model, optimizer, {m: rows[m] for m in totals})
         pull = pull_of(model, optimizer, [features], [rows])
     losses, outputs, gradients, flags = dict[str, Tensor](), [], [], []
-    head, plain = list(model.head.parameters()), _plain_layer(model, optimizer, amp)
+    head, plain = list(model.head.parameters()), plain_layer(model, optimizer)
     for modality in features:
         h = features[modality].detach().requires_grad_()
         try:
@@ -122,11 +122,11 @@ def leave_out(optimizer: MLAOptimizer, error: LoneRowError) -> None:
     optimizer.skipped["lone"] += 1
 
 
-def _plain_layer(model: MultimodalModel, optimizer: MLAOptimizer, amp: torch.dtype | None) -> HeadLayer | None:
-    """Return the head's layer where it is all of the head, nobody watches it and nothing is cast, so that autograd can be spared:
-    with it every modality's step takes the host longer, on a GPU by a tenth of a batch of 64 through ResNet-18s."""
-    layer, automatic = optimizer.layers[0], amp is not None or torch.is_autocast_enabled(optimizer.device.type)
-    return layer if layer.module is model.head and not automatic and layer.unobserved else None
+def plain_layer(model: MultimodalModel, optimizer: MLAOptimizer) -> HeadLayer | None:
+    """Return the head's layer where it is all of the head and nobody watches it, so that autograd can be spared: with it every
+    modality's step takes the host longer, on a GPU by a tenth of a batch of 64 through ResNet-18s."""
+    layer = optimizer.layers[0]
+    return layer if layer.module is model.head and layer.unobserved else None
 
 
 def _head_backward(
@@ -140,9 +140,9 @@ def _head_backward(
     amp: torch.dtype | None,
 ) -> Tensor:
     """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss."""
-    if plain is not None and features.dtype == plain.dtype and rows.weights is None:
-        with torch.no_grad():
-            loss, features.grad = plain.backward(features.detach(), rows.target, total)
+    if plain is not None and (plain.is_large(len(rows.target)) or _as_it_is(plain, optimizer, features, rows, amp)):
+        with torch.no_grad(), _weighted(optimizer, rows.weights), autocast(optimizer, amp):
+            loss, features.grad = plain.backward(features.detach(), rows.target, total, rows.weights)
         return loss
     with torch.enable_grad(), _weighted(optimizer, rows.weights):
         with autocast(optimizer, amp):
@@ -150,6 +150,12 @@ def _head_backward(
             loss = mean_loss(logits, rows.target, total, rows.weights)
         torch.autograd.backward(loss)
     return loss.detach()
+
+
+def _as_it_is(layer: HeadLayer, optimizer: MLAOptimizer, features: Tensor, rows: Rows, amp: torch.dtype | None) -> bool:
+    """Whether nothing is cast, and every row counts alike."""
+    automatic = amp is not None or torch.is_autocast_enabled(optimizer.device.type)
+    return features.dtype == layer.dtype and rows.weights is None and not automatic
 
 
 def _step_encoders(optimizer: MLAOptimizer, flags: list[Tensor]) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast.batch import Rows
+from mla_fast.inputs import Inputs
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.pull import pull_of
-from mla_fast.step import autocast, features_of, leave_out, mean_loss
+from mla_fast.step import autocast, can_step_together, features_of, leave_out, mean_loss, plain_layer
 from mla_fast.wrapped import parameters_of
 
 
@@ -68,7 +69,7 @@ def _backward(
         try:
             with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
                 with autocast(optimizer, amp):
-                    loss = mean_loss(model({modality: x})[modality], y, total)
+                    loss = _loss(model, optimizer, modality, x, y, total)
                 backward(loss)
         except LoneRowError as error:
             leave_out(optimizer, error)
@@ -82,6 +83,14 @@ def _backward(
             p.grad.mul_(share)
         sum_of_losses = sum_of_losses * share
     return sum_of_losses
+
+
+def _loss(model: MultimodalModel, optimizer: MLAOptimizer, modality: str, inputs: Inputs, target: Tensor, total: float) -> Tensor:
+    """Return these rows' share of the mean loss (eq. 2), of many logits without their being in memory whole."""
+    layer = plain_layer(model, optimizer)
+    if layer is None or not layer.is_large(total) or not can_step_together(model):
+        return mean_loss(model({modality: inputs})[modality], target, total)
+    return layer.loss(model.features(modality, inputs), target, total)
 
 
 def _step(optimizer: MLAOptimizer, modality: str, scaler: torch.amp.GradScaler | None, clip_norm: float | None) -> None:

@@ -359,7 +359,7 @@ def test_linear_cross_entropy_is_what_autograd_finds(N, s, C, with_bias, dtype):
     bias, target = torch.randn(C).to(dtype) + 100 if with_bias else None, torch.randint(C, (N,))
     arguments = features, target, weight, bias, 2.5 * N
     assert (N * s * C > ops.cross_entropy.SMALL) == ((N, s) == (64, 513))
-    results = zip(ops.linear_cross_entropy(*arguments), reference.linear_cross_entropy(*arguments), strict=True)
+    results = zip(ops.head_gradients(*arguments), reference.linear_cross_entropy(*arguments), strict=True)
     logits = F.linear(features.double(), weight.double(), None if bias is None else bias.double())
     rounding = 2 * torch.finfo(dtype).eps * max(1, logits.abs().max().item())  # of a logit, which the rest depends on
     for (ours, eager), right in zip(results, autograd_of_the_head(*arguments), strict=True):
@@ -375,7 +375,7 @@ def test_linear_cross_entropy_keeps_what_is_no_number(bits, where):
     nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     features, weight, bias, target = torch.randn(4, 8), torch.randn(5, 8), torch.randn(5), torch.tensor([0, 1, 2, 3])
     {"weight": weight, "bias": bias}[where][4] = nan
-    loss, gradient, grad, grad_bias, _ = ops.linear_cross_entropy(features, target, weight, bias, 4.0)
+    loss, gradient, grad, grad_bias, _ = ops.head_gradients(features, target, weight, bias, 4.0)
     assert all(t.isnan().all() for t in (loss, gradient, grad, grad_bias))
 
 

@@ -23,6 +23,7 @@ from mla_fast.kernels import launch
 from mla_fast.kernels.fusion import entropy_fusion, entropy_fusion_backward
 from mla_fast.kernels.head_step import head_check_, head_restore_
 from mla_fast.kernels.rls import rls_fold_, rls_project_
+from mla_fast.kernels.softmax import softmax_delta_, softmax_sums
 from mla_fast.kernels.window import window_project, window_step_
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -135,6 +136,8 @@ def _cases():
             yield from _fusions(empty, C, dtype)
     for C in (6, 1000):
         yield from _fusions(empty, C, torch.float32, launch.UNROLLED)
+    for C, dtype in ((31, torch.float32), *((32768, dtype) for dtype in LIKELY)):
+        yield from _softmaxes(empty, C, dtype)
 
 
 def _head_steps(empty, C, s, layers, states, dtype):
@@ -162,6 +165,15 @@ def _fusions(empty, C, dtype, M=3):
         yield name, functools.partial(entropy_fusion, logits, present, slot)
         grads = (small, small, empty(N, C, dtype=dtype), *([small, small] if mask else [None, None]))
         yield name, functools.partial(entropy_fusion_backward, logits, present, *grads, slot=slot)
+
+
+def _softmaxes(empty, C, dtype, N=128):
+    z, target = empty(N, C, dtype=dtype), empty(N, dtype=torch.int64)
+    rows = [empty(N, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(5)]
+    for class_weight, smoothed in ((None, False), (None, True), (empty(C), True)):
+        name = f"softmax C={C} {dtype}{' smoothed' if smoothed else ''}{'' if class_weight is None else ' weighted'}"
+        yield name, functools.partial(softmax_sums, z, target, class_weight, smoothed)
+        yield name, functools.partial(softmax_delta_, z, target, *rows, class_weight, smoothed)
 
 
 class Driver:

@@ -49,9 +49,16 @@ def dispatch(*shape: int) -> None:
         sum(t.sum() for t in (*rows, *means, *plan.unpack(rows))).backward()
 
 
+def large_head(N: int, s: int, C: int) -> None:
+    h, W, b = (torch.randn(*shape, requires_grad=True) for shape in ((N, s), (C, s), (C,)))
+    for options in ({}, {"label_smoothing": 0.1, "class_weight": torch.rand(C)}):
+        mla.linear_cross_entropy(h, W, b, torch.randint(C, (N,)), **options).backward()
+
+
 def cases() -> Iterator[tuple[Callable[..., None], tuple]]:
     yield from ((rls, sizes) for sizes in ((33, 6, 1), (65, 130, 1), (33, 6, 2), (512, 6, 1), (512, 101, 1), (1024, 101, 4)))
     yield from ((window, sizes) for sizes in ((3, 33), (9, 33), (3, 2100)))
+    yield from ((large_head, sizes) for sizes in ((5, 7, 33), (3, 8, 9001)))
     for case in (fusion, dispatch):
         yield from ((case, shape) for shape in ((3, 5, 7), (2, 3, 9001), (3, 64, 101)))
 

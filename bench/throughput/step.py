@@ -31,6 +31,7 @@ COMPARED = (
     ("ours in turn rls", "ours rls"),
     ("ours in turn window", "ours window"),
     ("ours interaction window", "ours window"),
+    ("ours graph interaction window", "ours graph window"),
     ("ours rls", "ours streams rls"),
     ("ours rls", "joint concat"),
     ("ours window", "joint concat"),

@@ -234,6 +234,9 @@ class Training:
         model = mla.MultimodalModel(self.model.encoders, self.model.head, interaction=beside).to(self.device)
         ways = partial(together, "window"), partial(interacting, "window")
         yield Provider("ours interaction window", partial(self.start, model, *ways))
+        if self.device.type == "cuda":
+            captured = partial(graphed, "window"), partial(together, "window")
+            yield Provider("ours graph interaction window", partial(self.start, model, *captured, **gate))
         yield self.provider("released", released, official)
         model = Concat(self.model.encoders, self.workload.s, self.workload.C).to(self.device)
         yield Provider("joint concat", partial(self.start, model, joint, joint))

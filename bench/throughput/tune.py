@@ -25,6 +25,7 @@ from bench.throughput.problems import RLS, Fusion, Window
 from bench.throughput.providers import Step, capture, captured, check, random
 from bench.throughput.timing import interleave
 from mla_fast import ops, reference
+from mla_fast.ops.softmax import softmax_delta_, softmax_sums
 
 # The table in use, which in a checkout installed with pip -e is kernels/launch.json. Found without loading triton.
 _kernels = find_spec("mla_fast.kernels")
@@ -46,6 +47,9 @@ AXES: dict[str, list[tuple[tuple[str, ...], list[tuple[int, ...]]]]] = {
     ],
 }
 AXES["entropy_fusion_backward"] = AXES["entropy_fusion"]
+AXES |= dict.fromkeys(
+    ("softmax_sums", "softmax_delta_"), [(("BLOCK", "num_warps"), [*product((1024, 2048, 4096, 8192), (2, 4, 8, 16))])]
+)
 # What the rows are measured at: each at the first of these sizes that it serves.
 SIZES = {
     "rls_read": [{"s": s, "C": C} for s in (1024, 4096, 8192) for C in (6, 16, 31, 101)],
@@ -55,6 +59,7 @@ SIZES = {
     "entropy_fusion": [{"C": C} for C in (101, 1000, 4096, 8192, 32000)],
 }
 SIZES["entropy_fusion_backward"] = SIZES["entropy_fusion"]
+SIZES |= dict.fromkeys(("softmax_sums", "softmax_delta_"), [{"C": 32768}])
 DEFERRED_SIZES = (1024, 2048, 3072, 4096, 6144, 8192)
 DEFERRED_ROWS = (2, 4)  # with more waiting, P in float32 drifts beyond 1e-3 at ‖x̄‖²/α of 2.6e5
 Start = Callable[[], tuple[Step, Callable[[], None]]]
@@ -121,6 +126,8 @@ def problem(op: str, size: dict[str, int], device: torch.device) -> Start:
     if op == "window":
         window = Window(size["s"], CLASSES, size["J"], device)
         return functools.partial(window.start, captured(window.ours))
+    if op.startswith("softmax"):
+        return functools.partial(start_softmax, size["C"], device)
     N = min(4096 if size["C"] <= 128 else 2**24, 2**24 // size["C"])
     fusion = Fusion(MODALITIES, N, size["C"], False, device)
     if op == "entropy_fusion":
@@ -145,6 +152,22 @@ def start_fold(s: int, device: torch.device, R: int = 4) -> tuple[Step, Callable
 
     folded = capture(step)
     return folded, gate
+
+
+def start_softmax(C: int, device: torch.device, N: int = 128) -> tuple[Step, Callable[[], None]]:
+    """Both passes over logits that become their gradient."""
+    logits, target = torch.randn(N, C, device=device, generator=random(device)), torch.arange(N, device=device)
+    z, share, backend = torch.empty_like(logits), torch.full((N,), 1 / N, device=device), ops.resolve("auto", device)
+
+    def step():
+        z.copy_(logits)
+        top, log_S, *_ = softmax_sums(backend, z, target, None, False)
+        softmax_delta_(backend, z, target, top, log_S, share, share, share, None, False)
+        return z
+
+    taken = capture(step)
+    expected = (logits.double().softmax(1) - torch.nn.functional.one_hot(target, C)) / N
+    return taken, lambda: check("gradient", taken(), expected, 1e-5)
 
 
 def start_backward(fusion: Fusion, device: torch.device) -> Start:

@@ -23,7 +23,7 @@ def _linear_cross_entropy(
     return loss, grad_features, grad, grad_bias, x_bar
 
 
-def linear_cross_entropy(
+def head_gradients(
     features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, total: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what ``reference.linear_cross_entropy`` does, unchecked.

@@ -1,0 +1,219 @@
+"""Cross-entropy of a linear head with all of its gradients (eq. 2), its logits [N, C] never in memory whole.
+
+    z = H Wᵀ + b      δ = ∂L/∂z, in the place of z      ∂L/∂H = δ W      G = δᵀ H      ∂L/∂b = Σ_n δ_n
+
+Some rows of H at a time: a quarter of them at most, and enough that the products are nearly as fast as one of all rows. Each
+logit is computed once, forward and backward in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mla_fast.inputs import describe
+from mla_fast.ops.backend import available, without_autocast
+from mla_fast.ops.softmax import softmax_delta_, softmax_sums
+
+LARGE = 1 << 24  # logits from which on they are not in memory whole
+CHUNK = 1 << 26  # logits at a time, if these are rows enough
+FEWEST = 128  # rows in a product that does not wait for W
+BLOCK = 1 << 25  # numbers of G that are added at a time where they were computed in another dtype
+
+OverRanks = Callable[[Tensor], Tensor]
+
+
+class Terms(NamedTuple):
+    """What each row counts in L = Σ_n own_n (lse_n − z_y) + rest_n Σ_c w_c (lse_n − z_c), lse = log Σ_c exp z_c.
+
+    own, rest: [N]; class_weight: w of the classes at hand, None for ones; total_weight: Σ_c w_c over all classes; smoothed:
+    whether rest counts at all.
+    """
+
+    own: Tensor
+    rest: Tensor
+    class_weight: Tensor | None
+    total_weight: Tensor | float
+    smoothed: bool
+
+
+class Gradients(NamedTuple):
+    """The loss [], ∂L/∂H [N, s], G [C, s] and ∂L/∂b [C]; None where it was not wanted."""
+
+    loss: Tensor
+    features: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def is_large(rows: float, classes: int) -> bool:
+    """Whether so many logits are better not in memory whole."""
+    return rows * classes >= LARGE
+
+
+def linear_cross_entropy(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0, ignore_index: int = -100,
+) -> Tensor:  # fmt: skip
+    """Return F.cross_entropy(F.linear(features, weight, bias), target, …), eq. 2, without the logits [N, C] in memory.
+
+    features: [N, s]; weight: [C, s]; bias: [C] or None; target: int64 [N] of labels 0 … C − 1 or `ignore_index`; class_weight:
+    [C]. The loss, [] in float32 or wider, is the mean over the rows that are not ignored, weighted where classes are. Under
+    autocast the products are computed in its dtype, sums in float32.
+
+    The gradients are computed along with the loss, for one backward pass: another through the same graph raises RuntimeError, as
+    without ``retain_graph``. On a GPU a label outside the classes makes the loss NaN, since nobody waits to look.
+
+    Raises ValueError or TypeError that names the argument, what it was and what it should be.
+    """
+    check(features, weight, bias, target, class_weight, label_smoothing, ignore_index)
+    terms = terms_of(target, len(weight), weight.dtype, class_weight, label_smoothing, ignore_index)
+    return loss_of(features, weight, bias, target, terms)
+
+
+def loss_of(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: Terms) -> Tensor:
+    """Return the loss, differentiable once, unchecked."""
+    if not torch.is_grad_enabled():
+        return gradients(features, target, weight, bias, terms, (False, False, False)).loss
+    loss: Tensor = _Loss.apply(features, weight, bias, target, terms)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: Terms) -> Tensor:
+        found = gradients(features, target, weight, bias, terms, ctx.needs_input_grad[:3])
+        ctx.found, ctx.dtypes = found, (features.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return found.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.found is None:
+            raise RuntimeError("linear_cross_entropy: expected one backward pass, got another: its gradients were handed over")
+        _, *found = ctx.found
+        ctx.found = None  # scaled where they are, and nobody else's from here on
+        return *(None if g is None else g.mul_(grad).to(d) for g, d in zip(found, ctx.dtypes, strict=True)), None, None
+
+
+def gradients(
+    features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms,
+    wanted: tuple[bool, bool, bool] = (True, True, True), over_ranks: OverRanks | None = None, backend: str | None = None,
+) -> Gradients:  # fmt: skip
+    """Return the loss and the gradients that are wanted (of features, weight and bias), unchecked.
+
+    Products are in the dtype of autocast where that is on. The gradients of weight and bias are float32 or wider, that of the
+    features is of the products' dtype. over_ranks makes softmax_sums of this rank's classes those of all classes.
+    """
+    device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
+    if backend is None:
+        backend = "triton" if device.type == "cuda" and available("triton") else "reference"
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        dtype = torch.promote_types(features.dtype, weight.dtype)
+    loss, (of_features, of_weight, of_bias) = torch.zeros((), dtype=wide, device=device), (None, None, None)
+    with torch.no_grad(), without_autocast(device):
+        features, weight, bias = features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if wanted[0]:
+            of_features = torch.empty_like(features)
+        if wanted[1]:
+            of_weight = torch.zeros(weight.shape, dtype=wide, device=device)
+        if wanted[2] and bias is not None:
+            of_bias = torch.zeros(len(bias), dtype=wide, device=device)
+        for rows in _chunks(len(features), len(weight)):
+            h = features[rows]
+            z = F.linear(h, weight, bias)
+            part = Terms(terms.own[rows], terms.rest[rows], *terms[2:])
+            loss += _to_delta_(z, target[rows], part, backend, any(wanted), over_ranks)
+            if of_features is not None:
+                torch.mm(z, weight, out=of_features[rows])
+            if of_weight is not None:
+                _add_product(of_weight, z, h)
+            if of_bias is not None:
+                of_bias += z.sum(0, dtype=wide)
+            del z  # before the next of its size is made
+    return Gradients(loss, of_features, of_weight, of_bias)
+
+
+def _chunks(N: int, C: int) -> list[slice]:
+    rows = max(min(CHUNK // max(C, 1), -(-N // 4)), min(FEWEST, N), 1)
+    return [slice(begin, begin + rows) for begin in range(0, N, rows)]
+
+
+def _to_delta_(
+    z: Tensor, target: Tensor, terms: Terms, backend: str, wanted: bool, over_ranks: OverRanks | None
+) -> Tensor:  # fmt: skip
+    """Return these rows' loss; z becomes δ if that is wanted."""
+    own, rest, w, total, smoothed = terms
+    sums = softmax_sums(backend, z, target, w, smoothed)
+    top, log_S, z_y, z_w = sums if over_ranks is None else over_ranks(sums)
+    own, rest = own.to(top.dtype), rest.to(top.dtype)
+    if wanted:
+        softmax_delta_(backend, z, target, top, log_S, own, own + rest * total, rest, w, smoothed)
+    losses = own * (log_S + (top - z_y))
+    if smoothed:
+        losses += rest * (total * (log_S + top) - z_w)
+    return torch.where((own == 0) & (rest == 0), 0, losses).sum()
+
+
+def _add_product(G: Tensor, delta: Tensor, h: Tensor) -> None:
+    """G += δᵀ H."""
+    if G.dtype == delta.dtype:
+        G.addmm_(delta.T, h)
+        return
+    rows = max(BLOCK // max(h.shape[1], 1), 1)
+    for part, columns in zip(G.split(rows), delta.split(rows, 1), strict=True):
+        part += columns.T @ h
+
+
+def terms_of(
+    target: Tensor, classes: int, dtype: torch.dtype, class_weight: Tensor | None = None, smoothing: float = 0.0,
+    ignore_index: int = -100, total: float | None = None, weights: Tensor | None = None, local: slice = slice(None),
+) -> Terms:  # fmt: skip
+    """Return what each row counts in the mean over the rows that are not ignored, or over `total` rows, or by weights [N].
+
+    dtype: of the head's weight; what is returned is of that or wider. local: the classes at hand, of all `classes`.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    counted = (target != ignore_index).to(dtype)
+    of_label = counted if class_weight is None else counted * class_weight.to(dtype)[target.clamp(0, classes - 1)]
+    if weights is None:
+        scale = 1 / (of_label.sum() if total is None else of_label.new_full((), total))
+    else:
+        scale = weights.to(dtype)
+    known = (target == ignore_index) | ((target >= 0) & (target < classes))
+    own = torch.where(known, of_label * scale * (1 - smoothing), torch.nan)
+    whole = float(classes) if class_weight is None else class_weight.sum(dtype=dtype)
+    here = None if class_weight is None else class_weight[local]
+    return Terms(own, counted * scale * (smoothing / classes), here, whole, smoothing > 0)
+
+
+def check(
+    features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None, smoothing: float,
+    ignore_index: int,
+) -> None:  # fmt: skip
+    """Raise ValueError or TypeError that names what is wrong with the arguments of ``linear_cross_entropy``."""
+    for name, t, dims in (("features", features, "[N, s]"), ("weight", weight, "[C, s]")):
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() != 2:
+            raise TypeError(f"{name}: expected a floating tensor {dims}, got {describe(t)}")
+    N, (C, s) = len(features), weight.shape
+    if features.shape[1] != s:
+        raise ValueError(f"features: expected [N, {s}] to match weight, got {list(features.shape)}")
+    if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.shape != (N,):
+        raise TypeError(f"target: expected int64 [{N}], got {describe(target)}")
+    for name, vector in (("bias", bias), ("class_weight", class_weight)):
+        if vector is not None and (not vector.is_floating_point() or vector.shape != (C,)):
+            raise ValueError(f"{name}: expected a floating tensor [{C}], got {describe(vector)}")
+    for name, other in (("weight", weight), ("target", target), ("bias", bias), ("class_weight", class_weight)):
+        if other is not None and other.device != features.device:
+            raise ValueError(f"{name}: expected on {features.device} like features, got {other.device}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"label_smoothing: expected at least 0 and less than 1, got {smoothing!r}")
+    if target.device.type == "cpu" and (wrong := target[(target != ignore_index) & ((target < 0) | (target >= C))]).numel():
+        raise ValueError(f"target: expected labels in 0 … {C - 1} or {ignore_index}, got {wrong[0].item()}")
