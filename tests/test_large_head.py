@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ALTERNATION, WIDTHS, make_inputs, wrap
+from helpers import ALTERNATION, WIDTHS, here, make_inputs, wrap
 from torch import nn
 
 import mla_fast as mla
@@ -27,12 +27,14 @@ def small_chunks(monkeypatch):
 def draw(N, s, C, dtype=f64, seed=0):
     """Features, weight, bias, target with a row that is ignored, and weights of classes, one of them 0."""
     g = torch.Generator().manual_seed(seed)
-    features, weight, bias = (torch.randn(*shape, generator=g, dtype=f64).to(dtype) for shape in ((N, s), (C, s), (C,)))
-    target, of_class = torch.randint(C, (N,), generator=g), torch.rand(C, generator=g, dtype=f64)
+    features, weight, bias = (
+        torch.randn(*shape, generator=g, dtype=f64, device="cpu").to(dtype) for shape in ((N, s), (C, s), (C,))
+    )
+    target, of_class = torch.randint(C, (N,), generator=g, device="cpu"), torch.rand(C, generator=g, dtype=f64, device="cpu")
     of_class[C // 2] = 0
     if N > 2:
         target[N // 2] = IGNORED
-    return [t.to(torch.empty(0).device) for t in (features, weight, bias, target, of_class)]
+    return [t.to(here()) for t in (features, weight, bias, target, of_class)]
 
 
 def by_autograd(features, weight, bias, target, of_class=None, smoothing=0.0):
