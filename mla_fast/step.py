@@ -82,6 +82,8 @@ def steps_together(
             bad = optimizer.take_step(modality)
         if isinstance(bad, Tensor):
             flags.append(bad)
+        if bad is not True:
+            model.saw(modality, rows[modality].target, rows[modality].weights)
         if bad is not True and features[modality].requires_grad:
             outputs.append(features[modality])
             gradients.append(h.grad if pull is None else pull.added(0, modality, h.grad))
