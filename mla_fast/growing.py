@@ -44,8 +44,8 @@ class Growing(nn.Module):
     def _start_growing(self) -> None:
         self.added, self.seen = (), SeenClasses()
         self._frozen: dict[str, list[str]] = {}  # of each frozen encoder, the parameters that were trained until then
-        self.register_state_dict_post_hook(_put_seen)
-        self.register_load_state_dict_pre_hook(_take_seen)
+        self.register_state_dict_post_hook(_put_seen)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_take_seen)  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
