@@ -18,7 +18,7 @@ from mla_fast.optimizer import MLAOptimizer
 from mla_fast.parts import known_width, last_linear, unwrap_ddp
 from mla_fast.seen import SeenClasses
 
-SEEN = "seen"  # in a state_dict, bool [M, C]; only where modalities have seen different classes
+SEEN = "seen"  # in a state_dict, bool [M, C]; only where a modality has not seen all
 PROTECTS = 'projection="rls", target="update", bias="project"'
 
 
@@ -89,8 +89,8 @@ class Growing(nn.Module):
             self.seen.record(modality, target, classes, weights)
 
     def seen_by(self, modalities: Iterable[str]) -> Tensor | None:
-        """Return bool [M, C] on the CPU, which classes these have seen; None where all modalities have seen the same, and before
-        the first addition."""
+        """Return bool [M, C] on the CPU, which classes these have seen; None where all modalities have seen all, and before the
+        first addition."""
         return self.seen.mask(modalities, self.modalities)
 
     def add_modality(
@@ -282,5 +282,5 @@ def _take_seen(model: Growing, state: dict[str, Any], prefix: str, *_: Any) -> N
     if mask is not None and len(mask) == len(model.modalities):
         model.seen.load_state_dict(dict(zip(model.modalities, mask, strict=True)))
         model.seen.counts = True
-    elif any(name.startswith(f"{prefix}head.") for name in state):  # a whole one, of a model whose modalities have seen the same
+    elif any(name.startswith(f"{prefix}head.") for name in state):  # a whole one, of a model whose modalities have seen all
         model.seen.load_state_dict({})

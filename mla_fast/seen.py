@@ -47,8 +47,8 @@ class SeenClasses:
         self._masks.clear()
 
     def mask(self, modalities: Iterable[str], among: Iterable[str]) -> Tensor | None:
-        """Return bool [M, C] of these modalities, on the CPU, or None where all `among` which they are have seen the same; waits
-        for a device after training there."""
+        """Return bool [M, C] of these modalities, on the CPU, or None where all `among` which they are have seen all; waits for a
+        device after training there."""
         names, every = tuple(modalities), tuple(among)
         if not self.counts or not any(name in self._rows for name in every):
             return None
@@ -59,9 +59,9 @@ class SeenClasses:
     def _mask(self, names: tuple[str, ...], every: tuple[str, ...]) -> Tensor | None:
         known = {name: self._rows[name][:-1].cpu() for name in every if name in self._rows}
         everything = torch.ones_like(next(iter(known.values())))
-        rows = {name: known.get(name, everything) for name in every}
-        first = rows[every[0]]
-        return None if all(torch.equal(row, first) for row in rows.values()) else torch.stack([rows[name] for name in names])
+        if all(bool(row.all()) for row in known.values()):
+            return None
+        return torch.stack([known.get(name, everything) for name in names])
 
     def forget(self, modality: str) -> None:
         """Drop what a modality has seen."""

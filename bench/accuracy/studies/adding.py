@@ -2,12 +2,13 @@
 
     python -m bench.accuracy.studies.adding --data avdigits.npz --config B
 
-The old modalities are trained with MLA, then the new one alone, for as many epochs each; nothing but its encoder and the shared head
-moves. *half*: the new one has the first half of the classes only. Several additions in a row start each from the file that the last
-one left; *image/0* is the first half of the image.
+The old modalities are trained with MLA, then the new one alone, for as many epochs each; nothing but its encoder and the shared
+head moves. *half*: the new one has the first half of the classes only. Several additions follow one another;
+*image/0* is the first half of the image.
 
-Rivals, on top of no projection: *replay* also trains the head on 1 % of the old data after every batch, *frozen head* trains the new
-encoder alone, *distillation* adds T² KL of the old head's answers to the new features, at T = 2, as learning without forgetting does.
+Rivals, on top of no projection: *replay* also trains the head on 1 % of the old data after every batch, *frozen head* trains the
+new encoder alone, *distillation* adds T² KL(old head's answers to the new features ‖ answers), T = 2, as learning without
+forgetting does.
 """
 
 from __future__ import annotations
