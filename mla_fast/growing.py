@@ -22,7 +22,87 @@ SEEN = "seen"  # in a state_dict, bool [M, C]; only where a modality has not see
 PROTECTS = 'projection="rls", target="update", bias="project"'
 
 
-class Growing(nn.Module):
+class Parts(nn.Module):
+    """What a model has of modalities and classes, and the checks of what is to come."""
+
+    encoders: ModalityDict
+    head: nn.Module
+    interaction: nn.Module | None
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The names of the modalities, in the order of the columns of ``present`` and of the training schedule (eq. 1)."""
+        return tuple(self.encoders)
+
+    @property
+    def classes(self) -> int | None:
+        """C if the head is an ``nn.Linear`` or ends in one, otherwise None."""
+        last = last_linear(self.head)
+        return None if last is None else last.out_features
+
+    def _check_stands_alone(self, what: str) -> None:
+        if self.interaction is not None:
+            raise ValueError(f"interaction: expected None, to {what}: one is made for the modalities and classes that there are")
+
+    def _check_belongs(self, optimizer: MLAOptimizer | None) -> None:
+        if optimizer is None:
+            return
+        if not isinstance(optimizer, MLAOptimizer):
+            raise TypeError(f"optimizer: expected the model's MLAOptimizer, got {type(optimizer).__name__}")
+        if not {layer.module for layer in optimizer.layers} & set(self.head.modules()):
+            raise ValueError("optimizer: expected the MLAOptimizer of this model's head, got that of another one")
+
+    def _check_addition(self, name: str, encoder: Any, optimizer: MLAOptimizer | None, settings: dict[str, Any]) -> None:
+        self._check_stands_alone("add_modality")
+        if name in self.encoders:
+            raise ValueError(f"name: expected one that no modality has, got {name!r} beside {', '.join(self.modalities)}")
+        ModalityDict({name: encoder})
+        if name in ("average", "fused"):
+            raise ValueError(f"name: expected another than {name!r}, which results use for all modalities together")
+        ours = {p for part in (*self.encoders.values(), self.head) for p in part.parameters()}
+        if ours & set(encoder.parameters()):
+            raise ValueError("encoder: expected parameters of its own, got some that are the model's, which would be frozen")
+        head = unwrap_ddp(self.head)
+        if isinstance(head, nn.Linear) and known_width(encoder) not in (None, head.in_features):
+            raise ValueError(
+                f"encoder: expected features [N, {head.in_features}] to match head.in_features, got [N, {known_width(encoder)}]"
+            )
+        self._check_belongs(optimizer)
+        if optimizer is None:
+            if settings:
+                raise ValueError(f"{next(iter(settings))}: expected an optimizer to set it for, got none")
+            return
+        groups.check_joins(optimizer, encoder, settings)
+        if (projection := optimizer.settings.projection) in ("window", "none"):
+            warn(
+                f"projection: {projection!r} does not keep the head from forgetting {', '.join(self.modalities)}, whose data is "
+                f"not there; train with {PROTECTS} from the start, to add a modality later"
+            )
+
+    @torch.no_grad()
+    def _check_example(self, name: str, encoder: nn.Module, example: Inputs) -> None:
+        training = [module for module in encoder.modules() if module.training]
+        features = encoder.eval()(example)
+        for module in training:
+            module.training = True
+        width = getattr(unwrap_ddp(self.head), "in_features", None)
+        if not isinstance(features, Tensor) or features.dim() != 2 or width not in (None, features.shape[1]):
+            raise ValueError(f"encoder: expected features [N, {width or 's'}] for {name!r}, got {describe(features)}")
+
+    def _check_growth(self, count: Any, optimizer: MLAOptimizer | None) -> None:
+        self._check_stands_alone("add_classes")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"count: expected at least 1 class, got {count!r}")
+        self._check_belongs(optimizer)
+        last = last_linear(self.head)
+        if last is None:
+            raise ValueError(f"head: expected an nn.Linear, or one that ends a sequence, got {type(self.head).__name__}")
+        whole = has_own_weight(last) and not is_sharded(last.weight)
+        if isinstance(self.head, DistributedDataParallel) or not whole:
+            raise ValueError("head: expected one that is neither distributed, split nor parametrized, to add classes before that")
+
+
+class Growing(Parts):
     """A model to which modalities and classes can be added, and from which modalities can be taken.
 
     added: the names of the modalities that came later, in their order. All encoders before the last of them are frozen: they
@@ -31,9 +111,6 @@ class Growing(nn.Module):
         loops of your own.
     """
 
-    encoders: ModalityDict
-    head: nn.Module
-    interaction: nn.Module | None
     added: tuple[str, ...]
     seen: SeenClasses
 
@@ -53,20 +130,9 @@ class Growing(nn.Module):
             self._start_growing()
 
     @property
-    def modalities(self) -> tuple[str, ...]:
-        """The names of the modalities, in the order of the columns of ``present`` and of the training schedule (eq. 1)."""
-        return tuple(self.encoders)
-
-    @property
     def frozen(self) -> tuple[str, ...]:
         """The modalities that were there before the last addition, whose encoders do not move."""
         return tuple(self._frozen)
-
-    @property
-    def classes(self) -> int | None:
-        """C if the head is an ``nn.Linear`` or ends in one, otherwise None."""
-        last = last_linear(self.head)
-        return None if last is None else last.out_features
 
     def train(self, mode: bool = True) -> Growing:
         """Set the mode of all parts but the frozen encoders, which stay in evaluation mode."""
@@ -208,67 +274,6 @@ class Growing(nn.Module):
             for of, p in encoder.named_parameters():
                 p.requires_grad_(of in trained)
             encoder.train(self.training)
-
-    def _check_stands_alone(self, what: str) -> None:
-        if self.interaction is not None:
-            raise ValueError(f"interaction: expected None, to {what}: one is made for the modalities and classes that there are")
-
-    def _check_belongs(self, optimizer: MLAOptimizer | None) -> None:
-        if optimizer is None:
-            return
-        if not isinstance(optimizer, MLAOptimizer):
-            raise TypeError(f"optimizer: expected the model's MLAOptimizer, got {type(optimizer).__name__}")
-        if not {layer.module for layer in optimizer.layers} & set(self.head.modules()):
-            raise ValueError("optimizer: expected the MLAOptimizer of this model's head, got that of another one")
-
-    def _check_addition(self, name: str, encoder: Any, optimizer: MLAOptimizer | None, settings: dict[str, Any]) -> None:
-        self._check_stands_alone("add_modality")
-        if name in self.encoders:
-            raise ValueError(f"name: expected one that no modality has, got {name!r} beside {', '.join(self.modalities)}")
-        ModalityDict({name: encoder})
-        if name in ("average", "fused"):
-            raise ValueError(f"name: expected another than {name!r}, which results use for all modalities together")
-        ours = {p for part in (*self.encoders.values(), self.head) for p in part.parameters()}
-        if ours & set(encoder.parameters()):
-            raise ValueError("encoder: expected parameters of its own, got some that are the model's, which would be frozen")
-        head = unwrap_ddp(self.head)
-        if isinstance(head, nn.Linear) and known_width(encoder) not in (None, head.in_features):
-            raise ValueError(
-                f"encoder: expected features [N, {head.in_features}] to match head.in_features, got [N, {known_width(encoder)}]"
-            )
-        self._check_belongs(optimizer)
-        if optimizer is None:
-            if settings:
-                raise ValueError(f"{next(iter(settings))}: expected an optimizer to set it for, got none")
-            return
-        groups.check_joins(optimizer, encoder, settings)
-        if (projection := optimizer.settings.projection) in ("window", "none"):
-            warn(
-                f"projection: {projection!r} does not keep the head from forgetting {', '.join(self.modalities)}, whose data is "
-                f"not there; train with {PROTECTS} from the start, to add a modality later"
-            )
-
-    @torch.no_grad()
-    def _check_example(self, name: str, encoder: nn.Module, example: Inputs) -> None:
-        training = [module for module in encoder.modules() if module.training]
-        features = encoder.eval()(example)
-        for module in training:
-            module.training = True
-        width = getattr(unwrap_ddp(self.head), "in_features", None)
-        if not isinstance(features, Tensor) or features.dim() != 2 or width not in (None, features.shape[1]):
-            raise ValueError(f"encoder: expected features [N, {width or 's'}] for {name!r}, got {describe(features)}")
-
-    def _check_growth(self, count: Any, optimizer: MLAOptimizer | None) -> None:
-        self._check_stands_alone("add_classes")
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"count: expected at least 1 class, got {count!r}")
-        self._check_belongs(optimizer)
-        last = last_linear(self.head)
-        if last is None:
-            raise ValueError(f"head: expected an nn.Linear, or one that ends a sequence, got {type(self.head).__name__}")
-        whole = has_own_weight(last) and not is_sharded(last.weight)
-        if isinstance(self.head, DistributedDataParallel) or not whole:
-            raise ValueError("head: expected one that is neither distributed, split nor parametrized, to add classes before that")
 
 
 def _put_seen(model: Growing, state: dict[str, Any], prefix: str, _: Any) -> None:
