@@ -26,6 +26,7 @@ class Phases:
 
     model: MultimodalModel
     optimizer: MLAOptimizer
+    device: torch.device
     scheduler: Any
     scheduler_interval: str
     epoch: int
@@ -74,6 +75,16 @@ class Phases:
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         check_scheduler(self.scheduler, self.scheduler_interval)
         self._position = Position()
+
+    def _mean_losses(self) -> dict[str, float]:
+        losses = self._position.losses
+        if not losses:
+            raise ValueError(
+                "loader: expected at least one batch with a sample in it in every epoch (a generator lasts for one), "
+                f"got none in epoch {self.epoch + 1}"
+            )
+        sums = losses.over_ranks(self.model.modalities, self.optimizer.process_group, self.device)
+        return {modality: mean for modality, mean in sums.means().items() if sums[modality][1]}
 
     def _take_additions(self, saved: dict[str, Any]) -> None:
         """Count as a checkpoint does; modalities that were added to it since begin where it ends."""

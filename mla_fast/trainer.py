@@ -198,16 +198,6 @@ class Trainer(Phases):
             self._share_seen()
         return batches
 
-    def _mean_losses(self) -> dict[str, float]:
-        losses = self._position.losses
-        if not losses:
-            raise ValueError(
-                "loader: expected at least one batch with a sample in it in every epoch (a generator lasts for one), "
-                f"got none in epoch {self.epoch + 1}"
-            )
-        sums = losses.over_ranks(self.model.modalities, self.optimizer.process_group, self.device)
-        return {modality: mean for modality, mean in sums.means().items() if sums[modality][1]}
-
     def _train_on(self, group: list[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Take one step of each modality; returns the mean losses."""
         if self._graphed is not None and len(group) == 1:
