@@ -18,6 +18,7 @@ from pathlib import Path
 from bench import pictures, records
 from bench.accuracy import tables
 from bench.accuracy.__main__ import STUDIES
+from bench.accuracy.studies import adding
 from bench.throughput import gpu, plot, speed
 from bench.throughput.speed import Throughput
 
@@ -39,6 +40,7 @@ def parts() -> dict[str, str]:
         "modalities": "\n\n".join(map(tables.by_modality, tasks)),
         "missing": "\n\n".join(map(tables.by_rate, tables.missing(found))),
         "ablation": "\n\n".join(map(tables.ablation, tasks)),
+        "adding summary": adding.summary(records.read(RESULTS / "adding.jsonl")),
         "operators": speed.operators(cpu),
         "operators reading": speed.read_operators(cpu),
         "steps": speed.step_times(cpu),

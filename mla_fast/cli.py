@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data", type=Path, required=True, help="the .npz")
-    p.add_argument("--modalities", type=_names, required=True, help="names of its arrays [N, …], as audio,image")
+    p.add_argument("--modalities", type=_names, default=[], help="names of its arrays [N, …], as audio,image")
+    p.add_argument("--add", metavar="NAME", help="an array to add to the modalities of another run, whose data may be gone")
+    p.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="of that run: its model and projection go on")
     layouts = ", ".join(f"{layout} ({shape})" for layout, (shape, _) in data.LAYOUTS.items())
     p.add_argument("--layout", type=_layouts, default=[], help=f"how to read them, as text=tokens,image=image: {layouts}")
     help = "by a mean and deviation of each feature or channel (the default), of each array, or not at all"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mla_fast import data
+from mla_fast.data.archive import read_arrays
 from mla_fast.data.dataset import listed
 from mla_fast.data.npz import read_npz
 from mla_fast.data.standardization import feature_axis
@@ -52,6 +53,39 @@ def read_for_evaluation(config: dict[str, Any]) -> tuple[data.MultimodalDataset,
             highest = config["vocabulary"][name] - 1
             raise ValueError(f"{config['data']}: {name!r}: expected tokens up to {highest}, as in training, got {size - 1}")
     return _masked(dataset, config), arrays
+
+
+def read_for_addition(
+    config: dict[str, Any], name: str, layouts: dict[str, str]
+) -> tuple[data.MultimodalDataset, dict[str, str]]:
+    """Return the data of a modality that is new to a run, and put into the run's `config` how it is read and what is new."""
+    one = {**config, "modalities": [name], "layouts": layouts, "class_names": None}
+    (dataset, _), known = _read(one), config["class_names"]
+    if known is not None:
+        own = dataset.class_names or [str(i) for i in range(dataset.classes)]
+        one["class_names"] = [*known, *(of for of in own if of not in known)]
+    elif dataset.class_names is not None:
+        names = listed(dataset.class_names, 10)
+        raise ValueError(f"{config['data']}: {config['label']!r}: expected numbers from 0 as in the run before, got {names}")
+    dataset, arrays = read_for_training(one)
+    for part in ("layouts", "encoders", "vocabulary"):
+        config[part] = {**config[part], **one[part]}
+    config["classes"], config["class_names"] = max(config["classes"], one["classes"]), one["class_names"]
+    return dataset, arrays
+
+
+def available(config: dict[str, Any], *, missing_ok: bool = False) -> dict[str, Any]:
+    """Return the config with those of its modalities that are in the file of its data, where some were added from other files."""
+    if not config.get("additions") and not missing_ok:
+        return config
+    arrays, objects = read_arrays(config["data"])
+    there = [name for name in config["modalities"] if name in {*arrays, *objects}]
+    if not there and not missing_ok:
+        names = ", ".join(map(repr, config["modalities"]))
+        raise ValueError(
+            f"{config['data']}: expected an array of some modality, {names}; there are: {', '.join(arrays) or 'none'}"
+        )
+    return {**config, "modalities": there, "layouts": {name: config["layouts"][name] for name in there}}
 
 
 def _read(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:

@@ -24,6 +24,14 @@ from mla_fast.trainer import Trainer
 
 def train(arguments: argparse.Namespace) -> None:
     """Train on an .npz, evaluate on the part held out, and write checkpoint.pt and metrics.json."""
+    if (arguments.add is None) != (arguments.start is None):
+        raise ValueError("--add: expected together with --from, the checkpoint of the run to add to")
+    if arguments.add is not None:
+        from mla_fast.cli_add import add  # which builds on this module
+
+        return add(arguments)
+    if not arguments.modalities:
+        raise ValueError("--modalities: expected names of arrays in the .npz, as audio,image, got none")
     check_output(arguments)
     config = _config(arguments)
     dataset, arrays = cli_data.read_for_training(config)
@@ -34,18 +42,22 @@ def train(arguments: argparse.Namespace) -> None:
     cli_data.print_constant(parts[0], config)
     train_set, test_set = (data.apply_statistics(part, config["statistics"]) for part in parts)
     config = json.loads(json.dumps(config))  # as it is in a checkpoint
-    trainer = _build(config, device(arguments.device))
-    checkpoint = arguments.output / "checkpoint.pt"
+    trainer = build(config, device(arguments.device))
     if arguments.resume:
-        _resume(trainer, checkpoint, config)
+        resume(trainer, arguments.output / "checkpoint.pt", config)
     elif arguments.overwrite:
         remove(arguments.output)
     trainer.config = config
+    fit(trainer, train_set, arguments, config["epochs"])
+    finish(arguments.output, trainer, evaluated(trainer, test_set), is_complete(test_set))
+
+
+def fit(trainer: Trainer, train_set: data.MultimodalDataset, arguments: argparse.Namespace, epochs: int) -> None:
+    """Train until `epochs` are done in all, and write checkpoint.pt."""
     if arguments.tensorboard:
         trainer.callbacks = (TensorBoard(arguments.output),)
-    batches = data.loader(train_set, config["batch_size"], shuffle=True)
-    trainer.fit(batches, config["epochs"], checkpoint=checkpoint, checkpoint_every=arguments.checkpoint_every)
-    finish(arguments.output, trainer, _evaluated(trainer, test_set), _is_complete(test_set))
+    batches, checkpoint = data.loader(train_set, arguments.batch_size, shuffle=True), arguments.output / "checkpoint.pt"
+    trainer.fit(batches, epochs, checkpoint=checkpoint, checkpoint_every=arguments.checkpoint_every)
 
 
 def finish(output: Path, trainer: Trainer, result: dict[str, Any], complete: bool) -> None:
@@ -75,7 +87,7 @@ def remove(output: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any]) -> None:
+def resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any]) -> None:
     """Continue a run, to more epochs if asked for.
 
     Raises FileNotFoundError if there is none, and ValueError if its settings differ, or for fewer epochs than are done.
@@ -83,23 +95,24 @@ def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any]) -> None:
     if not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint}: nothing to resume; leave out --resume to start a new run")
     saved = read_checkpoint(checkpoint)
-    before = _described(saved["config"], checkpoint)
+    before = described(saved["config"], checkpoint)
     for name, value in config.items():
         if name == "statistics" and before.get(name) != value:
             raise ValueError(f"--resume: expected the data of the saved run, got others in {config['data']}")
         if name != "epochs" and before.get(name) != value:
             raise ValueError(f"--resume: expected the settings of the saved run, whose {name} is {before.get(name)}, got {value}")
-    if saved["epoch"] > config["epochs"]:
-        raise ValueError(f"--epochs: expected at least the {saved['epoch']} epochs that are done, got {config['epochs']}")
+    since = config["additions"][-1]["since"] if config.get("additions") else 0
+    if saved["epoch"] - since > config["epochs"]:
+        raise ValueError(f"--epochs: expected at least the {saved['epoch'] - since} epochs that are done, got {config['epochs']}")
     trainer.resume(checkpoint)
-    left = config["epochs"] - trainer.epoch
+    left = since + config["epochs"] - trainer.epoch
     print(f"continuing after {trainer.epoch} epochs" if left else f"all {trainer.epoch} epochs are done: nothing left to train")
     if left and config["epochs"] != before["epochs"]:
         fell = sorted(trainer.scheduler.milestones)[0]
         print(f"the learning rate goes on as in that run of {before['epochs']} epochs: a tenth from epoch {fell + 1} on")
 
 
-def _described(config: Any, checkpoint: Path) -> dict[str, Any]:
+def described(config: Any, checkpoint: Path) -> dict[str, Any]:
     """Return the whole config of a checkpoint; raise ValueError if the command line did not write it."""
     if not isinstance(config, dict) or "encoders" not in config:
         raise ValueError(f"{checkpoint}: expected a checkpoint written by mla-fast train, which describes its encoders")
@@ -109,7 +122,7 @@ def _described(config: Any, checkpoint: Path) -> dict[str, Any]:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a checkpoint on the part held out of its data, or on all or a part of other data."""
     saved = read_checkpoint(arguments.checkpoint)
-    config = _described(saved["config"], arguments.checkpoint)
+    config = described(saved["config"], arguments.checkpoint)
     if arguments.data is not None and arguments.data.resolve() == Path(config["data"]):
         arguments.data = None  # the checkpoint's own data, of which only the part held out is new
     whole = arguments.all or (arguments.data is not None and arguments.test_where is None)
@@ -117,26 +130,31 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print("note: some of these rows were trained on")
     if arguments.data is not None:
         config = {**config, "data": str(arguments.data)}
-    dataset, arrays = cli_data.read_for_evaluation(config)
-    cli_data.print_reading(dataset, arrays, config)
+    there = cli_data.available(config)
+    dataset, arrays = cli_data.read_for_evaluation(there)
+    cli_data.print_reading(dataset, arrays, there)
     if arguments.test_where is not None:
         dataset = dataset.subset(data.rows_where(dataset, arguments.test_where))
     elif not whole:
-        _, dataset = cli_data.split(dataset, config)
-    test_set = data.apply_statistics(dataset, config["statistics"])
+        _, dataset = cli_data.split(dataset, there)
+    test_set = data.apply_statistics(dataset, {name: config["statistics"][name] for name in dataset.modalities})
     cli_data.note_other_units(test_set, config)
-    trainer = _build(config, device(arguments.device))
+    trainer = build(config, device(arguments.device))
     trainer.model.load_state_dict(saved["model"])
-    print_result(_evaluated(trainer, test_set), config.get("class_names"), _is_complete(test_set))
+    result = evaluated(trainer, test_set)
+    print_result(result, config.get("class_names"), is_complete(test_set))
+    for name, value in config.get("before", {}).items():
+        after = f", {100 * result['accuracy'][name]:.1f} % here" if name in result["accuracy"] else ""
+        print(f"{name} had {100 * value:.1f} % before {config['additions'][-1]['modality']} was added{after}")
 
 
-def _evaluated(trainer: Trainer, dataset: data.MultimodalDataset) -> dict[str, Any]:
+def evaluated(trainer: Trainer, dataset: data.MultimodalDataset) -> dict[str, Any]:
     """Evaluate in a shuffled order: the use test permutes features within a batch, where sorted samples are alike."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     return trainer.evaluate(data.loader(dataset.subset(order), 1024), use_test=True)
 
 
-def _is_complete(dataset: data.MultimodalDataset) -> bool:
+def is_complete(dataset: data.MultimodalDataset) -> bool:
     return dataset.present is None or bool(dataset.present.all())
 
 
@@ -151,19 +169,39 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def _build(config: dict[str, Any], device: torch.device) -> Trainer:
-    encoders = {}
-    for name, shape in config["encoders"].items():
-        encoders[name] = encoder_for(shape, config["features"], config["layouts"][name], config["vocabulary"].get(name))
-    head, rank = nn.Linear(config["features"], config["classes"]), config.get("interaction", 0)
-    beside = Interaction(config["features"], config["classes"], list(encoders), rank) if rank else None
+def build(config: dict[str, Any], device: torch.device) -> Trainer:
+    """Return the trainer that a config describes, with the modalities that were added in their order."""
+    later = config.get("additions", [])
+    added, classes = [of["modality"] for of in later], config["classes"] - sum(of["classes"] for of in later)
+    encoders = {name: _encoder(config, name) for name in config["encoders"] if name not in added}
+    head, rank = nn.Linear(config["features"], classes), config.get("interaction", 0)
+    beside = Interaction(config["features"], classes, list(encoders), rank) if rank else None
     model = MultimodalModel(encoders, head, interaction=beside).to(device)
     sgd = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"])
     optimizer = MLAOptimizer(sgd, model.head, **config["head"])
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * config["epochs"]))])
     amp = torch.bfloat16 if config["amp"] == "bf16" else None
     how = {"amp": amp, "accumulate": config["accumulate"], "clip_norm": config["clip_norm"]}
-    return Trainer(model, optimizer, scheduler=scheduler, seed=config["seed"], **how)
+    trainer = Trainer(model, optimizer, scheduler=_scheduler(optimizer, config["epochs"]), seed=config["seed"], **how)
+    for addition in later:
+        add_to(trainer, config, addition)
+    return trainer
+
+
+def add_to(trainer: Trainer, config: dict[str, Any], addition: dict[str, Any]) -> None:
+    """Add the modality of an addition, to train as it says."""
+    name, settings = addition["modality"], {of: addition[of] for of in ("lr", "momentum", "weight_decay")}
+    for group in trainer.optimizer.param_groups:  # the head's, too
+        group.update(settings, initial_lr=settings["lr"])
+    encoder, classes = _encoder(config, name), addition["classes"]
+    trainer.add_modality(name, encoder, scheduler=lambda o: _scheduler(o, addition["epochs"]), classes=classes, **settings)
+
+
+def _encoder(config: dict[str, Any], name: str) -> nn.Module:
+    return encoder_for(config["encoders"][name], config["features"], config["layouts"][name], config["vocabulary"].get(name))
+
+
+def _scheduler(optimizer: MLAOptimizer, epochs: int) -> torch.optim.lr_scheduler.MultiStepLR:
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * epochs))])
 
 
 def device(name: str) -> torch.device:

@@ -32,7 +32,9 @@ def distribute(model: MultimodalModel, **settings: Any) -> MultimodalModel:
 
     encoders = {modality: wrap(encoder) for modality, encoder in model.encoders.items()}
     interaction = None if model.interaction is None else wrap(model.interaction)
-    return MultimodalModel(encoders, wrap(model.head), interaction=interaction, streams=model.streams)  # type: ignore[arg-type]
+    wrapped = MultimodalModel(encoders, wrap(model.head), interaction=interaction, streams=model.streams)  # type: ignore[arg-type]
+    wrapped.take_growth(model)
+    return wrapped
 
 
 def is_distributed(model: MultimodalModel) -> bool:
@@ -51,7 +53,7 @@ def portable_state_dict(model: MultimodalModel) -> dict[str, Tensor]:
 def load_portable_state_dict(model: MultimodalModel, state: dict[str, Tensor]) -> None:
     """Load what ``portable_state_dict`` returned into a model with or without ``distribute``."""
     names = _portable_names(model)
-    model.load_state_dict({names[name]: t for name, t in state.items()})
+    model.load_state_dict({names.get(name, name): t for name, t in state.items()})
 
 
 def _portable_names(model: MultimodalModel) -> dict[str, str]:

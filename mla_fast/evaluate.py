@@ -128,7 +128,8 @@ class _Found:
         features = model.packed_features(inputs, None if present is None else plan)
         logits = model.logits_of(features)
         parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
-        fused, some = plan.fuse(logits), here.any(1)
+        seen, some = model.seen_by(inputs), here.any(1)
+        fused = plan.fuse(logits, seen)
         together: dict[str | Without, Tensor] = {
             "average": torch.stack(plan.unpack(list(parts))).sum(0),  # as good as the mean for the largest class
             "fused": model.corrected(fused, features, plan).logits,
@@ -136,10 +137,12 @@ class _Found:
         if model.interaction is not None:
             together["without_interaction"] = fused.logits
         if self.use_test and N > 1:
-            together |= _permuted(model, features, fused, plan, self._generator)
+            together |= _permuted(model, features, fused, plan, seen, self._generator)
         self.samples += N
-        for modality, z, y in zip(inputs, parts, targets, strict=True):
+        for i, (modality, z, y) in enumerate(zip(inputs, parts, targets, strict=True)):
             self.loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
+            if seen is not None and seen[i].any():  # its answer is one of those that it has seen, as in ``predict``
+                z = z.masked_fill(~seen[i].to(z.device), -torch.inf)
             self._count(modality, z, y)
         for name, z in together.items():
             self._count(name, z, target, some)
@@ -151,14 +154,19 @@ class _Found:
 
 
 def _permuted(
-    model: MultimodalModel, features: dict[str, Tensor], fused: Fused, plan: DispatchPlan, generator: torch.Generator
+    model: MultimodalModel,
+    features: dict[str, Tensor],
+    fused: Fused,
+    plan: DispatchPlan,
+    seen: Tensor | None,
+    generator: torch.Generator,
 ) -> dict[str | Without, Tensor]:
     """Return the logits with each modality's features in turn given to other samples, and with the interaction's alone."""
     mixed = {m: h[torch.randperm(len(h), generator=generator).to(h.device)] for m, h in features.items()}
     found: dict[str | Without, Tensor] = {}
     for modality in features:
         some = features | {modality: mixed[modality]}
-        found[Without(modality)] = model.corrected(plan.fuse(model.logits_of(some)), some, plan).logits
+        found[Without(modality)] = model.corrected(plan.fuse(model.logits_of(some), seen), some, plan).logits
     if model.interaction is not None:
         found[Without("interaction")] = model.corrected(fused, mixed, plan).logits
     return found

@@ -69,7 +69,7 @@ class GraphedStep:
         self._kinds: dict[Any, int | _Captured] = {}  # eager steps so far, or the graph
         self._constants: list[Any] | None = None  # what the graphs take as given
         self._held: tuple[Any, ...] = ()
-        self._parts: list[nn.Module] = []
+        self._parts: list[Any] = []  # encoders, head, and the identity of its weights, which grow with the classes
         self._modules: list[nn.Module] = []
         self._parameters: list[nn.Parameter] = []
         self._rates: list[_Rate | None] = []  # learning rates that the graphs read, by group
@@ -194,6 +194,7 @@ class GraphedStep:
                 rate.on_device.fill_(value)
                 rate.value = value
         captured.graph.replay()
+        self.model.seen.changed()
         for layer, (count, modality, squares) in zip(layers, captured.steps, strict=True):
             layer.projection.step += count
             layer.projection.modality, layer.squares = modality, squares
@@ -216,7 +217,7 @@ class GraphedStep:
         """Drop all graphs where something that they take as given has changed: settings, state, parameters, modes."""
         optimizer, device = self.optimizer, self.optimizer.device
         projections = [layer.projection for layer in optimizer.layers]
-        parts = [*self.model.encoders.values(), self.model.head]
+        parts = [*self.model.encoders.values(), self.model.head, *(id(layer.module.weight) for layer in optimizer.layers)]
         if parts != self._parts:  # going through the modules takes longer than all else here
             self._parts, self._modules, self._parameters = parts, list(self.model.modules()), list(self.model.parameters())
         now = [optimizer.settings, self.model.streams, *((p.data_ptr(), p.requires_grad) for p in self._parameters)]

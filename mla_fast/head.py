@@ -41,7 +41,10 @@ class HeadLayer:
 
     Of a weight that ``fully_shard`` has split by rows it holds this rank's rows: each row of G P needs that row of G alone.
     has_bias: the optimizer holds the layer's bias, and trains it.
+    free: how many rows at the end are of classes that came later, and have nothing to forget; they are not projected.
     """
+
+    free = 0
 
     def __init__(
         self,
@@ -162,9 +165,10 @@ class HeadLayer:
 
     def project(self, step: HeadStep, change: Tensor, modality: str | None) -> bool:
         """Project `change`, the step's G or the update that came of it, in place; P moves. False where `change` is as it was."""
-        before = None if change is step.grad else ops.square_sum(change)
+        rows = len(change) - self.free
+        before = None if change is step.grad and not self.free else ops.square_sum(change[:rows])
         dense = change.contiguous()
-        kept = self.projection(dense, step.x_bar, modality, step.skip)
+        kept = self.projection(dense[:rows] if self.free else dense, step.x_bar, modality, step.skip)
         if dense is not change:
             change.copy_(dense)
         self.squares = step.squares, before, kept
@@ -210,7 +214,8 @@ class HeadLayer:
 
     def state_dict(self) -> dict[str, Any]:
         norms = torch.tensor(self.norms(), dtype=self.dtype, device=self.module.weight.device)
-        return {"name": self.name, "weight": list(self.module.weight.shape), "norms": norms, **self.projection.state_dict()}
+        shape = {"name": self.name, "weight": list(self.module.weight.shape), "free": self.free}
+        return {**shape, "norms": norms, **self.projection.state_dict()}
 
     def restored(self, settings: Settings, saved: dict[str, Any]) -> Projection:
         """Return a projection that continues from a saved state; ValueError if it does not fit this layer."""
@@ -222,7 +227,7 @@ class HeadLayer:
         return projection
 
     def adopt(self, projection: Projection, saved: dict[str, Any]) -> None:
-        self.projection = projection
+        self.projection, self.free = projection, saved.get("free", 0)
         self.squares, self.saved_norms = None, tuple(saved["norms"].to(self.dtype).tolist())
 
 

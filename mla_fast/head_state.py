@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mla_fast import groups
 from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
 from mla_fast.projection import Projection
@@ -98,13 +99,22 @@ class Stateful(torch.optim.Optimizer):
         return {**self.optimizer.state_dict(), "mla": self.projections.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()``, settings included. Raises ValueError and changes nothing if it does not fit."""
+        """Continue from ``state_dict()``, settings included. Raises ValueError and changes nothing if it does not fit.
+
+        One from before modalities were added leaves their groups as they are, and the head without momentum, as the addition did.
+        """
         if "mla" not in state_dict:
             got = ", ".join(map(str, state_dict))
             raise ValueError(f'state_dict: expected one that MLAOptimizer saved, with its part "mla", got keys {got}')
         take_over = self.projections.prepared(state_dict["mla"])
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "mla"})
+        saved = {key: value for key, value in state_dict.items() if key != "mla"}
+        whole = groups.extended(saved, self.optimizer)
+        self.optimizer.load_state_dict(whole)
         take_over()
+        if whole is not saved:
+            for layer in self.layers:
+                layer.free = 0
+                groups.drop_state(self, layer.module.parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("optimizer", "settings", "layers", "modality", "skipped", "watch", "_account")

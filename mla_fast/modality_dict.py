@@ -53,6 +53,11 @@ class ModalityDict(nn.ModuleDict):
         return dict(zip(self, self.values(), strict=True)).items()
 
 
+def parameter_prefix(modality: str) -> str:
+    """Return what the names of a modality's parameters begin with in a model's state."""
+    return f"encoders.{_key(modality)}."
+
+
 def _key(name: str) -> str:
     """Return what a module may be called, from which ``_name`` finds `name`."""
     return f"%{name}" if name in _ATTRIBUTES else name.replace("%", "%25").replace(".", "%2E")

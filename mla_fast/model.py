@@ -5,23 +5,23 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mla_fast.growing import Growing
 from mla_fast.inputs import Inputs, check_by_modality, describe, leaves, sample_count, sample_counts
 from mla_fast.interaction import Interaction, check_fits
 from mla_fast.modality_dict import ModalityDict
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused, entropy_fusion
+from mla_fast.parts import unwrap_ddp
 from mla_fast.streams import run_on_streams
 
-P = TypeVar("P", bound=nn.Module)
 
-
-class MultimodalModel(nn.Module):
+class MultimodalModel(Growing):
     """Join encoders, each of which returns features [N, s], with one shared head [N, s] → logits [N, C].
 
         model = MultimodalModel({"audio": audio_encoder, "image": image_encoder}, head=nn.Linear(512, 6))
@@ -40,6 +40,8 @@ class MultimodalModel(nn.Module):
         forward and backward. This can pay off where one encoder leaves part of the GPU idle and the host is ahead of it, as in a
         CUDA graph. Encoders that share parameters or are in DistributedDataParallel still take turns. Others must not share
         anything that they write to, such as the memory of CUDA graphs (``torch.compile(mode="reduce-overhead")``).
+
+    ``add_modality``, ``remove_modality`` and ``add_classes`` change a model that has been trained, and an optimizer with it.
 
     Raises ValueError for an unknown modality and for features that do not fit the head, and TypeError for features that are not
     a floating-point tensor. An error raised by an encoder gets a note (from Python 3.11) with the modality and its inputs.
@@ -74,20 +76,7 @@ class MultimodalModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "interaction" not in state["_modules"]:  # of a model that was pickled without it, too
             state.setdefault("interaction", None)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """The names of the modalities, in the order of the columns of ``present`` and of the training schedule (eq. 1)."""
-        return tuple(self.encoders)
-
-    @property
-    def classes(self) -> int | None:
-        """C if the head is an ``nn.Linear`` or ends in one, otherwise None."""
-        last = unwrap_ddp(self.head)
-        while isinstance(last, nn.Sequential) and len(last):
-            last = last[-1]
-        return last.out_features if isinstance(last, nn.Linear) else None
+        super().__setstate__(state)
 
     @property
     def shared_parameters(self) -> bool:
@@ -107,7 +96,7 @@ class MultimodalModel(nn.Module):
         if modality not in encoders:
             raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
         N, encoder = sample_count("inputs", modality, inputs), encoders[modality]
-        encoder = encoder if torch.is_grad_enabled() else unwrap_ddp(encoder)
+        encoder = encoder if torch.is_grad_enabled() and modality not in self.frozen else unwrap_ddp(encoder)
         name = f"the encoder of {modality!r}"
         features = encoder(inputs) if torch.compiler.is_compiling() else _call_or_note(encoder, inputs, modality, name)
         if not isinstance(features, Tensor) or not features.is_floating_point():
@@ -198,13 +187,15 @@ class MultimodalModel(nn.Module):
         inputs: {modality: [N, …]}; a modality that is left out is absent from all samples.
         present: bool [N, M] over ``self.modalities``. Only present rows are encoded; absent rows may hold anything.
 
-        The weights and entropies [N, M'] are over the modalities in `inputs`, in their order. With an interaction the logits are
-        the fused ones + r.
+        The weights and entropies [N, M'] are over the modalities in `inputs`, in their order. Where modalities were trained on
+        different classes each has a say among its own alone (``entropy_fusion`` with ``seen``). With an interaction the logits
+        are the fused ones + r.
         """
         plan = None if present is None else dispatch(self.columns(present, inputs), tuple(inputs))
         features = self.packed_features(inputs, plan)
         logits = self.logits_of(features)
-        fused = entropy_fusion(logits.unflatten(0, (len(inputs), -1))) if plan is None else plan.fuse(logits)
+        seen = self.seen_by(inputs)
+        fused = entropy_fusion(logits.unflatten(0, (len(inputs), -1)), seen=seen) if plan is None else plan.fuse(logits, seen)
         return self.corrected(fused, features, plan)
 
     @torch.no_grad()
@@ -257,8 +248,3 @@ def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> 
         if hasattr(error, "add_note"):
             error.add_note(f"in {name}, which was given {describe(inputs)}")
         raise
-
-
-def unwrap_ddp(part: P) -> P:
-    """Return the module inside a DistributedDataParallel, whose own forward pass may wait for other ranks; others unchanged."""
-    return cast(P, part.module) if isinstance(part, DistributedDataParallel) else part

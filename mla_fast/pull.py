@@ -13,8 +13,9 @@ from mla_fast.batch import BatchRows, Rows, Whole
 from mla_fast.distributed import rank_and_size
 from mla_fast.head import on_host
 from mla_fast.interaction import Interaction, corrected_loss, paired
-from mla_fast.model import MultimodalModel, unwrap_ddp
+from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.parts import unwrap_ddp
 
 Features = Mapping[str, Tensor]
 

@@ -144,6 +144,51 @@ def entropy_fusion(logits: Tensor, present: Tensor | None = None) -> tuple[Tenso
     return fuse(logits, weights), weights, entropies
 
 
+def seen_fusion(logits: Tensor, seen: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Fuse logits [M, N, C] where modality m has seen the classes seen[m] alone, bool [M, C]: return as ``entropy_fusion``.
+
+    For every intersection S of seen sets, from the largest to the smallest, f_S is eqs. 6–8 over the modalities that have seen
+    all of S, of their logits in S. What has been found so far keeps its mass on S and takes f_S's shares within it; new classes
+    of S get beside the others what f_S gives them beside those. Sets that have nothing in common have masses exp(−e).
+    A class that no present modality has seen has logit −∞, a sample without any present modality that has seen something 0.
+    weights: those that mixed the logit of the largest class. entropies: of each modality's softmax over what it has seen.
+    """
+    M, N, C = logits.shape
+    sets = [frozenset(row.nonzero().flatten().tolist()) for row in seen]
+    fused, weights, entropies = logits.new_zeros(N, C), logits.new_zeros(N, M), logits.new_zeros(N, M)
+    for n in range(N):
+        here = [m for m in range(M) if sets[m] and (present is None or bool(present[n, m]))]
+        found: dict[int, Tensor] = {}  # class → logit
+        used: dict[int, tuple[list[int], Tensor]] = {}  # class → who mixed it, and how
+        for S in closure([sets[m] for m in here]):
+            columns, seers = sorted(S), [m for m in here if sets[m] >= S]
+            f, lambdas, e = (part[0] for part in entropy_fusion(logits[seers, n : n + 1][..., columns]))
+            common = [i for i, c in enumerate(columns) if c in found]
+            shift = f.new_zeros(())
+            if common:
+                shift = torch.stack([found[columns[i]] for i in common]).logsumexp(0) - f[common].logsumexp(0)
+            elif found:
+                before = torch.stack(list(found.values()))
+                shift = before.logsumexp(0) + entropy(before) - f.logsumexp(0) - entropy(f)
+            found |= dict(zip(columns, f + shift, strict=True))
+            used |= dict.fromkeys(columns, (seers, lambdas))
+            for m, e_m in zip(seers, e, strict=True):
+                entropies[n, m] = e_m if sets[m] == S else entropies[n, m]
+        if found:
+            fused[n] = torch.stack([found.get(c, fused.new_tensor(-torch.inf)) for c in range(C)])
+            who, lambdas = used[max(found, key=lambda c: float(found[c]))]
+            weights[n, who] = lambdas
+    return fused, weights, entropies
+
+
+def closure(sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+    """Return all intersections of these sets but the empty one, from the largest to the smallest, then by their elements."""
+    found: set[frozenset[int]] = set()
+    for new in sets:
+        found |= {new} | {new & S for S in found}
+    return sorted(found - {frozenset()}, key=lambda S: (-len(S), sorted(S)))
+
+
 def dispatch_plan(present: Tensor, padded: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Plan how present rows, bool [N, M], are packed, modality after modality: return (rows, offsets, counts, slot).
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from mla_fast.distributed import all_gather_object, load_portable_state_dict, portable_state_dict, rank_and_size
+from mla_fast.growing import SEEN
+from mla_fast.modality_dict import parameter_prefix
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 
@@ -34,6 +36,8 @@ class Run:
         payload = {
             **run,
             "model": portable_state_dict(self.model),
+            "added": list(self.model.added),
+            "seen": self.model.seen.state_dict(),
             **{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
             "kinds": self._kinds(),
             "ranks": all_gather_object(own, group),
@@ -50,24 +54,42 @@ class Run:
 
     def load(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Continue from a checkpoint. Returns it, and this rank's own part; CheckpointError, and nothing changes, if it does not
-        fit."""
+        fit.
+
+        One from before modalities were added leaves what belongs to them, and the scheduler, as they are, and has no own part.
+        """
         saved = read_checkpoint(path)
-        _check_fits(path, portable_state_dict(self.model), saved["model"])
-        for name, kind in self._kinds().items():
+        own, later = portable_state_dict(self.model), self._added_since(path, saved)
+        prefixes = tuple(map(parameter_prefix, later))
+        _check_fits(path, {name: t for name, t in own.items() if not name.startswith(prefixes)}, saved["model"])
+        kinds = {name: kind for name, kind in self._kinds().items() if not (later and name == "scheduler")}
+        for name, kind in kinds.items():
             if saved["kinds"][name] != kind:
                 raise CheckpointError(f"{path}: expected it to be saved with {name} {kind}, got {saved['kinds'][name]}")
         rank, size = rank_and_size(self.optimizer.process_group)
-        if saved["batches"] and len(saved["ranks"]) != size:
+        if saved["batches"] and len(saved["ranks"]) != size and not later:
             raise CheckpointError(
                 f"{path}: saved inside of an epoch by {len(saved['ranks'])} processes, which {size} cannot go on with"
             )
-        self._load_parts(path, saved)
-        load_portable_state_dict(self.model, saved["model"])
-        return saved, saved["ranks"][rank] if rank < len(saved["ranks"]) else None
+        self._load_parts(path, saved, kinds)
+        load_portable_state_dict(self.model, own | saved["model"])
+        kept = {name: mask for name, mask in self.model.seen.state_dict().items() if name in later}
+        self.model.seen.load_state_dict(kept | saved.get("seen", {}))
+        return saved, saved["ranks"][rank] if rank < len(saved["ranks"]) and not later else None
 
-    def _load_parts(self, path: str | Path, saved: dict[str, Any]) -> None:
+    def _added_since(self, path: str | Path, saved: Mapping[str, Any]) -> list[str]:
+        """Return the modalities that were added to the model and not yet to the checkpoint's."""
+        added, before = list(self.model.added), saved.get("added", [])
+        if added[: len(before)] != before:
+            raise CheckpointError(
+                f"{path}: expected a checkpoint of this model, to which {_listed(added)} was added, or from before that, "
+                f"got one to which {_listed(before)} was added; call add_modality for the same before"
+            )
+        return added[len(before) :]
+
+    def _load_parts(self, path: str | Path, saved: dict[str, Any], names: Mapping[str, str]) -> None:
         """Load all, or raise CheckpointError and load none."""
-        parts = {name: part for name, part in self.parts.items() if part is not None}
+        parts = {name: part for name, part in self.parts.items() if part is not None and name in names}
         before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         try:
             for name, part in parts.items():
@@ -78,9 +100,14 @@ class Run:
             raise CheckpointError(f"{path}: its {name} does not fit: {error}") from error
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names)) or "nothing"
+
+
 def _check_fits(path: str | Path, model: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless it fits; load_state_dict would copy what fits before it complains about the rest."""
-    expected, got = ({name: tuple(getattr(t, "shape", ())) for name, t in state.items()} for state in (model, saved))
+    both = ({name: tuple(getattr(t, "shape", ())) for name, t in state.items() if name != SEEN} for state in (model, saved))
+    expected, got = both
     if list(expected) != list(got) and expected == got:
         raise CheckpointError(f"{path}: expected the model's parameters in the same order, which the optimizer counts them in")
     if expected != got:

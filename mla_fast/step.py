@@ -80,8 +80,8 @@ def steps_together(
             continue
         with torch.no_grad():
             bad = optimizer.take_step(modality)
-        if isinstance(bad, Tensor):
-            flags.append(bad)
+        flags += [bad] if isinstance(bad, Tensor) else []
+        model.saw(modality, rows[modality].target, rows[modality].weights)
         if bad is not True and features[modality].requires_grad:
             outputs.append(features[modality])
             gradients.append(h.grad if pull is None else pull.added(0, modality, h.grad))

@@ -21,6 +21,7 @@ from mla_fast.inputs import Inputs
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.phases import Phases
 from mla_fast.random_state import Replayable
 from mla_fast.resume import Loader, Position
 from mla_fast.run import Run
@@ -40,7 +41,7 @@ from mla_fast.turns import steps_in_turn
 Callback = Callable[[dict[str, Any]], Any]
 
 
-class Trainer:
+class Trainer(Phases):
     """Train a ``MultimodalModel`` one modality at a time (eqs. 1–5) and evaluate it alone and fused (eqs. 6–8).
 
     A batch is ``(inputs: {modality: [N, …]}, target: int64 [N])``, optionally with ``present: bool [N, M]`` over
@@ -103,6 +104,7 @@ class Trainer:
         self._graphed = self._graphed_step() if cuda_graph else None
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
+        self.additions: dict[str, int] = {}
         self.config: dict[str, Any] | None = None
         self._position = Position()
 
@@ -142,7 +144,7 @@ class Trainer:
             warn_of_scheduler(self.scheduler, self.scheduler_interval, epochs)
         self._position.start_fit(self.seed, self.epoch)
         save = None if checkpoint is None else lambda: self.save(checkpoint)
-        while self.epoch < epochs and not stopped(self.history, patience, monitor):
+        while self.epoch < epochs and not stopped(self._of_this_phase(), patience, monitor):
             batches = self._train_epoch(loader, epochs, save, checkpoint_every)
             record: dict[str, Any] = {"epoch": self.epoch + 1, "loss": self._mean_losses()}
             record["projection"] = kept(self.optimizer, self.history)
@@ -193,17 +195,8 @@ class Trainer:
                 bar.update(len(group))
         if self.optimizer.process_group is not None:
             row_totals(self.model.modalities, self.optimizer, [])  # the others must have come to their end, too
+            self._share_seen()
         return batches
-
-    def _mean_losses(self) -> dict[str, float]:
-        losses = self._position.losses
-        if not losses:
-            raise ValueError(
-                "loader: expected at least one batch with a sample in it in every epoch (a generator lasts for one), "
-                f"got none in epoch {self.epoch + 1}"
-            )
-        sums = losses.over_ranks(self.model.modalities, self.optimizer.process_group, self.device)
-        return {modality: mean for modality, mean in sums.means().items() if sums[modality][1]}
 
     def _train_on(self, group: list[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Take one step of each modality; returns the mean losses."""
@@ -250,7 +243,7 @@ class Trainer:
         """
         if config is not None:
             self.config = json.loads(json.dumps(config))  # so that it can be read back without pickle
-        run = {"epoch": self.epoch, "history": self.history, "config": self.config}
+        run = {"epoch": self.epoch, "history": self.history, "config": self.config, "additions": self.additions}
         self._run().save(path, {**run, "batches": self._position.batches}, self._position.state_dict())
 
     def _run(self) -> Run:
@@ -261,10 +254,14 @@ class Trainer:
         draws from torch's global generator, from the loader's own, or from a seed of its own as ``DistributedSampler`` does;
         workers that persist over epochs do not. The projection's settings are those that were saved.
 
+        A checkpoint from before modalities were added goes with those as they are: they begin where it ends. One from after it
+        needs the same modalities added before.
+
         Raises CheckpointError (a ValueError) or FileNotFoundError, and changes nothing, if the file does not fit.
         """
         saved, own = self._run().load(path)
         self.epoch, self.history, self.config = saved["epoch"], saved["history"], saved["config"]
         self._position.batches = saved["batches"]
+        self._take_additions(saved)
         if own is not None:
             self._position.load_state_dict(own, self.device)

@@ -46,6 +46,9 @@ def steps_in_turn(
         if loss is not None:
             losses[modality] = loss
             _step(optimizer, modality, scaler, clip_norm)
+            for rows in batches:
+                if modality in rows:
+                    model.saw(modality, rows[modality].target)
     if together is not None:
         together.step_interaction(clip_norm)
     return losses

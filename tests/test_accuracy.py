@@ -111,9 +111,9 @@ def test_everything_goes_into_one_folder(npz, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "main", lambda study, argv: studies.append((study.name, argv)))
     command.main(["--everything", "--data", str(npz), "--output", str(folder)])
     assert [r["method"] for r in records.read(folder / "accuracy.jsonl")] == ["Sum", "MLA none"]
-    assert [name for name, _ in studies] == ["isolation", "gap", "collapse", "forgetting", "competition"]
-    own = ["--jobs", "1", "--output", str(folder / "competition.jsonl")]
-    assert studies[0][1][:4] == ["--data", str(npz), "--config", "B"] and studies[-1][1] == own
+    assert [name for name, _ in studies] == ["isolation", "gap", "collapse", "forgetting", "competition", *3 * ["adding"]]
+    own = ["--jobs", "1", "--output", str(folder / "adding.jsonl")]
+    assert studies[0][1][:4] == ["--data", str(npz), "--config", "B"] and studies[-1][1] == ["--data", "competition", *own]
 
 
 @pytest.mark.exhaustive

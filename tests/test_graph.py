@@ -418,3 +418,29 @@ def test_the_trainer_on_a_gpu(tmp_path):
         trainer.fit(loader, epochs=3)
         trained.append(everything(model, optimizer))
     torch.testing.assert_close(*trained, **CLOSE)
+
+
+def test_what_is_added_and_grown_is_captured_anew_and_seen(stand_in):
+    """A replay that still had the old head or the old encoders would end elsewhere."""
+    models = []
+    for graphed in (True, False):
+        model = make_model(f64)
+        optimizer = mla.MLAOptimizer(sgd(model.parameters()), model.head, target="update", bias="project")
+        stand_in.model, stand_in.optimizer = model, optimizer
+        step = mla.GraphedStep(model, optimizer) if graphed else lambda b, m=model, o=optimizer: mla.alternating_step(m, o, b)
+        inputs = {m: x.double() for m, x in make_inputs(6).items()}
+        for _ in range(6):
+            step((inputs, torch.arange(6) % CLASSES))
+        torch.manual_seed(3)
+        model.add_modality("touch", nn.Sequential(nn.Linear(2, 5), nn.Tanh()).double(), optimizer=optimizer, classes=1)
+        touch = torch.randn(6, 2, dtype=f64, generator=torch.Generator().manual_seed(1))
+        for turn in range(7):
+            step(({"touch": touch}, torch.full((6,), 2 if turn < 6 else CLASSES)))  # a class that only a replay sees
+        model.add_classes(1, optimizer=optimizer)
+        for _ in range(6):
+            step(({"touch": touch}, torch.arange(6) % 2))
+        models.append((model, optimizer))
+    assert stand_in.captures == 3 and stand_in.replays > 6
+    torch.testing.assert_close(*(everything(*pair) for pair in models), rtol=1e-9, atol=1e-12)
+    seen = [model.seen_by(model.modalities) for model, _ in models]
+    assert torch.equal(*seen) and seen[0][-1].tolist() == [True, True, True, True, False]

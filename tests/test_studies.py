@@ -8,10 +8,10 @@ import torch
 from bench import records
 from bench.accuracy import jobs as command
 from bench.accuracy.settings import Setting, setting
-from bench.accuracy.studies import collapse, competition, forgetting, gap, isolation
+from bench.accuracy.studies import adding, collapse, competition, forgetting, gap, isolation
 from mla_fast.data import MultimodalDataset
 
-STUDIES = ("isolation", "gap", "collapse", "forgetting", "competition")
+STUDIES = ("isolation", "gap", "collapse", "forgetting", "competition", "adding")
 
 
 def parts(seed):
@@ -110,6 +110,24 @@ def test_only_the_head_can_forget(monkeypatch):
     assert before["after"] != before["before"]
     assert seen[0].optimizer.settings.bias == "project" and seen[0].optimizer.param_groups[0]["lr"] == 0.1
     assert all(set(record["loss"]) == {m} for record, m in zip(seen[0].history, "aabb", strict=True))
+
+
+def test_falls_are_from_where_a_modality_was_trained_last():
+    record = {"old": "a", "new": "b+c", "phases": [{"a": 0.9}, {"a": 0.8, "b": 0.7}, {"a": 0.6, "b": 0.65, "c": 1.0}]}
+    assert adding.falls(record, 1) == pytest.approx(10)
+    assert adding.falls(record) == pytest.approx((30 + 5) / 2)
+
+
+def test_what_is_added_sees_its_own_classes_and_a_part_of_the_old_data():
+    train, _ = parts(0)
+    jobs = adding.jobs(TASK, [0, 1, 2, 3])
+    assert {(j.old, j.new, j.classes) for j in jobs} == {(*o, c) for o in (("a", "b"), ("b", "a")) for c in ("all", "half")}
+    replay = list(adding.Replay(adding.Batches(adding.select(train, ["b"]), 0), adding.select(train, ["a"]), 0))
+    assert [list(batch[0]) for batch in replay] == [["b"], ["a"]] and len(replay[1][1]) == 1
+    found = adding.run(adding.Job(TASK, "a", "b", "half", "frozen head", 0))
+    assert found["phases"][0]["a"] == found["phases"][1]["a"] and len(found["new_alone"]) == 1
+    image = MultimodalDataset({"a": torch.arange(12.0).view(1, 4, 3)}, torch.zeros(1, dtype=torch.int64))
+    assert adding.select(image, ["a/1"]).inputs["a/1"].tolist() == [[[6, 7, 8], [9, 10, 11]]]
 
 
 def test_digits_have_what_the_studies_need():

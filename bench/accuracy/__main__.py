@@ -23,7 +23,7 @@ from bench.accuracy import jobs, tables
 from bench.accuracy.jobs import describe
 from bench.accuracy.methods import METHODS, accuracy, train
 from bench.accuracy.settings import AVDIGITS, Setting, setting
-from bench.accuracy.studies import collapse, competition, forgetting, gap, isolation
+from bench.accuracy.studies import adding, collapse, competition, forgetting, gap, isolation
 from bench.records import Record
 from mla_fast.compare.options import rates
 
@@ -36,7 +36,7 @@ EVERYTHING = (
     "--data remainders --seeds 0-2",
 )
 ON_AVDIGITS = (isolation.STUDY, gap.STUDY, collapse.STUDY)
-STUDIES = (*ON_AVDIGITS, forgetting.STUDY, competition.STUDY)
+STUDIES = (*ON_AVDIGITS, forgetting.STUDY, competition.STUDY, adding.STUDY)
 
 
 class Job(NamedTuple):
@@ -115,9 +115,11 @@ def everything(arguments: argparse.Namespace) -> None:
     for line in EVERYTHING:
         options = [option.format(data=arguments.data) for option in shlex.split(line)]
         main([*options, *common, str(arguments.output / "accuracy.jsonl")])
+    on_b = ["--data", arguments.data, "--config", "B"]
     for study in STUDIES:
-        data = ["--data", arguments.data, "--config", "B"] if study in ON_AVDIGITS else []
-        jobs.main(study, [*data, *common, str(arguments.output / f"{study.name}.jsonl")])
+        on = [on_b, ["--data", "digits"], ["--data", "competition"]] if study is adding.STUDY else [[]]
+        for data in [on_b] if study in ON_AVDIGITS else on:
+            jobs.main(study, [*data, *common, str(arguments.output / f"{study.name}.jsonl")])
     show(arguments.output / "accuracy.jsonl")
 
 

@@ -35,9 +35,9 @@ def train(method: str, dataset: MultimodalDataset, task: Setting, seed: int) -> 
         trainer.fit(Batches(dataset, seed, batch_size=BATCH), task.epochs)
         return trainer
     model = {**BASELINES, **CONTROLS}[method](_encoders(dataset, seed), FEATURES, dataset.classes)
-    optimizer = _sgd(model, task)
+    optimizer = new_sgd(model, task)
     batches = Batches(dataset, seed, indexed=True, batch_size=BATCH)
-    fit_joint(model, optimizer, batches, task.epochs, scheduler=_scheduler(optimizer, task))
+    fit_joint(model, optimizer, batches, task.epochs, scheduler=new_scheduler(optimizer, task))
     return model
 
 
@@ -49,8 +49,8 @@ def mla_trainer(method: str, dataset: MultimodalDataset, task: Setting, seed: in
         beside = mla.Interaction(FEATURES, dataset.classes, dataset.modalities, gradient=INTERACTIONS[method])
     model = mla.MultimodalModel(encoders, head, interaction=beside)
     options = {**_mla_settings(method, dataset), **options}
-    optimizer = mla.MLAOptimizer(_sgd(model, task), model.head, **options)
-    return mla.Trainer(model, optimizer, scheduler=_scheduler(optimizer, task), progress=False)
+    optimizer = mla.MLAOptimizer(new_sgd(model, task), model.head, **options)
+    return mla.Trainer(model, optimizer, scheduler=new_scheduler(optimizer, task), progress=False)
 
 
 def _encoders(dataset: MultimodalDataset, seed: int) -> dict[str, nn.Module]:
@@ -67,11 +67,11 @@ def _mla_settings(method: str, dataset: MultimodalDataset) -> dict[str, Any]:
     return {"projection": "official", "alpha": lambda step: reference.official_alpha(step // M % batches, batches)}
 
 
-def _sgd(model: nn.Module, task: Setting) -> torch.optim.SGD:
+def new_sgd(model: nn.Module, task: Setting) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=task.lr, momentum=MOMENTUM)
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, task: Setting) -> torch.optim.lr_scheduler.MultiStepLR:
+def new_scheduler(optimizer: torch.optim.Optimizer, task: Setting) -> torch.optim.lr_scheduler.MultiStepLR:
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * task.epochs))])
 
 

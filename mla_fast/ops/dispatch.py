@@ -223,14 +223,14 @@ class DispatchPlan:
                 raise ValueError(f"packed[{name!r}]: expected [{size}, …], the rows that are present, got {list(x.shape)}")
         return _like(packed, _unpack_rows.apply(self.backend, tensors, self.slot, self.offsets))
 
-    def fuse(self, logits: Tensor, *, backend: str = "auto") -> Fused:
+    def fuse(self, logits: Tensor, seen: Tensor | None = None, *, backend: str = "auto") -> Fused:
         """Fuse packed logits [K, C] sample by sample (eqs. 6–8), as ``mla_fast.entropy_fusion`` does; differentiable once."""
         self._check_tensor("logits", logits)
         check_dtype(logits)
         K = sum(self.sizes)
         if logits.dim() != 2 or logits.shape[0] != K or logits.shape[1] == 0:
             raise ValueError(f"logits: expected [{K}, C], the packed rows, got {list(logits.shape)}")
-        return fuse_packed(logits, self.slot, backend)
+        return fuse_packed(logits, self.slot, seen, backend)
 
     def segment_mean(self, features: Tensor) -> Tensor:
         """Return x̄ of every modality in one launch: features [K, s] → [M, s], in float32 or wider; zeros for one without rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,9 @@ _fusion.differentiate(_backward, _save)
 _fusion_backward.differentiate(_no_second_derivative)
 
 
-def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = None, *, backend: str = "auto") -> Fused:
+def entropy_fusion(
+    logits: Tensor | Sequence[Tensor], present: Tensor | None = None, seen: Tensor | None = None, *, backend: str = "auto"
+) -> Fused:
     """Mix the modalities' logits with weights that fall with their entropy, sample by sample (eqs. 6–8).
 
         e_m = −Σ p log p, p = softmax(z_m)        λ = softmax(−e) over the present modalities        fused = Σ_m λ_m z_m
@@ -71,12 +73,20 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
     two). present, bool [N, M], says which modality each sample has; without it all are there. The logits of an absent modality
     are not read: they may hold anything, and get weight, entropy and gradient 0. A sample with nothing present gets zeros.
 
+    seen, bool [M, C] (best on the CPU, where nobody waits for it), says on which classes each modality was trained, and lets it
+    vote on no others: it re-ranks within what it has seen,
+
+        p(c) = p_others(S) · p_fused(c | S) for c in S, p_others(c) outside,
+
+    the mass of S coming from those that have seen more; ``reference.seen_fusion`` has it for sets of any kind. Classes that
+    nobody present has seen have logit −inf. Where all have seen all it is as without `seen`, bit for bit.
+
     Of more than eight modalities CUDA tensors go the way of the reference backend, in plain torch.
     Differentiable once in the logits; higher derivatives, forward mode and torch.func need backend="reference".
 
     Raises ValueError or TypeError that names the argument, what it was and what it should be.
     """
-    if backend == "auto" and (fused := _at_once(logits, present)) is not None:
+    if seen is None and backend == "auto" and (fused := _at_once(logits, present)) is not None:
         return fused
     if isinstance(logits, Tensor):
         if logits.dim() != 3:
@@ -92,7 +102,16 @@ def entropy_fusion(logits: Tensor | Sequence[Tensor], present: Tensor | None = N
     check_dtype(first)
     if present is not None:
         _check_present(present, (N, M), first.device)
-    return _fuse(resolve(backend, first.device), tensors, present, None, M)
+    backend = resolve(backend, first.device)
+    if seen is None or _everything(seen, (M, C)):
+        return _fuse(backend, tensors, present, None, M)
+    by_modality = tensors[0].unbind() if tensors[0].dim() == 3 else tensors
+
+    def fuse(seers: list[int], columns: list[int]) -> Fused:
+        here = None if present is None else present[:, seers]
+        return _fuse(backend, [_columns(by_modality[m], columns) for m in seers], here, None, len(seers))
+
+    return _fuse_seen(fuse, seen, torch.ones(N, M, dtype=torch.bool, device=first.device) if present is None else present, first)
 
 
 def _at_once(logits: Tensor | Sequence[Tensor], present: Tensor | None) -> Fused | None:
@@ -114,9 +133,79 @@ def _at_once(logits: Tensor | Sequence[Tensor], present: Tensor | None) -> Fused
         return None
 
 
-def fuse_packed(logits: Tensor, slot: Tensor, backend: str) -> Fused:
-    """Fuse packed rows [K, C], of which slot [N, M] is the row of each (sample, modality) or −1; without checks."""
-    return _fuse(resolve(backend, logits.device), [logits], None, slot, slot.shape[1])
+def fuse_packed(logits: Tensor, slot: Tensor, seen: Tensor | None, backend: str) -> Fused:
+    """Fuse packed rows [K, C], of which slot [N, M] is the row of each (sample, modality) or −1; without checks of these."""
+    backend, M = resolve(backend, logits.device), slot.shape[1]
+    if seen is None or _everything(seen, (M, logits.shape[1])):
+        return _fuse(backend, [logits], None, slot, M)
+
+    def fuse(seers: list[int], columns: list[int]) -> Fused:
+        return _fuse(backend, [_columns(logits, columns)], None, slot[:, seers].contiguous(), len(seers))
+
+    return _fuse_seen(fuse, seen, slot >= 0, logits)
+
+
+def _columns(logits: Tensor, columns: list[int]) -> Tensor:
+    return logits if len(columns) == logits.shape[1] else logits[:, columns]
+
+
+def _fuse_seen(fuse: Callable[[list[int], list[int]], Fused], seen: Tensor, present: Tensor, like: Tensor) -> Fused:
+    """Do what ``reference.seen_fusion`` says, one set of classes after another, each by the operator over who has seen it.
+
+    fuse: (modalities, classes) → their fusion; present: bool [N, M]; like: logits, for dtype and device.
+    """
+    sets = [frozenset(row.nonzero().flatten().tolist()) for row in seen.cpu()]
+    wide, (N, M), C = torch.promote_types(like.dtype, torch.float32), present.shape, seen.shape[1]
+    unseen = (~seen).to(like.device, torch.float32)
+    found, covered = like.new_zeros(N, C, dtype=wide), present.new_zeros(N, C)  # logits, and of which classes there are any
+    weights, entropies = like.new_zeros(N, C, M, dtype=wide), like.new_zeros(N, M, dtype=wide)
+    for S in reference.closure(sets):
+        columns, seers = sorted(S), [m for m in range(M) if sets[m] >= S]
+        f, lambdas, e = fuse(seers, columns)
+        f = f.to(wide)
+        # S counts for a sample if it is what its present seers have in common; of other samples' sets it is none.
+        here, inside = present[:, seers], torch.zeros(C, dtype=torch.bool, device=like.device)
+        inside[columns] = True
+        taken = here.any(1) & ((here.float() @ unseen[seers] > 0) | inside).all(1)
+        shifted = f + _shift(found, covered, f, columns)[:, None]
+        write = taken[:, None] & inside
+        at, who = (torch.tensor(index, device=like.device) for index in (columns, seers))
+        found = torch.where(write, found.index_copy(1, at, shifted), found)
+        weights = torch.where(write[..., None], torch.zeros_like(entropies).index_copy(1, who, lambdas)[:, None], weights)
+        own = torch.tensor([sets[m] == S for m in range(M)], device=like.device)
+        entropies = torch.where(own, entropies.index_copy(1, who, e), entropies)
+        covered = covered | write
+    some = covered.any(1, keepdim=True)
+    logits = torch.where(covered, found, torch.where(some, -torch.inf, 0.0)).to(like.dtype)
+    answer = logits.argmax(1)[:, None, None].expand(N, 1, M)
+    return Fused(logits, weights.gather(1, answer).squeeze(1), entropies)
+
+
+def _shift(found: Tensor, covered: Tensor, f: Tensor, columns: list[int]) -> Tensor:
+    """Return what is added to the logits f [N, S] of classes `columns` to stand beside those found so far [N, C]."""
+    common = covered[:, columns]
+    mass = [z.masked_fill(~common, -torch.inf).logsumexp(1) for z in (found[:, columns], f)]
+    comparable = common.any(1) & mass[0].isfinite() & mass[1].isfinite()
+    shift = torch.where(comparable, mass[0] - mass[1], 0)
+    some = covered.any(1)
+    apart = some & ~common.any(1)
+    confidence = [_mass_and_entropy(found, covered | ~some[:, None]), _mass_and_entropy(f, torch.ones_like(common))]
+    return torch.where(apart, confidence[0] - confidence[1], shift)
+
+
+def _mass_and_entropy(z: Tensor, of: Tensor) -> Tensor:
+    """Return log Σ exp z − Σ p log p over those that count, [N, C] → [N]; p log p as p z, which has a derivative at p = 0."""
+    z, counted = z.masked_fill(~of, 0), z.masked_fill(~of, -torch.inf)
+    return 2 * counted.logsumexp(1) - (counted.softmax(1) * z).sum(1)
+
+
+def _everything(seen: Tensor, shape: tuple[int, int]) -> bool:
+    """Check `seen`; returns whether all have seen all."""
+    if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+        raise TypeError(f"seen: expected a bool tensor, got {describe(seen)}")
+    if seen.shape != shape:
+        raise ValueError(f"seen: expected {list(shape)} (modalities, classes) to match logits, got {list(seen.shape)}")
+    return bool(seen.all())
 
 
 def _fuse(backend: str, logits: list[Tensor], present: Tensor | None, slot: Tensor | None, M: int) -> Fused:

@@ -1,0 +1,107 @@
+"""``mla-fast train --add``: one more modality for a model of an earlier run, from data of its own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from mla_fast import cli_data, cli_train, data
+from mla_fast.checkpoint import read_checkpoint
+from mla_fast.settings import Settings
+from mla_fast.trainer import Trainer
+
+NEW = (
+    "data label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay amp accumulate clip_norm".split()
+)
+DEFAULTS = {"features": 64, "interaction": 0}  # of the command line, where they say nothing
+
+
+def add(arguments: argparse.Namespace) -> None:
+    """Add a modality to the run of a checkpoint, train it, and evaluate all before and after, where there is data of them."""
+    cli_train.check_output(arguments)
+    saved = read_checkpoint(arguments.start)
+    before = cli_train.described(saved["config"], arguments.start)
+    config = _config(arguments, before, saved["epoch"])
+    dataset, arrays = cli_data.read_for_addition(config, arguments.add, dict(arguments.layout))
+    one = {**config, "modalities": [arguments.add]}
+    cli_data.print_reading(dataset, arrays, one, training=True)
+    parts = cli_data.split(dataset, config)
+    layouts = {arguments.add: config["layouts"][arguments.add]}
+    config["statistics"] = {**before["statistics"], **data.statistics(parts[0], config["standardize"], layouts)}
+    train_set = data.apply_statistics(parts[0], config["statistics"])
+    addition = config["additions"][-1]
+    addition["classes"] = config["classes"] - before["classes"]
+    device, checkpoint = cli_train.device(arguments.device), arguments.output / "checkpoint.pt"
+    trainer = cli_train.build(before, device)
+    trainer.resume(arguments.start)
+    config["before"] = _accuracies(trainer, config, before, list(before["encoders"]))
+    config = json.loads(json.dumps(config))
+    cli_train.add_to(trainer, config, config["additions"][-1])
+    if arguments.resume:
+        cli_train.resume(trainer, checkpoint, config)
+    elif arguments.overwrite:
+        cli_train.remove(arguments.output)
+    trainer.config = config
+    cli_train.fit(trainer, train_set, arguments, addition["since"] + config["epochs"])
+    test_set = _test_set(config)
+    cli_train.finish(arguments.output, trainer, cli_train.evaluated(trainer, test_set), cli_train.is_complete(test_set))
+    print_change(config["before"], _accuracies(trainer, config, before, list(config["encoders"])), arguments.add)
+
+
+def _config(arguments: argparse.Namespace, before: dict[str, Any], epoch: int) -> dict[str, Any]:
+    """Return the config of the run that begins: the model and its projection are those of the one before."""
+    name = arguments.add
+    if arguments.modalities:
+        raise ValueError(f"--modalities: expected none with --add, which says what is new, got {', '.join(arguments.modalities)}")
+    if name in before["encoders"]:
+        raise ValueError(f"--add: expected a modality beside {', '.join(before['encoders'])}, got {name!r}")
+    if before["interaction"]:
+        raise ValueError("--add: expected a run without --interaction, which is made for the modalities that there are")
+    for option, value in dataclasses.asdict(Settings()).items():
+        if (given := getattr(arguments, option)) not in (value, before["head"][option]):
+            raise ValueError(
+                f"--{option}: expected none with --add: the projection goes on as {before['head'][option]!r}, got {given!r}"
+            )
+    for option in ("features", "interaction"):
+        if (given := getattr(arguments, option)) not in (before[option], DEFAULTS[option]):
+            raise ValueError(f"--{option}: expected none with --add: the run before has {before[option]}, got {given}")
+    config = {**before, **{option: getattr(arguments, option) for option in NEW}}
+    config["data"], config["modalities"] = str(arguments.data.resolve()), [*before["modalities"], name]
+    kept = {option: config[option] for option in ("lr", "momentum", "weight_decay", "epochs")}
+    config["additions"] = [*before.get("additions", []), {"modality": name, "since": epoch, "from": before["data"], **kept}]
+    return config
+
+
+def _test_set(config: dict[str, Any]) -> data.MultimodalDataset:
+    """Return the part held out of a run's data, of those of its modalities that are in the file."""
+    config = cli_data.available(config)
+    _, test_set = cli_data.split(cli_data.read_for_evaluation(config)[0], config)
+    return data.apply_statistics(test_set, {name: config["statistics"][name] for name in config["modalities"]})
+
+
+def _accuracies(trainer: Trainer, config: dict[str, Any], before: dict[str, Any], names: list[str]) -> dict[str, float]:
+    """Return the accuracy of each modality that there is held out data of: in the new file, or in that of the run before."""
+    found: dict[str, float] = {}
+    for run in (config, before):
+        left = [name for name in names if name not in found]
+        if left and Path(run["data"]).exists():
+            there = cli_data.available(
+                {**run, "modalities": [name for name in run["modalities"] if name in left]}, missing_ok=True
+            )
+            if there["modalities"]:
+                test_set = _test_set({**there, "statistics": config["statistics"], "classes": config["classes"]})
+                accuracy = trainer.evaluate(data.loader(test_set, 1024))["accuracy"]
+                found |= {name: accuracy[name] for name in there["modalities"]}
+    return found
+
+
+def print_change(before: dict[str, float], after: dict[str, float], name: str) -> None:
+    """Print the accuracy of each modality before and after `name` was added."""
+    width = max(map(len, [*after, *before]))
+    print(f"accuracy before and after {name} was added")
+    for modality in {**before, **after}:
+        cells = (f"{100 * of[modality]:6.1f} %" if modality in of else f"{'-':>8}" for of in (before, after))
+        print(f"  {modality:{width}}  {'  '.join(cells)}")
