@@ -179,6 +179,7 @@ class Trainer:
             total=total,
             initial=position.batches,
             leave=False,
+            mininterval=0.5,
             disable=None if self.progress else True,
         )
         with bar:
@@ -190,10 +191,18 @@ class Trainer:
                 before, position.batches = position.batches, position.batches + len(group)
                 if save is not None and every is not None and position.batches // every > before // every:
                     save()
-                bar.update(len(group))
+                if bar.update(len(group)):  # it was drawn anew: twice a second somebody may wait for the device
+                    bar.set_postfix_str(self._shown(), refresh=False)
         if self.optimizer.process_group is not None:
             row_totals(self.model.modalities, self.optimizer, [])  # the others must have come to their end, too
         return batches
+
+    def _shown(self) -> str:
+        """Return what the progress bar says: the mean loss of this epoch so far, and the accuracy after the last one."""
+        losses = self._position.losses.means().values()
+        said = f"loss {sum(losses) / len(losses):.3f}"
+        validation = self.history[-1].get("validation") if self.history else None
+        return said if validation is None else f"{said}, validation accuracy {100 * validation['accuracy']['fused']:.1f} %"
 
     def _mean_losses(self) -> dict[str, float]:
         losses = self._position.losses
