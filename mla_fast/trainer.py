@@ -199,10 +199,12 @@ class Trainer:
 
     def _shown(self) -> str:
         """Return what the progress bar says: the mean loss of this epoch so far, and the accuracy after the last one."""
-        losses = self._position.losses.means().values()
-        said = f"loss {sum(losses) / len(losses):.3f}"
+        losses = [loss for loss in self._position.losses.means().values() if loss == loss]
+        said = [f"loss {sum(losses) / len(losses):.3f}"] if losses else []
         validation = self.history[-1].get("validation") if self.history else None
-        return said if validation is None else f"{said}, validation accuracy {100 * validation['accuracy']['fused']:.1f} %"
+        if validation is not None:
+            said.append(f"validation accuracy {100 * validation['accuracy']['fused']:.1f} %")
+        return ", ".join(said)
 
     def _mean_losses(self) -> dict[str, float]:
         losses = self._position.losses

@@ -114,7 +114,10 @@ def test_what_is_refused(tmp_path, capsys):
     root, output = trees.kinetics_sounds(tmp_path / "data"), tmp_path / "run"
     for arguments, message in (
         (["--encoder", "text=a.b"], "--encoder: expected modalities among audio, image, got 'text'"),
-        (["--encoder", "audio=json.Nothing"], "--encoder: expected audio=package.module.Encoder, got 'json.Nothing'"),
+        (
+            ["--encoder", "audio=json.Nothing"],
+            "--encoder: expected audio=package.module:Encoder, which is called without arguments, got 'json.Nothing'",
+        ),
         (["--split", "speaker"], "--split: expected none, kinetics-sounds has one split alone, got speaker"),
         (["--modalities", "text"], "modalities: expected among audio, image, got 'text'"),
         (["--resume"], "nothing to resume; leave out --resume to start a new run"),
