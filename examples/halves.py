@@ -4,9 +4,10 @@ import itertools
 
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-CLASSES, WIDTH = 10, 32
+CLASSES, WIDTH, MODALITIES = 10, 32, ("upper", "lower")
 
 
 class Halves(torch.utils.data.Dataset):
@@ -15,7 +16,7 @@ class Halves(torch.utils.data.Dataset):
     def __init__(self):
         digits = load_digits()
         halves = torch.from_numpy(digits.data).float().div_(16).split(WIDTH, 1)
-        self.inputs, self.target = dict(zip(("upper", "lower"), halves, strict=True)), torch.from_numpy(digits.target)
+        self.inputs, self.target = dict(zip(MODALITIES, halves, strict=True)), torch.from_numpy(digits.target)
 
     def __len__(self):
         return len(self.target)
@@ -37,3 +38,20 @@ def grouped(loader, count):
     batches = iter(loader)
     while group := list(itertools.islice(batches, count)):
         yield group
+
+
+def make_model(features=64):
+    """Return a MultimodalModel of two small encoders."""
+    import mla_fast as mla
+
+    torch.manual_seed(0)
+    encoders = {m: nn.Sequential(nn.Linear(WIDTH, features), nn.ReLU()) for m in MODALITIES}
+    return mla.MultimodalModel(encoders, nn.Linear(features, CLASSES))
+
+
+def accuracy(model, loader):
+    """Return the share of samples whose fused prediction is right."""
+    right = total = 0
+    for inputs, target in loader:
+        right, total = right + (model.predict(inputs).logits.argmax(1).cpu() == target.cpu()).sum().item(), total + len(target)
+    return right / total

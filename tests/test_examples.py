@@ -1,11 +1,15 @@
 """Every example runs and learns, and the README's diff is what changes between two of them."""
 
 import difflib
+import functools
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import exhaustive
+from test_readme import torchrun
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples"
@@ -38,3 +42,55 @@ def test_before_and_after(example, name):
 
     assert example(name).main(epochs=4, size=600) > 0.6
     assert set(torch.load("checkpoint.pt", weights_only=True)) == {"model", "optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "times"),
+    [
+        ("plain_loop", "torch", {}),
+        ("missing_modalities", "torch", {}),
+        ("huggingface_trainer", "transformers", {}),
+        ("lightning_manual", "lightning", {}),
+        ("lightning_automatic", "lightning", {}),
+        ("accelerate_loop", "accelerate", {}),
+        ("fabric_loop", "lightning_fabric", {}),
+        ("text_and_image", "transformers", {"epochs": 3, "size": 200}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*num_workers:UserWarning")
+def test_an_example_learns(example, name, needs, times):
+    pytest.importorskip(needs)
+    if needs == "accelerate":  # what Hugging Face's Trainer has left in this process would be taken over
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert example(name).main(**{"epochs": 3, "size": 450} | times) > 0.5  # of ten classes, or four
+
+
+def on_two_ranks(name):
+    sys.path.insert(0, str(FOLDER))
+    assert importlib.import_module(name).main(epochs=3, size=450) > 0.5
+
+
+@pytest.mark.parametrize("name", ["data_parallel", *exhaustive("fully_sharded")])
+def test_examples_of_several_processes(tmp_path, name):
+    pytest.importorskip("sklearn")
+    torchrun(functools.partial(on_two_ranks, name), tmp_path)
+
+
+def test_each_example_is_tested_and_named():
+    tested = Path(__file__).read_text()
+    for path in FOLDER.glob("*.py"):
+        assert path.stem in ("halves", "before", "after") or f'"{path.stem}"' in tested or path.stem == "add_modality"
+        assert path.name in (FOLDER / "README.md").read_text()
+    assert len((FOLDER / "after.py").read_text().splitlines()) < 70
+
+
+def test_the_notebook(example):
+    cells = json.loads((FOLDER / "quickstart.ipynb").read_text())["cells"]
+    names: dict = {}
+    for cell in cells:
+        assert not cell.get("outputs")
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["found"]["accuracy"]["fused"] > 0.8
