@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from mla_fast.distributed import all_gather_object, load_portable_state_dict, portable_state_dict, rank_and_size
+from mla_fast.distributed import all_gather_object, load_portable_state_dict, portable_state_dict, rank_and_size, without_compile
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 
@@ -52,6 +52,7 @@ class Run:
         """Continue from a checkpoint. Returns it, and this rank's own part; CheckpointError, and nothing changes, if it does not
         fit."""
         saved = read_checkpoint(path)
+        saved["model"] = {without_compile(name): t for name, t in saved["model"].items()}
         _check_fits(path, portable_state_dict(self.model), saved["model"])
         for name, kind in self._kinds().items():
             if saved["kinds"][name] != kind:
