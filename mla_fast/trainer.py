@@ -31,6 +31,7 @@ from mla_fast.trainer_checks import (
     check_trainer,
     kept,
     obstacle_to_graphs,
+    said,
     step_scheduler,
     stopped,
     warn_of_scheduler,
@@ -173,14 +174,13 @@ class Trainer:
             total = None if isinstance(loader, Mapping) else len(loader)  # type: ignore[arg-type]
         except TypeError:  # an iterator, or a DataLoader of one
             total = None
-        # disable=None: no bar where the output is not a terminal
         bar = tqdm(
             desc=f"epoch {self.epoch + 1}/{epochs}",
             total=total,
             initial=position.batches,
             leave=False,
             mininterval=0.5,
-            disable=None if self.progress else True,
+            disable=None if self.progress else True,  # None: where the output is not a terminal
         )
         with bar:
             while group := list(itertools.islice(batches, at_once)):
@@ -191,20 +191,11 @@ class Trainer:
                 before, position.batches = position.batches, position.batches + len(group)
                 if save is not None and every is not None and position.batches // every > before // every:
                     save()
-                if bar.update(len(group)):  # it was drawn anew: twice a second somebody may wait for the device
-                    bar.set_postfix_str(self._shown(), refresh=False)
+                if bar.update(len(group)):  # drawn: so often somebody may wait for the device
+                    bar.set_postfix_str(said(position.losses.means(), self.history), refresh=False)
         if self.optimizer.process_group is not None:
             row_totals(self.model.modalities, self.optimizer, [])  # the others must have come to their end, too
         return batches
-
-    def _shown(self) -> str:
-        """Return what the progress bar says: the mean loss of this epoch so far, and the accuracy after the last one."""
-        losses = [loss for loss in self._position.losses.means().values() if loss == loss]
-        said = [f"loss {sum(losses) / len(losses):.3f}"] if losses else []
-        validation = self.history[-1].get("validation") if self.history else None
-        if validation is not None:
-            said.append(f"validation accuracy {100 * validation['accuracy']['fused']:.1f} %")
-        return ", ".join(said)
 
     def _mean_losses(self) -> dict[str, float]:
         losses = self._position.losses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,15 @@ def best_epoch(history: Sequence[dict[str, Any]], monitor: str) -> int:
     sign = -1 if "loss" in monitor.split("/")[:2] else 1
     values = [sign * record.get(monitor, float("nan")) for record in flat]
     return max(range(len(values)), key=lambda i: values[i] if values[i] == values[i] else -float("inf"))
+
+
+def said(losses: Mapping[str, float], history: Sequence[dict[str, Any]]) -> str:
+    """Return what a progress bar says: the mean loss of the epoch so far, and the accuracy after the last one."""
+    known = [loss for loss in losses.values() if loss == loss]
+    parts = [f"loss {sum(known) / len(known):.3f}"] if known else []
+    if history and "validation" in history[-1]:
+        parts.append(f"validation accuracy {100 * history[-1]['validation']['accuracy']['fused']:.1f} %")
+    return ", ".join(parts)
 
 
 def kept(optimizer: MLAOptimizer, history: list[dict[str, Any]]) -> dict[str, float]:
