@@ -13,7 +13,7 @@ TARGETS ?= sm_90 sm_100 sm_80 gfx942
 RESULTS ?= bench/results/cpu-xeon.jsonl
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-exhaustive test-all lint bench results report accuracy kernels-check gpu-check tune env clean
+.PHONY: demo test test-exhaustive test-all lint bench results report accuracy kernels-check gpu-check tune wheel docs env clean
 # The build needs the torch that is installed, not one that pip would fetch into an isolated environment.
 $(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "==> preparing $(VENV) with $(TORCH)"
@@ -78,6 +78,14 @@ gpu-check:
 tune:
 	@echo "==> measuring launch configurations on this machine's GPU; rewrites kernels/launch.json"
 	cd build/gpu/checkout && PYTHONPATH=$(CURDIR)/build/gpu/site $(GPU_PYTHON) -m bench.throughput.tune --output $(CURDIR)/kernels/launch.json
+
+wheel: $(READY)
+	@echo "==> a manylinux wheel in dist/, used under each Python from 3.10 on that is here (PYTHONS names others)"
+	bash .ci/wheel
+
+docs: $(READY)
+	@echo "==> the pages of docs/, in build/site; a broken link is an error"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 env: $(READY)
 	$(BIN)/mla-fast env

@@ -2,7 +2,7 @@
 
 MLA_FAST_BUILD chooses it: ``auto`` (the default: compile what there is a compiler for, with torch's headers, and install without
 the rest), ``cpu`` (compile for the CPU alone, or fail), ``cuda`` (for both, or fail), ``none`` (do not compile).
-MLA_FAST_CUDA_ARCHS names other GPU architectures than ARCHS ("80 90"); there is PTX of the last for later ones.
+MLA_FAST_CUDA_ARCHS names GPU architectures ("80 90"), by default those of the GPUs at hand, or ARCHS where there is none.
 """
 
 import os
@@ -34,11 +34,38 @@ def find_nvcc():
     return next(filter(None, found), None) or shutil.which("nvcc")
 
 
+def say(message):
+    """pip hides what a build that succeeds prints, so say it to the terminal, too, if there is one."""
+    print(f"\n*** mla_fast: {message}\n", file=sys.stderr, flush=True)
+    try:
+        with open("/dev/tty", "w") as terminal:
+            terminal.write(f"\n*** mla_fast: {message}\n")
+    except OSError:
+        pass
+
+
+def archs_at_hand():
+    """The architectures of this machine's GPUs, as nvidia-smi says."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    caps = {line.strip().replace(".", "") for line in found.stdout.splitlines()} if found.returncode == 0 else set()
+    return sorted((cap for cap in caps if cap.isdecimal()), key=int)
+
+
 def architecture_flags(nvcc):
     archs = os.environ.get("MLA_FAST_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
     if not archs:
         known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-        archs = [arch for arch in ARCHS if f"sm_{arch}" in known] or ARCHS
+        here = [arch for arch in archs_at_hand() if f"sm_{arch}" in known]
+        archs = here or [arch for arch in ARCHS if f"sm_{arch}" in known] or ARCHS
+        whose = "the GPUs at hand" if here else "any GPU, there is none here: it takes minutes"
+        say(
+            f"compiling the CUDA module for {' '.join(archs)} ({whose}); "
+            "MLA_FAST_CUDA_ARCHS names others, MLA_FAST_BUILD=cpu leaves it out"
+        )
     targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
     return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets]
 
@@ -91,7 +118,10 @@ def extensions():
     except ImportError:
         if MODE != "auto":
             sys.exit(f"MLA_FAST_BUILD={MODE} needs torch in the build environment: pip install --no-build-isolation")
-        print("mla_fast: no torch in the build environment, installing without the compiled operators", file=sys.stderr)
+        say(
+            "NO TORCH IN THE BUILD ENVIRONMENT, installing WITHOUT the compiled operators, which are several times as fast; with "
+            'them: pip install torch "setuptools>=77" && pip install --no-build-isolation .'
+        )
         return []
     common = dict(
         include_dirs=include_paths(),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench import pictures, records
+from bench import first_screen, pictures, records
 from bench.accuracy import tables
 from bench.accuracy.__main__ import STUDIES
 from bench.accuracy.studies import adding
@@ -73,7 +73,8 @@ def readme(named: dict[str, str], text: str) -> str:
 def drawings() -> dict[str, Callable[[Path], object]]:
     """name → what draws it into a file."""
     found = records.read(RESULTS / "accuracy.jsonl")
-    drawn = {"accuracy": partial(tables.draw_accuracy, found)}
+    drawn = {"accuracy": partial(tables.draw_accuracy, found), "method": first_screen.draw_method}
+    drawn["drowning"] = partial(first_screen.draw_drowning, found)
     for study in STUDIES:
         drawn[study.name] = partial(study.draw, records.read(RESULTS / f"{study.name}.jsonl"))
     best = speed.best_threads(list(records.timings(CPU).values()))

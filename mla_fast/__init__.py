@@ -1,6 +1,6 @@
 """MLA (alternating unimodal adaptation, CVPR 2024) as fused kernels under a drop-in PyTorch optimizer."""
 
-from mla_fast import reference
+from mla_fast import callbacks, data, encoders, reference
 from mla_fast.checkpoint import CheckpointError
 from mla_fast.distributed import distribute
 from mla_fast.graph import GraphedStep
@@ -24,8 +24,11 @@ __all__ = [
     "MultimodalModel",
     "Trainer",
     "alternating_step",
+    "callbacks",
+    "data",
     "dispatch",
     "distribute",
+    "encoders",
     "entropy_fusion",
     "reference",
     "linear_cross_entropy",

@@ -1,4 +1,4 @@
-"""The command line: ``mla-fast demo | train | eval | compare | prepare | paper | env``."""
+"""The command line: ``mla-fast demo | train | eval | predict | compare | prepare | paper | env``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_fast import cli_paper, data, environment, ops
-from mla_fast.cli_train import evaluate, train
+from mla_fast import cli_config, cli_paper, data, environment, ops
+from mla_fast.cli_encoders import pairs
+from mla_fast.cli_eval import evaluate, predict
+from mla_fast.cli_train import train
 from mla_fast.compare.command import add_parser as add_compare
 from mla_fast.data.standardization import PER
 from mla_fast.settings import BIASES, PROJECTIONS, TARGETS
@@ -18,8 +20,10 @@ from mla_fast.settings import BIASES, PROJECTIONS, TARGETS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, or after one line on stderr, 2 for bad input and 130 for Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    arguments = argparse.Namespace(name=next(iter(typed), ""))
     try:
+        arguments = _parse(typed)
         arguments.command(arguments)
     except (ValueError, TypeError, OSError, ImportError, ops.BackendError) as error:
         print(f"mla-fast {arguments.name}: error: {error}", file=sys.stderr)
@@ -28,6 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mla-fast {arguments.name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(typed: list[str]) -> argparse.Namespace:
+    """Parse a command line after the options of its --config, which it overrides."""
+    path = cli_config.config_path(typed)
+    if path is None:
+        return _parser().parse_args(typed)
+    try:
+        return _parser().parse_args([typed[0], *cli_config.read_options(path), *typed[1:]])
+    except SystemExit as stop:
+        if stop.code:
+            print(f"note: the settings of {path} were read as options, too", file=sys.stderr)
+        raise
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -49,11 +66,11 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _layouts(text: str) -> list[tuple[str, str]]:
+def _layouts(text: str) -> dict[str, str]:
     pairs = [(name.strip(), layout.strip()) for name, _, layout in (pair.rpartition("=") for pair in text.split(","))]
     if not all(name and layout in data.LAYOUTS for name, layout in pairs):
         raise argparse.ArgumentTypeError(f"expected NAME=LAYOUT with a layout of {', '.join(data.LAYOUTS)}, got {text!r}")
-    return pairs
+    return dict(pairs)
 
 
 def _positive(kind: type) -> Any:
@@ -74,6 +91,12 @@ def _not_negative(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text}")
+    return value
+
+
 def _seed(text: str) -> int:
     if not -(2**63) <= (value := int(text)) < 2**63:
         raise argparse.ArgumentTypeError(f"expected a number of 64 bits, got {text}")
@@ -85,6 +108,12 @@ def _rate(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"expected a probability in [0, 1), got {text}")
     return value
+
+
+def _held_out(text: str) -> str:
+    if "=" not in text and not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction in (0, 1) or FIELD=VALUES, got {text}")
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_head_options(p)
     _add_run_options(p)
     p.set_defaults(command=train)
+    _add_reading_commands(commands)
+    add_compare(commands)
+    cli_paper.add_commands(commands)
+    commands.add_parser("env", help="show versions, devices, and which backends are active").set_defaults(command=env)
+    return parser
 
+
+def _add_reading_commands(commands: Any) -> None:
     p = commands.add_parser("eval", help="evaluate a checkpoint written by train")
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--data", type=Path, help="another .npz with the same arrays (default: the one it was trained on)")
@@ -113,10 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto")
     p.set_defaults(command=evaluate)
 
-    add_compare(commands)
-    cli_paper.add_commands(commands)
-    commands.add_parser("env", help="show versions, devices, and which backends are active").set_defaults(command=env)
-    return parser
+    p = commands.add_parser("predict", help="write what a checkpoint written by train predicts for an .npz, as a CSV")
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("file", type=Path, help="an .npz with the arrays that were trained on, or some of them; no labels are needed")
+    help = "a row for each sample: class, probabilities, weight of each modality (default: predictions.csv)"
+    p.add_argument("--output", type=Path, default=Path("predictions.csv"), help=help)
+    p.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
+    p.add_argument("--device", default="auto")
+    p.set_defaults(command=predict)
 
 
 def _add_data_options(p: argparse.ArgumentParser) -> None:
@@ -125,13 +165,15 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--add", metavar="NAME", help="an array to add to the modalities of another run, whose data may be gone")
     p.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="of that run: its model and projection go on")
     layouts = ", ".join(f"{layout} ({shape})" for layout, (shape, _) in data.LAYOUTS.items())
-    p.add_argument("--layout", type=_layouts, default=[], help=f"how to read them, as text=tokens,image=image: {layouts}")
+    p.add_argument("--layout", type=_layouts, default={}, help=f"how to read them, as text=tokens,image=image: {layouts}")
     help = "by a mean and deviation of each feature or channel (the default), of each array, or not at all"
     p.add_argument("--standardize", choices=PER, default="feature", help=help)
     p.add_argument("--label", default="label", help="name of the labels: whole numbers, booleans or names (default: label)")
     p.add_argument("--missing", type=_rate, default=0.0, help="remove modalities of samples at this rate, in training and test")
     p.add_argument("--test-where", help="hold out the rows where an array has these values, as speaker=2,4")
     p.add_argument("--test-fraction", type=float, default=0.2, help="without --test-where, hold out this part (default: 0.2)")
+    help = "of what is left, hold out this fraction, or rows as speaker=3, and keep the epoch that does best on it as best.pt"
+    p.add_argument("--validation", type=_held_out, metavar="FRACTION", help=help)
 
 
 def _add_training_options(p: argparse.ArgumentParser) -> None:
@@ -142,11 +184,14 @@ def _add_training_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--momentum", type=_not_negative, default=0.9)
     p.add_argument("--weight-decay", type=_not_negative, default=0.0)
     p.add_argument("--features", type=_positive(int), default=64, help="size of the encoders' features (default: 64)")
+    help = "of one's own, as audio=package.module:Encoder, which is called without arguments and returns features [N, s]"
+    p.add_argument("--encoder", type=pairs, default={}, help=help)
     p.add_argument(
         "--interaction", type=int, default=0, metavar="RANK", help="of an interaction head (default: 0, none; try 128)"
     )
     p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes")
     p.add_argument("--accumulate", type=_positive(int), default=1, help="batches accumulated for a step (default: 1)")
+    p.add_argument("--patience", type=_positive(int), help="stop after as many epochs that are no better on --validation")
     p.add_argument("--clip-norm", type=_positive(float), help="largest norm of a step's gradient (default: no limit)")
 
 
@@ -160,10 +205,18 @@ def _add_head_options(p: argparse.ArgumentParser) -> None:
 
 
 def _add_run_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--config", type=Path, help="settings as TOML, such as the run.toml of another run; options override them")
     p.add_argument("--device", default="auto")
-    p.add_argument("--output", type=Path, default=Path("runs/mla"), help="folder for checkpoint.pt and metrics.json")
+    help = "processes that load batches (default: 0, which is fastest for data in memory)"
+    p.add_argument("--workers", type=_count, default=0, help=help)
+    p.add_argument("--output", type=Path, default=Path("runs/mla"), help="folder of the run (default: runs/mla)")
     p.add_argument("--checkpoint-every", type=_positive(int), help="also write it after this many batches (default: each epoch)")
-    p.add_argument("--tensorboard", action="store_true", help="write every epoch's numbers to --output for TensorBoard")
+    p.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write every epoch's numbers to --output for TensorBoard",
+    )
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --output, to more --epochs if you like")
     again.add_argument("--overwrite", action="store_true", help="delete the run in --output and begin anew")

@@ -10,18 +10,18 @@ from typing import Any
 
 from mla_fast import cli_data, cli_train, data
 from mla_fast.checkpoint import read_checkpoint
+from mla_fast.cli_encoders import check_names
+from mla_fast.cli_output import check_output, device
 from mla_fast.settings import Settings
 from mla_fast.trainer import Trainer
 
-NEW = (
-    "data label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay amp accumulate clip_norm".split()
-)
+NEW = "label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay amp accumulate clip_norm".split()
 DEFAULTS = {"features": 64, "interaction": 0}  # of the command line, where they say nothing
 
 
 def add(arguments: argparse.Namespace) -> None:
     """Add a modality to the run of a checkpoint, train it, and evaluate all before and after, where there is data of them."""
-    cli_train.check_output(arguments)
+    check_output(arguments)
     saved = read_checkpoint(arguments.start)
     before = cli_train.described(saved["config"], arguments.start)
     config = _config(arguments, before, saved["epoch"])
@@ -34,20 +34,12 @@ def add(arguments: argparse.Namespace) -> None:
     train_set = data.apply_statistics(parts[0], config["statistics"])
     addition = config["additions"][-1]
     addition["classes"] = config["classes"] - before["classes"]
-    device, checkpoint = cli_train.device(arguments.device), arguments.output / "checkpoint.pt"
-    trainer = cli_train.build(before, device)
+    trainer = cli_train.build(before, device(arguments.device))
     trainer.resume(arguments.start)
     config["before"] = _accuracies(trainer, config, before, list(before["encoders"]))
     config = json.loads(json.dumps(config))
     cli_train.add_to(trainer, config, config["additions"][-1])
-    if arguments.resume:
-        cli_train.resume(trainer, checkpoint, config)
-    elif arguments.overwrite:
-        cli_train.remove(arguments.output)
-    trainer.config = config
-    cli_train.fit(trainer, train_set, arguments, addition["since"] + config["epochs"])
-    test_set = _test_set(config)
-    cli_train.finish(arguments.output, trainer, cli_train.evaluated(trainer, test_set), cli_train.is_complete(test_set))
+    cli_train.carry_out(trainer, config, arguments, train_set, _test_set(config), since=addition["since"])
     print_change(config["before"], _accuracies(trainer, config, before, list(config["encoders"])), arguments.add)
 
 
@@ -65,10 +57,17 @@ def _config(arguments: argparse.Namespace, before: dict[str, Any], epoch: int) -
             raise ValueError(
                 f"--{option}: expected none with --add: the projection goes on as {before['head'][option]!r}, got {given!r}"
             )
+    for option in ("validation", "patience"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(
+                f"--{option}: expected none with --add, which keeps the last epoch, got {getattr(arguments, option)}"
+            )
+    check_names("encoder", arguments.encoder, [name])
     for option in ("features", "interaction"):
         if (given := getattr(arguments, option)) not in (before[option], DEFAULTS[option]):
             raise ValueError(f"--{option}: expected none with --add: the run before has {before[option]}, got {given}")
     config = {**before, **{option: getattr(arguments, option) for option in NEW}}
+    config["validation"], config["encoder"] = None, {**before["encoder"], **arguments.encoder}
     config["data"], config["modalities"] = str(arguments.data.resolve()), [*before["modalities"], name]
     kept = {option: config[option] for option in ("lr", "momentum", "weight_decay", "epochs")}
     config["additions"] = [*before.get("additions", []), {"modality": name, "since": epoch, "from": before["data"], **kept}]

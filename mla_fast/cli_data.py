@@ -7,7 +7,7 @@ from typing import Any
 from mla_fast import data
 from mla_fast.data.archive import read_arrays
 from mla_fast.data.dataset import listed
-from mla_fast.data.npz import read_npz
+from mla_fast.data.npz import read_npz, read_unlabelled
 from mla_fast.data.standardization import feature_axis
 
 OTHERWISE = {"tokens": "features", "sequence": "image", "channels_last": "image"}
@@ -18,7 +18,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of a checkpoint with what older versions did not write: they read every array in one way."""
     layouts = {name: "features" if len(shape) == 1 else "image" for name, shape in config["encoders"].items()}
     older = {"layouts": layouts, "vocabulary": {}, "standardize": "array", "class_names": None, "interaction": 0}
-    return older | config
+    return older | {"validation": None, "encoder": {}} | config
 
 
 def read_for_training(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:
@@ -37,8 +37,24 @@ def read_for_training(config: dict[str, Any]) -> tuple[data.MultimodalDataset, d
 
 def read_for_evaluation(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:
     """Return the same of data to evaluate on; raise ValueError where they do not fit what was trained on."""
-    known = config["class_names"] or [str(i) for i in range(config["classes"])]
-    dataset, arrays = _read({**config, "class_names": known})
+    dataset, arrays = _read({**config, "class_names": class_names(config)})
+    return _masked(_fitting(dataset, config), config), arrays
+
+
+def read_for_prediction(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:
+    """Return the same of data without labels, of those modalities that the file has."""
+    tokens = [name for name, layout in config["layouts"].items() if layout == "tokens"]
+    dataset, arrays = read_unlabelled(config["data"], config["modalities"], tokens=tokens)
+    return _fitting(dataset, config), arrays
+
+
+def class_names(config: dict[str, Any]) -> list[str]:
+    """Return the names of the classes that were trained on, numbers where they have none."""
+    return config["class_names"] or [str(i) for i in range(config["classes"])]
+
+
+def _fitting(dataset: data.MultimodalDataset, config: dict[str, Any]) -> data.MultimodalDataset:
+    """Return the data set arranged; raise ValueError where it does not fit what was trained on."""
     try:
         dataset = data.arrange(dataset, config["layouts"])
     except ValueError as error:
@@ -52,7 +68,7 @@ def read_for_evaluation(config: dict[str, Any]) -> tuple[data.MultimodalDataset,
         if size > config["vocabulary"][name]:
             highest = config["vocabulary"][name] - 1
             raise ValueError(f"{config['data']}: {name!r}: expected tokens up to {highest}, as in training, got {size - 1}")
-    return _masked(dataset, config), arrays
+    return dataset
 
 
 def read_for_addition(
@@ -113,10 +129,23 @@ def _classes(dataset: data.MultimodalDataset, config: dict[str, Any]) -> int:
 
 
 def split(dataset: data.MultimodalDataset, config: dict[str, Any]) -> tuple[data.MultimodalDataset, data.MultimodalDataset]:
-    """Return (train, test) as the options say."""
+    """Return (train, test) as the options say; what ``hold_out`` takes of train is still in it."""
     if config["test_where"] is not None:
         return data.split_where(dataset, config["test_where"])
     return data.random_split(dataset, config["test_fraction"], config["seed"])
+
+
+def hold_out(
+    train: data.MultimodalDataset, config: dict[str, Any]
+) -> tuple[data.MultimodalDataset, data.MultimodalDataset | None]:
+    """Return (train, validation) of the training part, as ``--validation`` says: a fraction, or FIELD=VALUES."""
+    how = config["validation"]
+    if how is None:
+        return train, None
+    try:
+        return data.split_where(train, how) if "=" in how else data.random_split(train, float(how), config["seed"])
+    except ValueError as error:
+        raise ValueError(f"--validation: {error}") from None
 
 
 def print_reading(
@@ -126,7 +155,9 @@ def print_reading(
     width, kinds = max(map(len, arrays)), max(map(len, arrays.values()))
     read = {name: _how(dataset, arrays[name], name, config, training) for name in dataset.modalities}
     names = config["class_names"]
-    read[config["label"]] = f"{config['classes']} classes" + (", numbered from 0" if names is None else f": {listed(names, 10)}")
+    if config["label"] in arrays:
+        what = ", numbered from 0" if names is None else f": {listed(names, 10)}"
+        read[config["label"]] = f"{config['classes']} classes{what}"
     if "present" in arrays:
         named = "modalities" in arrays and "modalities" not in dataset.modalities
         order = "as the array 'modalities' names them" if named else "in the order of --modalities"

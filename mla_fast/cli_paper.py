@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mla_fast import cli_train, datasets
+from mla_fast import cli_output, datasets
 from mla_fast.checkpoint import read_checkpoint
+from mla_fast.cli_encoders import check_names, one_width, own_encoder, pairs, width_of
 from mla_fast.data.dataset import listed
 from mla_fast.datasets.audio import Fbank
 from mla_fast.encoders import M3AE, CAVMAEAudio, ResNet18, load_cavmae, load_m3ae
@@ -49,6 +48,7 @@ PAPER = {
     "encoder": {},
     "weights": {},
     "as_released": False,
+    "amp": None,
 }
 
 
@@ -62,17 +62,19 @@ def add_commands(commands: Any) -> None:
     p = commands.add_parser("paper", help="train on a data set of the paper, with its encoders and settings")
     _add_data_options(p)
     p.add_argument("--config", type=Path, help="a .toml of these settings, which options on the command line override")
-    for name in ("epochs", "batch_size", "decay_at", "seed"):
-        p.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"default: {PAPER[name]}")
-    for name in ("lr", "momentum", "weight_decay"):
-        p.add_argument(f"--{name.replace('_', '-')}", type=float, help=f"default: {PAPER[name]}")
-    p.add_argument("--projection", choices=PROJECTIONS, help="default: rls, the paper's")
-    p.add_argument("--cache", help="folder that mla-fast prepare has written")
-    help = "of one's own in place of the paper's, called without arguments, as audio=package.module.Encoder"
-    p.add_argument("--encoder", type=_pairs, help=help)
-    p.add_argument("--weights", type=_pairs, help="files for M3AE and CAV-MAE, as text=m3ae_base.npz,audio=cavmae.pth")
+    for name in ("epochs", "batch_size", "decay_at", "seed", "lr", "momentum", "weight_decay"):
+        kind = type(PAPER[name])
+        p.add_argument(f"--{name.replace('_', '-')}", type=kind, default=PAPER[name], help=f"default: {PAPER[name]}")
+    p.add_argument("--projection", choices=PROJECTIONS, default=PAPER["projection"], help="default: rls, the paper's")
+    p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes")
+    p.add_argument("--cache", default="", help="folder that mla-fast prepare has written")
+    help = "of one's own in place of the paper's, called without arguments, as audio=package.module:Encoder"
+    p.add_argument("--encoder", type=pairs, default={}, help=help)
+    p.add_argument("--weights", type=pairs, default={}, help="files for M3AE and CAV-MAE, as text=m3ae_base.npz,audio=cavmae.pth")
     help = "no projection, MLA's order of patches and exact GELU, filter banks not standardised"
-    p.add_argument("--as-released", action="store_true", default=None, help=f"as the released code computes: {help}")
+    p.add_argument(
+        "--as-released", action=argparse.BooleanOptionalAction, default=False, help=f"as the released code computes: {help}"
+    )
     p.add_argument("--device", default="auto")
     p.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder for checkpoint.pt and metrics.json")
     again = p.add_mutually_exclusive_group()
@@ -84,17 +86,14 @@ def add_commands(commands: Any) -> None:
 def _add_data_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("dataset", choices=SETS)
     p.add_argument("root", type=Path, help="its folder, as published")
-    p.add_argument("--modalities", type=lambda text: text.split(","), help="of its modalities these, as audio,text")
-    p.add_argument("--split", help="lists, speaker or session, where a data set has several")
-    p.add_argument("--tokenizer", help="name or folder of a tokenizer of transformers (default: bert-base-uncased)")
-    p.add_argument("--workers", type=int, help="processes that decode (default: 2)")
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = dict(pair.split("=", 1) for pair in text.split(",") if "=" in pair)
-    if len(pairs) != len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected MODALITY=VALUE, several with commas between, got {text!r}")
-    return pairs
+    p.add_argument("--modalities", type=lambda text: text.split(","), default=[], help="of its modalities these, as audio,text")
+    p.add_argument("--split", default="", help="lists, speaker or session, where a data set has several")
+    p.add_argument(
+        "--tokenizer",
+        default=PAPER["tokenizer"],
+        help="name or folder of a tokenizer of transformers (default: bert-base-uncased)",
+    )
+    p.add_argument("--workers", type=int, default=PAPER["workers"], help="processes that decode (default: 2)")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -111,7 +110,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train as the paper does, evaluate on the test part after the last epoch, and write checkpoint.pt and metrics.json."""
-    cli_train.check_output(arguments)
+    cli_output.check_output(arguments)
     settings = _settings(arguments)
     data = {"train": _dataset(arguments, settings, "train")}
     data |= {part: _dataset(arguments, settings, part) for part in data["train"].parts if part != "train"}
@@ -123,32 +122,18 @@ def train(arguments: argparse.Namespace) -> None:
     trainer.config = {**settings, "dataset": arguments.dataset, "class_names": data["train"].class_names}
     if arguments.resume:
         _resume(trainer, checkpoint)
-    elif arguments.overwrite:
-        cli_train.remove(arguments.output)
+    cli_output.begin(arguments, trainer, arguments.epochs)
     loaders = {part: _loader(dataset, settings, part == "train") for part, dataset in data.items()}
     trainer.fit(loaders["train"], settings["epochs"], validation=loaders.get("validation"), checkpoint=checkpoint)
-    cli_train.finish(arguments.output, trainer, trainer.evaluate(loaders["test"], use_test=True), complete=False)
+    cli_output.finish(arguments.output, trainer, loaders["test"], complete=False)
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the paper's settings, overridden by those of --config, and these by the options that were given."""
-    path = getattr(arguments, "config", None)
-    settings = PAPER | ({} if path is None else _read_toml(path))
-    settings |= {name: value for name in PAPER if (value := getattr(arguments, name, None)) is not None}
+    """Return the settings by name, the paper's unless they were given."""
+    settings = {name: getattr(arguments, name, value) for name, value in PAPER.items()}
     if settings["as_released"]:
         settings["projection"] = "none"
     return settings
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info < (3, 11):
-        raise ImportError(f"{path}: expected Python 3.11 or later to read TOML, got {sys.version.split()[0]}")
-    given: dict[str, Any] = importlib.import_module("tomllib").loads(path.read_text())
-    for name, value in given.items():
-        if name not in PAPER or not isinstance(value, type(PAPER[name])):
-            known = f"{type(PAPER[name]).__name__} {name}" if name in PAPER else f"settings among {', '.join(PAPER)}"
-            raise ValueError(f"{path}: expected {known}, got {name} = {value!r}")
-    return given
 
 
 def _dataset(arguments: argparse.Namespace, settings: dict[str, Any], part: str) -> datasets.LazyDataset:
@@ -172,39 +157,27 @@ def _loader(data: datasets.LazyDataset, settings: dict[str, Any], shuffle: bool)
 
 
 def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], data: datasets.LazyDataset) -> Trainer:
-    device = cli_train.device(arguments.device)
+    device = cli_output.device(arguments.device)
     for option in ("encoder", "weights"):
-        for name in settings[option]:
-            if name not in data.modalities:
-                raise ValueError(f"--{option}: expected modalities among {', '.join(data.modalities)}, got {name!r}")
+        check_names(option, settings[option], data.modalities)
     encoders = {name: _encoder(arguments.dataset, name, settings) for name in data.modalities}
-    with torch.no_grad():
-        widths = {n: e.eval()(data.readers[n].empty()[None]).shape[1] for n, e in encoders.items()}
-    if len(set(widths.values())) > 1:
-        raise ValueError(f"--encoder: expected features of one width, got {widths}")
-    head = nn.Linear(next(iter(widths.values())), data.classes)
+    features = one_width({name: width_of(name, e, data.readers[name].empty()[None]) for name, e in encoders.items()})
+    head = nn.Linear(features, data.classes)
     nn.init.xavier_normal_(head.weight)
     nn.init.zeros_(head.bias)
     model = MultimodalModel(encoders, head).to(device)
     how = {name: settings[name] for name in ("lr", "momentum", "weight_decay")}
     optimizer = MLAOptimizer(torch.optim.SGD(model.parameters(), **how), model.head, projection=settings["projection"])
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [settings["decay_at"]])
-    return Trainer(model, optimizer, scheduler=scheduler, seed=settings["seed"])
+    amp = torch.bfloat16 if settings["amp"] == "bf16" else None
+    return Trainer(model, optimizer, scheduler=scheduler, seed=settings["seed"], amp=amp)
 
 
 def _encoder(dataset: str, modality: str, settings: dict[str, Any]) -> nn.Module:
     """Return an encoder of one's own if there is one, otherwise the paper's."""
     path = settings["encoder"].get(modality)
     if path is not None:
-        module, _, name = path.rpartition(".")
-        sys.path.insert(0, "")  # a file beside the one who types
-        try:
-            encoder: nn.Module = getattr(importlib.import_module(module), name)()
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"--encoder: expected {modality}=package.module.Encoder, got {path!r} ({error})") from error
-        finally:
-            sys.path.remove("")
-        return encoder
+        return own_encoder(modality, path)
     if dataset not in WITH_TEXT:
         return ResNet18(1 if modality == "audio" else 3)
     weights = settings["weights"].get(modality)

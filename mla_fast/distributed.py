@@ -43,7 +43,10 @@ def is_distributed(model: MultimodalModel) -> bool:
 
 
 def portable_state_dict(model: MultimodalModel) -> dict[str, Tensor]:
-    """Return the model's state under the names it has without ``distribute``; raise TypeError if ``fully_shard`` has split it."""
+    """Return the model's state under the names it has without ``distribute`` and ``torch.compile``.
+
+    Raises TypeError if ``fully_shard`` has split it.
+    """
     if any(is_sharded(p) for p in model.parameters()):
         raise TypeError("model: expected whole parameters; save what fully_shard has split with torch.distributed.checkpoint")
     state = model.state_dict()
@@ -51,20 +54,25 @@ def portable_state_dict(model: MultimodalModel) -> dict[str, Tensor]:
 
 
 def load_portable_state_dict(model: MultimodalModel, state: dict[str, Tensor]) -> None:
-    """Load what ``portable_state_dict`` returned into a model with or without ``distribute``."""
+    """Load what ``portable_state_dict`` returned into a model with or without ``distribute`` and ``torch.compile``."""
     names = _portable_names(model)
     model.load_state_dict({names.get(name, name): t for name, t in state.items()})
 
 
+def without_compile(name: str) -> str:
+    """Return the name that a parameter has in a module that is not compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def _portable_names(model: MultimodalModel) -> dict[str, str]:
-    """Return {name without ``distribute``: name in the model's state}."""
+    """Return {name without ``distribute`` and ``torch.compile``: name in the model's state}."""
     prefixes = [f"{name}." for name, module in model.named_modules() if isinstance(module, DistributedDataParallel)]
 
     def portable(name: str) -> str:
         for prefix in prefixes:
             if name.startswith(prefix + "module."):
-                return prefix + name.removeprefix(prefix + "module.")
-        return name
+                return without_compile(prefix + name.removeprefix(prefix + "module."))
+        return without_compile(name)
 
     return {portable(name): name for name in model.state_dict()}
 

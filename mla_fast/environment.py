@@ -24,6 +24,10 @@ def report() -> list[tuple[str, str]]:
         lines.append(("cuda", "no device" if torch.version.cuda else "this torch was built without it"))
     for name, missing in ops.MISSING.items():
         lines.append((f"backend {name}", "active" if missing is None else f"not available: {missing}"))
+    if ops.MISSING["cpp"] is not None:
+        lines.append(
+            ("NOTE", "the compiled operators are missing: all that they do runs in plain torch, more slowly (see above)")
+        )
     return lines
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from mla_fast.distributed import all_gather_object, load_portable_state_dict, portable_state_dict, rank_and_size
+from mla_fast.distributed import all_gather_object, load_portable_state_dict, portable_state_dict, rank_and_size, without_compile
 from mla_fast.growing import SEEN
 from mla_fast.modality_dict import parameter_prefix
 from mla_fast.model import MultimodalModel
@@ -59,6 +59,7 @@ class Run:
         One from before modalities were added leaves what belongs to them, and the scheduler, as they are, and has no own part.
         """
         saved = read_checkpoint(path)
+        saved["model"] = {without_compile(name): t for name, t in saved["model"].items()}
         own, later = portable_state_dict(self.model), self._added_since(path, saved)
         prefixes = tuple(map(parameter_prefix, later))
         _check_fits(path, {name: t for name, t in own.items() if not name.startswith(prefixes)}, saved["model"])

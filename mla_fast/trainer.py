@@ -32,6 +32,7 @@ from mla_fast.trainer_checks import (
     check_trainer,
     kept,
     obstacle_to_graphs,
+    said,
     step_scheduler,
     stopped,
     warn_of_scheduler,
@@ -175,13 +176,13 @@ class Trainer(Phases):
             total = None if isinstance(loader, Mapping) else len(loader)  # type: ignore[arg-type]
         except TypeError:  # an iterator, or a DataLoader of one
             total = None
-        # disable=None: no bar where the output is not a terminal
         bar = tqdm(
             desc=f"epoch {self.epoch + 1}/{epochs}",
             total=total,
             initial=position.batches,
             leave=False,
-            disable=None if self.progress else True,
+            mininterval=0.5,
+            disable=None if self.progress else True,  # None: where the output is not a terminal
         )
         with bar:
             while group := list(itertools.islice(batches, at_once)):
@@ -192,7 +193,8 @@ class Trainer(Phases):
                 before, position.batches = position.batches, position.batches + len(group)
                 if save is not None and every is not None and position.batches // every > before // every:
                     save()
-                bar.update(len(group))
+                if bar.update(len(group)):  # drawn: so often somebody may wait for the device
+                    bar.set_postfix_str(said(position.losses.means(), self.history), refresh=False)
         if self.optimizer.process_group is not None:
             row_totals(self.model.modalities, self.optimizer, [])  # the others must have come to their end, too
             self._share_seen()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -120,15 +120,29 @@ def check_fit(
 
 def stopped(history: list[dict[str, Any]], patience: int | None, monitor: str) -> bool:
     """Tell by the history alone whether to stop, so that a resumed run stops where it would have."""
-    if patience is None or not history:
-        return False
+    return patience is not None and bool(history) and len(history) - 1 - best_epoch(history, monitor) >= patience
+
+
+def best_epoch(history: Sequence[dict[str, Any]], monitor: str) -> int:
+    """Return the place in the history of the best `monitor`: the largest, or smallest for a loss, and the first of equals.
+
+    Raises ValueError if the last record has no such number.
+    """
     flat = [flatten(record) for record in history]
     if monitor not in flat[-1]:
         raise ValueError(f"monitor: expected one of {', '.join(flat[-1])}, got {monitor!r}")
     sign = -1 if "loss" in monitor.split("/")[:2] else 1
     values = [sign * record.get(monitor, float("nan")) for record in flat]
-    best = max(range(len(values)), key=lambda i: values[i] if values[i] == values[i] else -float("inf"))
-    return len(values) - 1 - best >= patience
+    return max(range(len(values)), key=lambda i: values[i] if values[i] == values[i] else -float("inf"))
+
+
+def said(losses: Mapping[str, float], history: Sequence[dict[str, Any]]) -> str:
+    """Return what a progress bar says: the mean loss of the epoch so far, and the accuracy after the last one."""
+    known = [loss for loss in losses.values() if loss == loss]
+    parts = [f"loss {sum(known) / len(known):.3f}"] if known else []
+    if history and "validation" in history[-1]:
+        parts.append(f"validation accuracy {100 * history[-1]['validation']['accuracy']['fused']:.1f} %")
+    return ", ".join(parts)
 
 
 def kept(optimizer: MLAOptimizer, history: list[dict[str, Any]]) -> dict[str, float]:

@@ -532,3 +532,33 @@ def test_unpaired_loaders_take_turns_for_as_long_as_the_longest(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             trainer.fit(loaders, epochs=5)
+
+
+class Bar:
+    """A progress bar that is drawn at every batch."""
+
+    said: list = []
+
+    def __init__(self, **_):
+        pass
+
+    __enter__ = __exit__ = lambda self, *_: self
+
+    def update(self, count):
+        return True
+
+    def set_postfix_str(self, text, refresh):
+        self.said.append(text)
+
+
+def test_the_bar_says_loss_and_accuracy(monkeypatch):
+    monkeypatch.setattr("mla_fast.trainer.tqdm", Bar)
+    monkeypatch.setattr(Bar, "said", [])
+    absent = make_batch(seed=2, present=torch.zeros(8, 3, dtype=torch.bool))
+    trainer = make_trainer(make_model())
+    batches = [absent, make_batch(seed=3), make_batch(seed=4)]
+    first, second = trainer.fit(batches, 2, validation=batches)
+    assert Bar.said[0] == ""  # nobody has a loss yet
+    assert Bar.said[2] == f"loss {sum(first['loss'].values()) / 3:.3f}"
+    accuracy = f"validation accuracy {100 * first['validation']['accuracy']['fused']:.1f} %"
+    assert Bar.said[5] == f"loss {sum(second['loss'].values()) / 3:.3f}, {accuracy}"

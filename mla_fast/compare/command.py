@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mla_fast.cli_config import write_options
 from mla_fast.compare import options, report
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import select, trials
@@ -33,6 +34,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--epochs", type=options.positive, default=20, help="passes over each modality (default: 20)")
     p.add_argument("--jobs", type=options.positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--config", type=Path, help="settings as TOML, such as the run.toml of another run; options override them")
     p.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the results; what is done is kept")
     p.set_defaults(command=compare)
 
@@ -50,7 +52,8 @@ def compare(arguments: argparse.Namespace) -> None:
     data = {"modalities": list(modalities), "label": arguments.label}
     budget = Budget(epochs=arguments.epochs)
     print(compare_methods(task, names, arguments.seeds, arguments.trials, budget, arguments, **data))
-    print(f"\nwrote {arguments.output / 'report.html'}, results.csv and runs.jsonl")
+    write_options(arguments, arguments.output / "run.toml")
+    print(f"\nwrote {arguments.output / 'report.html'}, results.csv, runs.jsonl and run.toml")
 
 
 def compare_methods(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mla_fast.compare.records import Record
 from mla_fast.compare.statistics import Estimate, estimate, values
+from mla_fast.page import confusion as draw_confusion
+from mla_fast.page import new_figure, svg
 
 Groups = Mapping[str, Sequence[Record]]
 BLUE, GREY = "#1f6fb4", "#7a7a7a"
@@ -16,20 +17,20 @@ BLUE, GREY = "#1f6fb4", "#7a7a7a"
 
 def ranking(groups: Groups, best: str) -> str:
     """Draw each method's test accuracy: a point for each seed, the mean and its interval; best is the one to be marked."""
-    figure, axes = _figure(7, 0.5 + 0.28 * len(groups))
+    figure, axes = new_figure(7, 0.5 + 0.28 * len(groups))
     for place, (name, runs) in enumerate(groups.items()):
         sample = [100 * value for value in values(runs, "test", "accuracy").values()]
         axes.plot(sample, [place] * len(sample), "o", color=GREY, alpha=0.4, ms=4)
         _with_interval(axes, estimate(sample), place, BLUE if name == best else "black")
     axes.set(yticks=range(len(groups)), yticklabels=groups, xlabel="test accuracy, %")
     axes.invert_yaxis()
-    return _svg(figure)
+    return svg(figure)
 
 
 def bars(groups: Groups, measure: str, label: str) -> str:
     """Draw a measure that each modality has, ``"alone"`` or ``"use"``, as bars of mean percentages."""
     modalities = list(next(iter(groups.values()))[0]["test"][measure])
-    figure, axes = _figure(7, 0.6 + 0.34 * len(groups))
+    figure, axes = new_figure(7, 0.6 + 0.34 * len(groups))
     height = 0.8 / len(modalities)
     for i, modality in enumerate(modalities):
         means = [_mean(values(runs, "test", measure, modality)) for runs in groups.values()]
@@ -38,12 +39,12 @@ def bars(groups: Groups, measure: str, label: str) -> str:
     axes.set(yticks=range(len(groups)), yticklabels=groups, xlabel=label)
     axes.invert_yaxis()
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def cost(groups: Groups, best: str) -> str:
     """Draw accuracy over the seconds of a run, those beforehand included."""
-    figure, axes = _figure(7, 4)
+    figure, axes = new_figure(7, 4)
     for name, runs in groups.items():
         seconds = statistics.fmean(values(runs, "cost", "seconds").values())
         reached = _mean(values(runs, "test", "accuracy"))
@@ -52,7 +53,7 @@ def cost(groups: Groups, best: str) -> str:
         axes.annotate(name, (seconds, reached), xytext=(4, 3), textcoords="offset points", fontsize=7, color=color)
     axes.set(xlabel="seconds a run", ylabel="test accuracy, %", xscale="log")
     axes.margins(x=0.2)
-    return _svg(figure)
+    return svg(figure)
 
 
 def confusion(runs: Sequence[Record]) -> str:
@@ -60,22 +61,12 @@ def confusion(runs: Sequence[Record]) -> str:
     table = [
         [sum(cell) for cell in zip(*rows, strict=True)] for rows in zip(*(run["test"]["confusion"] for run in runs), strict=True)
     ]
-    figure, axes = _figure(4.5, 4)
-    shares = [[cell / max(sum(row), 1) for cell in row] for row in table]
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if len(table) <= 20:
-        for i, row in enumerate(table):
-            for j, cell in enumerate(row):
-                if cell:
-                    axes.text(j, i, cell, ha="center", va="center", fontsize=6, color="white" if shares[i][j] > 0.5 else "black")
-    axes.set(xlabel="predicted class", ylabel="true class")
-    figure.colorbar(picture, ax=axes, label="share of the true class")
-    return _svg(figure)
+    return draw_confusion(table)
 
 
 def missing(groups: Groups) -> str:
     """Draw accuracy over the rate at which modalities are missing."""
-    figure, axes = _figure(7, 4)
+    figure, axes = new_figure(7, 4)
     for name, runs in groups.items():
         rates = list(runs[0]["test"]["missing"])
         axes.plot(
@@ -83,7 +74,7 @@ def missing(groups: Groups) -> str:
         )
     axes.set(xlabel="rate of missing modalities in the test part", ylabel="test accuracy, %")
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _mean(found: Mapping[int, float]) -> float:
@@ -94,20 +85,3 @@ def _with_interval(axes: Any, found: Estimate, place: float, color: str) -> None
     axes.plot(found.mean, place, "|", color=color, ms=12, mew=2)
     if found.interval is not None:
         axes.plot(found.interval, (place, place), "-", color=color, lw=1.5)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # not pyplot, whose backend is the user's choice
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mla_fast"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]

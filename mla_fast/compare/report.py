@@ -14,12 +14,8 @@ from mla_fast.compare import pictures, records
 from mla_fast.compare.findings import Groups, findings, percent
 from mla_fast.compare.records import Record
 from mla_fast.compare.statistics import by_method, choose, difference, estimate, leader, values
+from mla_fast.page import page, table
 from mla_fast.tables import markdown_table
-
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-size:13px}td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}tr.best{background:#e8f1fa}svg{max-width:100%;height:auto}
-#findings{background:#f5f5f0;padding:.7rem 1rem}.note{color:#666;font-size:13px}"""
 
 
 def write(found: Sequence[Record], settings: dict[str, Any], folder: Path) -> str:
@@ -105,26 +101,17 @@ def to_html(groups: Groups, settings: dict[str, Any]) -> str:
     if settings["missing"]:
         sections.insert(4, ("missing", "Missing modalities", pictures.missing(groups)))
     sections.append(("protocol", "How it was measured", _protocol(groups, settings)))
-    parts = [f'<section id="{name}"><h2>{html.escape(title)}</h2>{body}</section>' for name, title, body in sections]
-    title = html.escape(f"Which method for {settings['data']}?")
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
-    )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><h1>{title}</h1>{"".join(parts)}</body></html>\n'
+    return page(f"Which method for {settings['data']}?", sections)
 
 
 def _table(groups: Groups, best: str) -> str:
     header, rows = ranking_table(groups)
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in header)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    marks = ["", *(' class="best"' if row[0] == best else "" for row in rows)]
-    body = "".join(f"<tr{mark}>{line}</tr>" for mark, line in zip(marks, lines, strict=True))
     said = (
         "Means over the seeds with 95 % bootstrap intervals. The marked method is the best on the validation part; differences "
         "are paired by seed, and +/=/− counts the seeds in which it is above, equal and below. Passes: over each modality, + "
         "beforehand. Intervals from few seeds are too narrow: look at the counts, too."
     )
-    return f'<table>{body}</table><p class="note">{said}</p>'
+    return f'{table(rows, header, best)}<p class="note">{said}</p>'
 
 
 def _use(groups: Groups) -> str:
@@ -144,8 +131,7 @@ def _protocol(groups: Groups, settings: dict[str, Any]) -> str:
         "modalities, the exchange and each modality alone are measured on the test part; training is on whole data. Seconds "
         "and memory (above what was in use before) are of the training of one run, on one thread on a CPU."
     )
-    table = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>" for k, v in settings.items())
-    return f"<p>{html.escape(text)}</p><table>{table}</table>"
+    return f"<p>{html.escape(text)}</p>{table(list(settings.items()))}"
 
 
 def _mean(runs: Sequence[Record], scale: float, digits: int, *path: str) -> str:

@@ -142,11 +142,12 @@ def _as_index(index: Index) -> int | slice | Tensor:
     return torch.as_tensor(index) if len(index) else torch.empty(0, dtype=torch.long)
 
 
-def loader(dataset: MultimodalDataset, batch_size: int, *, shuffle: bool = False) -> DataLoader[Sample]:
+def loader(dataset: MultimodalDataset, batch_size: int, *, shuffle: bool = False, workers: int = 0) -> DataLoader[Sample]:
     """Return a DataLoader of batches ``(inputs, target)`` or ``(inputs, target, present)``; the last batch may be smaller.
 
     With `shuffle` the order is drawn from torch's global generator in every epoch. The data set is indexed once per batch:
-    collating sample by sample, as DataLoader does by default, costs more than a training step of a small model.
+    collating sample by sample, as DataLoader does by default, costs more than a training step of a small model. What lies in
+    memory is at hand faster than `workers` processes send it.
     """
     sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    return DataLoader(dataset, sampler=BatchSampler(sampler, batch_size, drop_last=False), batch_size=None)
+    return DataLoader(dataset, sampler=BatchSampler(sampler, batch_size, drop_last=False), batch_size=None, num_workers=workers)

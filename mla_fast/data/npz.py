@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mla_fast.data.archive import read_arrays
-from mla_fast.data.dataset import Array, MultimodalDataset
+from mla_fast.data.dataset import Array, MultimodalDataset, listed
 from mla_fast.data.labels import as_classes, as_strings
 
 # What arrays become that torch cannot compute with, or that are scaled; others keep their dtype.
@@ -63,7 +63,43 @@ def read_npz(
 ) -> tuple[MultimodalDataset, dict[str, str]]:
     """Return what ``load_npz`` does, and a description of each array that was asked for: dtype and shape in the file."""
     _check_names(path, modalities, label)
+    return _dataset(path, *read_arrays(path), modalities, label, tokens, class_names)
+
+
+def read_unlabelled(
+    path: str | Path, modalities: Sequence[str], *, tokens: Collection[str] = ()
+) -> tuple[MultimodalDataset, dict[str, str]]:
+    """Return the samples of a file that needs no labels, with those of the `modalities` that it has; otherwise as ``read_npz``.
+
+    All targets are 0. An array ``present`` may have a column for each of the `modalities`, whether the file has it or not.
+    """
     arrays, objects = read_arrays(path)
+    here = [m for m in modalities if m in {*arrays, *objects}]
+    if not here:
+        raise ValueError(f"{path}: expected at least one of the arrays {listed(modalities)}, got {listed(list(arrays))}")
+    label, first = "target", arrays.get(here[0])
+    while label in {*arrays, *objects, *here}:
+        label += "_"
+    arrays[label] = np.zeros(first.shape[0] if first is not None and first.ndim else 0, np.int64)
+    if not len(arrays[label]) and first is not None:
+        raise ValueError(f"{path}: expected arrays of one length N ≥ 1, got {here[0]} {list(first.shape)}")
+    mask = arrays.get("present")
+    if mask is not None and "modalities" not in arrays and mask.shape[1:] == (len(modalities),):
+        arrays["present"] = mask[:, [m in here for m in modalities]]
+    dataset, described = _dataset(path, arrays, objects, here, label, tokens, None)
+    del described[label]
+    return dataset, described
+
+
+def _dataset(
+    path: str | Path,
+    arrays: dict[str, Array],
+    objects: Sequence[str],
+    modalities: Sequence[str],
+    label: str,
+    tokens: Collection[str],
+    class_names: Sequence[str] | None,
+) -> tuple[MultimodalDataset, dict[str, str]]:
     wanted = [*modalities, label]
     missing = [key for key in wanted if key not in {*arrays, *objects}]
     if missing:

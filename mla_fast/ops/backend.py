@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -38,12 +40,23 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot run here."""
 
 
+def _shadowed() -> str:
+    """Return what to do where a checkout in the working directory hides an installed mla_fast, which may be whole."""
+    here = Path(__file__).parents[1].resolve()
+    for distribution in importlib.metadata.distributions(name="mla_fast"):
+        installed = Path(str(distribution.locate_file("mla_fast")))
+        if (installed / "__init__.py").exists() and installed.resolve() != here:
+            cure = "go to another folder, or install the checkout itself: pip install --no-build-isolation -e ."
+            return f"the checkout in {here.parent} hides the mla_fast installed in {installed}: {cure}"
+    return ""
+
+
 def _why_not(module: str, reason: str, failures: type[Exception] = ImportError) -> str | None:
     """Import a module of ours, which registers what it implements; return why that failed."""
     try:
         importlib.import_module(f"mla_fast.{module}")
     except failures as error:
-        return reason.format(error)
+        return _shadowed() or reason.format(error)
     return None
 
 
@@ -53,7 +66,7 @@ MISSING: dict[str, str | None] = {
     "cpp": _why_not(
         "_C",
         "the compiled extension did not load ({}); "
-        'build it, in a checkout, with: pip install torch "setuptools>=77" && pip install --no-build-isolation .',
+        'build it, in a checkout, with: pip install torch "setuptools>=77" && pip install --no-build-isolation -e .',
     ),
     "cpp on CUDA": "this torch was built without CUDA",
     "triton": "this torch was built for the CPU alone",

@@ -1,0 +1,97 @@
+"""``mla-fast eval`` and ``mla-fast predict``: what a checkpoint of ``mla-fast train`` makes of data."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla_fast import cli_data, data
+from mla_fast.checkpoint import read_checkpoint
+from mla_fast.cli_output import device
+from mla_fast.cli_result import print_result
+from mla_fast.cli_train import build, described, is_complete, shuffled
+from mla_fast.compare.records import replace
+from mla_fast.trainer import Trainer
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Evaluate a checkpoint on the part held out of its data, or on all or a part of other data."""
+    saved = read_checkpoint(arguments.checkpoint)
+    config = described(saved["config"], arguments.checkpoint)
+    if arguments.data is not None and arguments.data.resolve() == Path(config["data"]):
+        arguments.data = None  # the checkpoint's own data, of which only the part held out is new
+    whole = arguments.all or (arguments.data is not None and arguments.test_where is None)
+    if arguments.data is None and (whole or arguments.test_where not in (None, config["test_where"])):
+        print("note: some of these rows were trained on")
+    if arguments.data is not None:
+        config = {**config, "data": str(arguments.data)}
+    there = cli_data.available(config)
+    dataset, arrays = cli_data.read_for_evaluation(there)
+    cli_data.print_reading(dataset, arrays, there)
+    if arguments.test_where is not None:
+        dataset = dataset.subset(data.rows_where(dataset, arguments.test_where))
+    elif not whole:
+        _, dataset = cli_data.split(dataset, there)
+    test_set = data.apply_statistics(dataset, {name: config["statistics"][name] for name in dataset.modalities})
+    cli_data.note_other_units(test_set, config)
+    trainer = _trained(config, saved, arguments.device)
+    result = trainer.evaluate(shuffled(test_set), use_test=True)
+    print_result(result, config.get("class_names"), is_complete(test_set))
+    for name, value in config.get("before", {}).items():
+        after = f", {100 * result['accuracy'][name]:.1f} % here" if name in result["accuracy"] else ""
+        print(f"{name} had {100 * value:.1f} % before {config['additions'][-1]['modality']} was added{after}")
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Write the fused prediction of every row of an .npz, which needs no labels and not every modality, as a CSV."""
+    output = arguments.output
+    if output.exists() and not arguments.overwrite:
+        raise FileExistsError(f"--output: {output} is there already; --overwrite replaces it")
+    saved = read_checkpoint(arguments.checkpoint)
+    config = {**described(saved["config"], arguments.checkpoint), "data": str(arguments.file)}
+    dataset, arrays = cli_data.read_for_prediction(config)
+    cli_data.print_reading(dataset, arrays, config)
+    if absent := [m for m in config["modalities"] if m not in dataset.modalities]:
+        print(f"note: the file has no {' and no '.join(absent)}; the prediction is without")
+    dataset = data.apply_statistics(dataset, config["statistics"])
+    cli_data.note_other_units(dataset, config)
+    trainer, names = _trained(config, saved, arguments.device), cli_data.class_names(config)
+    rows = list(_predictions(trainer, dataset, names))
+    weights = [f"weight_{modality}" for modality in trainer.model.modalities]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["row", "predicted", *(f"probability_{name}" for name in names), *weights])
+    writer.writerows([i, *row] for i, row in enumerate(rows))
+    replace(output, file.getvalue())
+    if nothing := sum(not row[0] for row in rows):
+        print(f"note: {nothing} rows have no prediction: no modality, or logits that are NaN")
+    print(f"wrote {output}, {len(rows)} rows")
+
+
+def _trained(config: dict[str, Any], saved: dict[str, Any], device_name: str) -> Trainer:
+    trainer = build(config, device(device_name))
+    trainer.model.load_state_dict(saved["model"])
+    return trainer
+
+
+def _predictions(trainer: Trainer, dataset: data.MultimodalDataset, names: list[str]) -> Iterator[list[str]]:
+    """Yield, for each sample, its class, the probability of each class, and the weight of each modality (eq. 8)."""
+    modalities = trainer.model.modalities
+    places = [modalities.index(m) for m in dataset.modalities]
+    for inputs, target, *masks in data.loader(dataset, 1024):
+        present = torch.zeros(len(target), len(modalities), dtype=torch.bool)
+        present[:, places] = masks[0] if masks else torch.ones(len(target), len(places), dtype=torch.bool)
+        fused = trainer.predict((inputs, present))
+        weights = torch.zeros(len(target), len(modalities), dtype=torch.float64)
+        weights[:, places] = fused.weights.cpu().double()
+        probabilities = fused.logits.cpu().double().softmax(1)
+        for p, weight, here in zip(probabilities, weights, present.any(1).tolist(), strict=True):
+            known = here and not p.isnan().any()
+            answers = [names[int(p.argmax())], *(f"{each:.6g}" for each in p.tolist())] if known else [""] * (1 + len(p))
+            yield [*answers, *(f"{each:.6g}" for each in weight.tolist())]

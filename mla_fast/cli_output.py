@@ -1,0 +1,130 @@
+"""What a run leaves in its folder: checkpoints, metrics, settings and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla_fast.checkpoint import read_checkpoint
+from mla_fast.cli_config import write_options
+from mla_fast.cli_report import write_report
+from mla_fast.cli_result import notes, print_result
+from mla_fast.trainer import Trainer
+from mla_fast.trainer_checks import best_epoch
+
+FILES = ("checkpoint.pt", "best.pt", "metrics.json", "run.toml", "report.html")
+MONITOR = "validation/accuracy/fused"
+
+
+def check_output(arguments: argparse.Namespace) -> None:
+    """Raise FileExistsError if --output has a run that nobody has said what to do with."""
+    there = [name for name in ("checkpoint.pt", "metrics.json") if (arguments.output / name).exists()]
+    if there and not (arguments.resume or arguments.overwrite):
+        choice = "--resume continues that run, --overwrite begins anew and deletes it"
+        raise FileExistsError(f"--output: {arguments.output} has {' and '.join(there)} of another run; {choice}")
+
+
+def begin(arguments: argparse.Namespace, trainer: Trainer, epochs: int) -> None:
+    """Remove the run that --overwrite gives up, write run.toml, and have a line printed after each epoch."""
+    if arguments.overwrite:
+        for path in (*(arguments.output / name for name in FILES), *arguments.output.glob("events.out.tfevents.*")):
+            path.unlink(missing_ok=True)
+    write_options(arguments, arguments.output / "run.toml")
+    trainer.callbacks = (*trainer.callbacks, EpochLines(epochs))
+
+
+class EpochLines:
+    """Print a line for each epoch's record: the mean losses, the validation accuracy, and how long it took."""
+
+    def __init__(self, epochs: int):
+        self.epochs, self.started = epochs, time.perf_counter()
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        now = time.perf_counter()
+        parts = ["loss " + ", ".join(f"{modality} {loss:.3f}" for modality, loss in record["loss"].items())]
+        if "validation" in record:
+            parts.append(f"validation accuracy {100 * record['validation']['accuracy']['fused']:.1f} %")
+        epoch = f"{record['epoch']:{len(str(self.epochs))}}/{self.epochs}"
+        print(f"epoch {epoch}  {'; '.join(parts)}  ({now - self.started:.1f} s)", flush=True)
+        self.started = now
+
+
+class KeepBest:
+    """Write best.pt whenever the record of an epoch is the best so far."""
+
+    def __init__(self, trainer: Trainer, output: Path):
+        self.trainer, self.path = trainer, output / "best.pt"
+
+    def __call__(self, record: Mapping[str, Any]) -> None:
+        if best_epoch(self.trainer.history, MONITOR) == record["epoch"] - 1:
+            self.trainer.save(self.path)
+
+    def after_resume(self) -> None:
+        """Write the best epoch's where a run ended between its checkpoint and this."""
+        if self.trainer.history and not (self.path.exists() and self._epoch() == 1 + best_epoch(self.trainer.history, MONITOR)):
+            self(self.trainer.history[-1])
+
+    def _epoch(self) -> int:
+        epoch: int = read_checkpoint(self.path)["epoch"]
+        return epoch
+
+    def load(self) -> int:
+        """Give the model the best epoch's parameters; return the epoch."""
+        saved = read_checkpoint(self.path)
+        self.trainer.model.load_state_dict(saved["model"])
+        epoch: int = saved["epoch"]
+        return epoch
+
+
+def finish(output: Path, trainer: Trainer, test: Any, *, complete: bool, best: KeepBest | None = None) -> None:
+    """Evaluate on the test part, write metrics.json and report.html, and print what is in them.
+
+    test: a loader; complete: none of its samples lacks a modality; best: evaluate the best epoch, not the last.
+    """
+    head, config = trainer.optimizer.diagnostics(), trainer.config or {}
+    epoch = best.load() if best is not None else trainer.epoch
+    result = trainer.evaluate(test, use_test=True)
+    metrics = {"config": trainer.config, "history": trainer.history, "epoch": epoch, "test": result, "head": head}
+    (output / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=2))
+    if best is not None:
+        reached = 100 * trainer.history[epoch - 1]["validation"]["accuracy"]["fused"]
+        print(f"the best of {trainer.epoch} epochs on the validation part was epoch {epoch}, with {reached:.1f} %; of it:")
+    print_result(result, config.get("class_names"), complete)
+    if head["skipped_nonfinite"]:
+        print(f"{head['skipped_nonfinite']} steps were skipped because they were not finite: lower --lr?")
+    if head["skipped_lone"]:
+        print(f"{head['skipped_lone']} rows were left out, alone in a batch with their modality: larger --batch-size?")
+    written = ["checkpoint.pt", *(["best.pt"] if best is not None else []), "metrics.json", "run.toml"]
+    try:
+        write_report(output / "report.html", trainer, test, result, epoch, notes(result, complete))
+        written.append("report.html")
+    except ImportError as error:
+        print(f'no report.html: {error.name} is missing (pip install "mla_fast[demo]")')
+    print(f"wrote {', '.join(str(output / name) for name in written[:-1])} and {output / written[-1]}")
+
+
+def device(name: str) -> torch.device:
+    """Return the device that --device names; raise ValueError where torch cannot use it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: expected auto or an available device, got {name!r} ({reason})") from None
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace numbers that are not finite, which JSON lacks, by None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
