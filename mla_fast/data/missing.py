@@ -26,8 +26,8 @@ def cpm_mask(N: int, M: int, rate: float, seed: int) -> Tensor:
     """Draw present, bool [N, M], as Zhang et al. do (CPM-Nets, NeurIPS 2019), and the paper's code, GCNet and others after them.
 
     Every sample keeps one modality, drawn uniformly. Of all other entries as many, drawn uniformly, are present as make the share
-    that is missing `rate`, rounded to whole entries; the originals draw again until it is within 0.005 of that. Where rate ≥ 1 − 1/M
-    every sample has exactly one modality, and 1 − 1/M is missing: with two modalities from 0.5 on.
+    that is missing `rate`, rounded to whole entries; the originals draw again until it is within 0.005 of that. Where
+    rate ≥ 1 − 1/M every sample has exactly one modality, and 1 − 1/M is missing: with two modalities from 0.5 on.
 
     Raises ValueError as ``missing_mask``.
     """
