@@ -1,7 +1,7 @@
 """Methods made for missing modalities, the rows of the paper's Table 2, at feature level.
 
 ``MISSING_METHODS`` has them by name. Those that are trained batch by batch are a ``MissingModel``, those that are fitted to a
-whole training set a ``FittedModel``; both are made of the widths of the modalities: ``AE({"audio": 512, "text": 1024}, classes=4)``.
+whole training set a ``FittedModel``; both are made of the modalities' widths: ``AE({"audio": 512, "text": 1024}, classes=4)``.
 """
 
 from __future__ import annotations

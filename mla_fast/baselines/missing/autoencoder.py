@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mla_fast.baselines.missing.parts import Inputs, MissingModel, masked_reconstruction, mlp, small_normal
+from mla_fast.baselines.missing.parts import Inputs, MissingModel, masked_reconstruction, mlp
 
 
 class AE(MissingModel):
@@ -29,7 +29,6 @@ class AE(MissingModel):
         self.autoencoder = self.make_autoencoder()
         self.classifier = mlp(self.joined, classes, dropout=dropout)
         self.decoders = nn.ModuleList(mlp(self.joined, d, dropout=dropout) for d in widths.values())
-        small_normal(self)
 
     def make_autoencoder(self) -> nn.Module:
         widths = [self.joined, 256, 128, 256, self.joined]

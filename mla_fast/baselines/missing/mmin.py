@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mla_fast.baselines.joint import Setup
 from mla_fast.baselines.missing.autoencoder import ResidualAutoencoder, side_by_side
-from mla_fast.baselines.missing.parts import Frozen, Inputs, MissingModel, mlp, small_normal
+from mla_fast.baselines.missing.parts import Frozen, Inputs, MissingModel, mlp
 
 LAYERS, BLOCKS = (256, 128, 64), 5
 
@@ -65,7 +65,6 @@ class MMIN(MissingModel):
         self.forth = ResidualAutoencoder(self.joined, LAYERS, BLOCKS)
         self.back = ResidualAutoencoder(self.joined, LAYERS, BLOCKS)
         self.classifier = mlp(LAYERS[-1] * BLOCKS, classes, dropout=dropout)
-        small_normal(self)
         self.teacher: Frozen | None = None
 
     def prepare(self, setup: Setup) -> int:

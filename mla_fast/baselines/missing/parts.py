@@ -24,14 +24,6 @@ def mlp(in_features: int, out_features: int, hidden: Sequence[int] = (FEATURES, 
     return nn.Sequential(*layers[:-2])
 
 
-def small_normal(module: nn.Module) -> None:
-    """Draw weights of all linear layers from N(0, 0.02²) and set their biases to zero, as GCNet's code does."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, 0, 0.02)
-            nn.init.zeros_(layer.bias)
-
-
 def visible(widths: Mapping[str, int], inputs: Inputs, present: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
     """Return ({modality: x [N, d], zero where it is absent}, available bool [M, N]).
 
@@ -72,6 +64,7 @@ class MissingModel(JointModel):
 
     Trained by Adam at a rate that is constant for a fifth of the epochs and then falls linearly, the gradient of each sub-network
     clipped, unless a method says otherwise (GCNet: Lian, Chen, Sun, Liu and Tao, TPAMI 2023, whose code compares such methods).
+    Initial values are torch's: from GCNet's N(0, 0.02²) AE and CRA stay at chance on the digits in 30 epochs.
 
     needs_full: whether the loss needs the true values of what is masked in training, the argument `full`: inputs without
         anything masked. Where nothing is masked it may be left out. Data that really lack modalities cannot train such a method.
