@@ -76,7 +76,8 @@ class IFMMIN(MissingModel):
                   L = CE(z, y) + MSE(r, t) + λ MSE(s, s')
 
     t is as in ``MMIN``, s' the teacher's s of complete data. λ is 1, the code's default; its script passes 100 under a name that
-    the code does not read. The rate is 1e-3 as in the paper's Table 2, the code's 2e-4. The teacher costs as many passes again as the run has. ValueError without ``prepare``.
+    the code does not read. The rate is 1e-3 as in the paper's Table 2, the code's is 2e-4. The teacher costs as many passes again
+    as the run has. ValueError without ``prepare``.
     """
 
     grid = {"invariance": (1.0, 100.0)}
