@@ -14,7 +14,7 @@ from mla_fast.baselines.missing.parts import Inputs
 
 RIDGE = 1e-4  # of CCA's covariances
 DEEP_RIDGE, FLOOR = 1e-3, 1e-3  # of DCCA's covariances, and beside the squared correlations
-HIDDEN, BATCH, PASSES = (256, 256, 256), 1024, 5
+HIDDEN, BATCH = (256, 256, 256), 1024
 RECONSTRUCTION = 1e-3
 
 
@@ -86,8 +86,7 @@ class DCCA(FittedModel):
         S_11^{−½} S_12 S_22^{−½} with covariances plus 1e-3 I
 
     f_m has widths d_m → 256 → 256 → 256 → k, BatchNorm and ReLU after all but the last. Mean imputation and ``LinearSVC`` as in
-    ``CCA``; no labels before it. Adam, 1e-3, decay 1e-4, batches of up to 1024, for covariances need many samples; an epoch
-    of the run is 5 passes therefore. GCNet's code sends the third modality through the second's network; here each has its own.
+    ``CCA``; no labels before it. Adam, 1e-3, decay 1e-4, batches of up to 1024, for covariances need many samples. GCNet's code sends the third modality through the second's network; here each has its own.
     """
 
     grid = {"k": (20, 10, 5)}
@@ -110,7 +109,7 @@ class DCCA(FittedModel):
         weight_decay: float = 0.0,
     ) -> int:
         self.imputation.learn(inputs, present)
-        self.training_set, self.passes = (inputs, target, present), PASSES * epochs
+        self.training_set, self.passes = (inputs, target, present), epochs
         networks = [p for name, p in self.named_parameters() if not name.startswith(("imputation", "classifier"))]
         self.adam = torch.optim.Adam(networks, 1e-3 * lr_factor, weight_decay=1e-4 + weight_decay)
         return epochs
@@ -119,12 +118,11 @@ class DCCA(FittedModel):
         inputs, target, present = self.training_set
         filled = self.imputation(inputs, present)
         self.train()
-        for _ in range(PASSES):
-            order = torch.randperm(len(target), device=target.device)
-            for rows in order.tensor_split(-(-len(order) // BATCH)):
-                self.adam.zero_grad()
-                self.loss([x[rows] for x in filled]).backward()
-                self.adam.step()
+        order = torch.randperm(len(target), device=target.device)
+        for rows in order.tensor_split(-(-len(order) // BATCH)):
+            self.adam.zero_grad()
+            self.loss([x[rows] for x in filled]).backward()
+            self.adam.step()
         self.eval()
         with torch.no_grad():
             fit_svc(self.classifier, self.encode(filled), target)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mla_fast.baselines.missing.fitted import FittedModel
 from mla_fast.baselines.missing.parts import FEATURES, Inputs, visible
 
-CHECKPOINTS, STEPS = 5, 5
+CHECKPOINTS, STEPS = 2, 5
 LR, LATENT_LR = 1e-3, 1e-2
 
 
@@ -21,7 +21,7 @@ class CPMNet(FittedModel):
         L_cls = Σ_n max(0, [c* ≠ y_n] + F_{n,c*} − F_{n,y_n}),  F_nc = mean of h_n·h_j over j ≠ n of class c,  c* = argmax F_n
 
     There is no encoder. A round of training is 5 steps of Adam of the decoders on L_rec and 5 of the latents on L_rec + λ L_cls,
-    on all samples at once; there are as many rounds as epochs, and five places in between at which a run can be evaluated.
+    on all samples at once; there are as many rounds as epochs, and two places at which a run can be evaluated.
     Predictions are optimised, too: 5 `test_rounds` steps of fresh latents on L_rec, the decoders fixed, without labels; then F_nc
     to the training latents. So a prediction costs about what training costs, and the model keeps the training latents.
 

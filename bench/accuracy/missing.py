@@ -1,0 +1,76 @@
+"""Table 2 of the paper on avdigits B and digits: methods for missing modalities beside late fusion, QMF and MLA.
+
+    python -m bench.accuracy.missing --data avdigits.npz --seeds 0-2 --missing 0.1:0.7:0.1 --epochs 20 --output runs/missing
+
+The protocol is that of ``mla-fast compare --protocol cpm``. Each task is a folder with runs.jsonl, table.md and report.html; what is
+done is not run again. ``bench/results/missing-*.jsonl`` are such runs. ``--show`` prints what there is without running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.accuracy.balanced import TASKS, task
+from mla_fast.compare import missing_report, options
+from mla_fast.compare.command import check_installed
+from mla_fast.compare.learners import Budget
+from mla_fast.compare.missing import compare_missing
+from mla_fast.compare.records import Record, read
+from mla_fast.data import PROTOCOLS
+
+NAMES = ("digits", "avdigits B")
+
+
+def tables(found: dict[str, list[Record]]) -> str:
+    """The tables of accuracy and their readings, of records by task."""
+    parts = []
+    for name, runs in found.items():
+        if runs:
+            seeds = len({record["seed"] for record in runs})
+            parts.append(missing_report.table(runs, f"{name}, {seeds} seed{'s' * (seeds > 1)}"))
+            parts.append("\n".join(f"- {said}" for said in missing_report.reading(runs)))
+    if not parts:
+        raise ValueError("show: expected a folder with results of bench.accuracy.missing, got none")
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.accuracy.missing")
+    parser.add_argument("--data", type=Path, help="avdigits.npz; without it avdigits B is left out")
+    parser.add_argument("--methods", type=options.names, default=["all"])
+    parser.add_argument("--seeds", type=options.seeds, default=options.seeds("0-2"))
+    parser.add_argument("--trials", type=options.positive, default=1)
+    parser.add_argument("--epochs", type=options.positive, default=20)
+    parser.add_argument("--missing", type=options.rates, default=options.rates("0.1:0.7:0.1"))
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="cpm")
+    parser.add_argument("--jobs", type=options.positive, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("runs/missing"))
+    parser.add_argument("--show", type=Path, help="only print the tables of this folder")
+    arguments = parser.parse_args(argv)
+    try:
+        if not arguments.show:
+            everything(arguments)
+        folder = arguments.show or arguments.output
+        print(tables({name: read(folder / name.replace(" ", "-") / "runs.jsonl") for name in NAMES}))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"bench.accuracy.missing: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def everything(arguments: argparse.Namespace) -> None:
+    check_installed()
+    for name in NAMES:
+        if TASKS[name][0] is not None and arguments.data is None:
+            print(f"{name} is left out: it needs --data avdigits.npz")
+            continue
+        each, _ = task(name, arguments.data)
+        here = argparse.Namespace(**{**vars(arguments), "output": arguments.output / name.replace(" ", "-")})
+        compare_missing(each, here, Budget(epochs=arguments.epochs))
+
+
+if __name__ == "__main__":
+    main()
