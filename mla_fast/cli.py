@@ -1,4 +1,4 @@
-"""The command line: ``mla-fast demo | train | eval | compare | prepare | paper | env``."""
+"""The command line: ``mla-fast demo | train | eval | compare | prepare | paper | features | env``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_fast import cli_paper, data, environment, ops
+from mla_fast import cli_features, cli_paper, data, environment, ops
 from mla_fast.cli_train import evaluate, train
 from mla_fast.compare.command import add_parser as add_compare
 from mla_fast.data.standardization import PER
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_compare(commands)
     cli_paper.add_commands(commands)
+    cli_features.add_command(commands)
     commands.add_parser("env", help="show versions, devices, and which backends are active").set_defaults(command=env)
     return parser
 

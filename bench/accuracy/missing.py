@@ -2,8 +2,8 @@
 
     python -m bench.accuracy.missing --data avdigits.npz --seeds 0-2 --missing 0.1:0.7:0.1 --epochs 20 --output runs/missing
 
-The protocol is that of ``mla-fast compare --protocol cpm``. Each task is a folder with runs.jsonl, table.md and report.html; what is
-done is not run again. ``bench/results/missing-*.jsonl`` are such runs. ``--show`` prints what there is without running anything.
+The protocol is that of ``mla-fast compare --protocol cpm``. Each task is a folder with runs.jsonl, table.md and report.html;
+what is done is not run again. ``bench/results/missing-*.jsonl`` are such runs. ``--show`` prints what there is without running.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ class DCCA(FittedModel):
         S_11^{−½} S_12 S_22^{−½} with covariances plus 1e-3 I
 
     f_m has widths d_m → 256 → 256 → 256 → k, BatchNorm and ReLU after all but the last. Mean imputation and ``LinearSVC`` as in
-    ``CCA``; no labels before it. Adam, 1e-3, decay 1e-4, batches of up to 1024, for covariances need many samples. GCNet's code sends the third modality through the second's network; here each has its own.
+    ``CCA``; no labels before it. Adam, 1e-3, decay 1e-4, batches of up to 1024, for covariances need many samples. GCNet's code
+    sends the third modality through the second's network; here each has its own.
     """
 
     grid = {"k": (20, 10, 5)}
