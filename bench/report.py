@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from bench import pictures, records
-from bench.accuracy import tables
+from bench.accuracy import missing, tables
 from bench.accuracy.__main__ import STUDIES
 from bench.throughput import gpu, plot, speed
 from bench.throughput.speed import Throughput
@@ -38,6 +38,7 @@ def parts() -> dict[str, str]:
         "summary": tables.summary(tasks),
         "modalities": "\n\n".join(map(tables.by_modality, tasks)),
         "missing": "\n\n".join(map(tables.by_rate, tables.missing(found))),
+        **missing.parts(RESULTS),
         "ablation": "\n\n".join(map(tables.ablation, tasks)),
         "operators": speed.operators(cpu),
         "operators reading": speed.read_operators(cpu),

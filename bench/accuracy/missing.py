@@ -37,6 +37,33 @@ def tables(found: dict[str, list[Record]]) -> str:
     return "\n\n".join(parts)
 
 
+def parts(results: Path) -> dict[str, str]:
+    """What the report says of the records in a folder, by the names of its template."""
+    found = {name: read(results / f"missing-{name.replace(' ', '-')}.jsonl") for name in NAMES}
+    short = [missing_report.table(runs, name) for name, runs in found.items() if runs]
+    return {
+        "table 2": "\n\n".join(short),
+        "table 2 reading": tables(found),
+        "table 2 long": missing_report.table(read(results / "missing-long.jsonl"), "digits, 100 epochs, 1 seed"),
+    }
+
+
+def plot(results: Path, path: Path) -> None:
+    """Draw accuracy over the rate of missing modalities, one panel for each task, a line for each method."""
+    from bench import pictures
+
+    found = {name: read(results / f"missing-{name.replace(' ', '-')}.jsonl") for name in NAMES}
+    shown = {name: missing_report.by_rate(runs) for name, runs in found.items() if runs}
+    figure, axes = pictures.panels(len(shown))
+    for ax, (name, values) in zip(axes, shown.items(), strict=True):
+        for i, (method, rows) in enumerate(values.items()):
+            means = [100 * sum(seeds.values()) / len(seeds) for seeds in rows.values()]
+            ax.plot([100 * rate for rate in rows], means, "os^"[i // 10] + "-", ms=4, label=method)
+        ax.set(title=name, xlabel="missing, %", ylabel="accuracy, %")
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    pictures.save(figure, path)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.accuracy.missing")
     parser.add_argument("--data", type=Path, help="avdigits.npz; without it avdigits B is left out")

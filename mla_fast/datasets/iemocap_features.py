@@ -28,10 +28,10 @@ def read_gcnet(root: Path, classes: int = 4, session: int = 5) -> tuple[Arrays, 
         {dialog: labels}. It is read by an unpickler that knows containers and NumPy alone.
     classes: 4 or 6. session: 1 … 5, whose utterances have the part "test", the others "train".
 
-    The arrays are ``audio``, ``text``, ``image`` [N, d] in float32; ``present`` bool [N, 3] with its ``modalities``, where anything
-    is absent; ``label``, and as strings ``utterance``, ``dialog``, ``session``, ``speaker`` (the actor) and ``part``. A modality
-    without a file, or with an empty folder or a damaged file, is absent. Left out and counted are utterances without any, and
-    labels that name no class.
+    The arrays are ``audio``, ``text``, ``image`` [N, d] in float32; ``present`` bool [N, 3] with its ``modalities``, where
+    anything is absent; ``label``, and as strings ``utterance``, ``dialog``, ``session``, ``speaker`` (the actor) and ``part``. A
+    modality without a file, or with an empty folder or a damaged file, is absent. Left out and counted are utterances without
+    any, and labels that name no class.
 
     Raises ValueError or FileNotFoundError that name what was expected.
     """
@@ -72,10 +72,9 @@ def read_mmin(root: Path, fold: int = 1) -> tuple[Arrays, list[str]]:
         target = load_array(labels)
         target = target.argmax(1) if target.ndim == 2 else target
         names = labels.with_name(f"{short}_int2name.npy")
-        utterances = (
-            [_text(name) for name in load_names(names)] if names.exists() else [f"{part} {i}" for i in range(len(target))]
-        )
-        if any(len(x) != len(target) for x in (*found.values(), utterances)):
+        numbered: list[Any] = [f"{part} {i}" for i in range(len(target))]
+        utterances = [_text(name) for name in (load_names(names) if names.exists() else numbered)]
+        if {*map(len, found.values()), len(utterances)} != {len(target)}:
             lengths = ", ".join(f"{modality} {len(x)}" for modality, x in found.items())
             raise ValueError(f"{labels}: expected as many labels as utterances, got {len(target)} and {lengths}")
         for i, name in enumerate(utterances):
@@ -108,7 +107,6 @@ def _labels(root: Path, classes: int) -> list[tuple[str, str, Any]]:
     if not (isinstance(content, (list, tuple)) and len(content) > 1 and all(isinstance(part, dict) for part in content[:2])):
         expected = "expected a list of {dialog: utterances}, {dialog: labels}, …"
         raise ValueError(f"{found[0]}: {expected}, got {type(content).__name__}")
-
     labels: list[tuple[str, str, Any]] = []
     for dialog, names in content[0].items():
         values = content[1].get(dialog, ())
@@ -130,7 +128,8 @@ def _feature(folder: Path, name: str, said: Counter[str]) -> NDArray[Any] | None
     if not frames:
         said[f"{folder.name}: {'empty folder' if path.is_dir() else 'not on disk'}"] += 1
         return None
-    return np.mean(frames, 0, dtype=np.float32)
+    mean: NDArray[Any] = np.stack(frames).mean(0, dtype=np.float32)
+    return mean
 
 
 def _averaged(x: NDArray[Any]) -> NDArray[Any]:
