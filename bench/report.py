@@ -76,7 +76,7 @@ def drawings() -> dict[str, Callable[[Path], object]]:
     for study in STUDIES:
         drawn[study.name] = partial(study.draw, records.read(RESULTS / f"{study.name}.jsonl"))
     best = speed.best_threads(list(records.timings(CPU).values()))
-    return drawn | {"operators": partial(plot.draw, best)}
+    return drawn | {"operators": partial(plot.draw, best), "missing": partial(missing.plot, RESULTS)}
 
 
 def main() -> None:

@@ -54,7 +54,8 @@ def plot(results: Path, path: Path) -> None:
 
     found = {name: read(results / f"missing-{name.replace(' ', '-')}.jsonl") for name in NAMES}
     shown = {name: missing_report.by_rate(runs) for name, runs in found.items() if runs}
-    figure, axes = pictures.panels(len(shown))
+    figure = pictures.new_figure(4.5 * len(shown) + 1.5, 4)
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for ax, (name, values) in zip(axes, shown.items(), strict=True):
         for i, (method, rows) in enumerate(values.items()):
             means = [100 * sum(seeds.values()) / len(seeds) for seeds in rows.values()]
