@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mla_fast.datasets.iemocap_features import read_gcnet, read_mmin
+from mla_fast import datasets
 
 
 def add_command(commands: Any) -> None:
@@ -32,9 +32,9 @@ def features(arguments: argparse.Namespace) -> None:
     if not root.is_dir():
         raise FileNotFoundError(f"root: expected a folder, got {root}, which is none")
     if arguments.iemocap is not None:
-        arrays, said = read_gcnet(root, arguments.classes, arguments.session)
+        arrays, said = datasets.read_gcnet(root, arguments.classes, arguments.session)
     else:
-        arrays, said = read_mmin(root, arguments.fold)
+        arrays, said = datasets.read_mmin(root, arguments.fold)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     beside = arguments.output.with_name(f".{arguments.output.name}")
     with beside.open("wb") as file:
