@@ -25,35 +25,39 @@ NAMES = ("digits", "avdigits B")
 
 
 def tables(found: dict[str, list[Record]]) -> str:
-    """The tables of accuracy and their readings, of records by task."""
+    """The tables of accuracy, of records by task."""
     parts = []
     for name, runs in found.items():
         if runs:
             seeds = len({record["seed"] for record in runs})
             parts.append(missing_report.table(runs, f"{name}, {seeds} seed{'s' * (seeds > 1)}"))
-            parts.append("\n".join(f"- {said}" for said in missing_report.reading(runs)))
     if not parts:
         raise ValueError("show: expected a folder with results of bench.accuracy.missing, got none")
     return "\n\n".join(parts)
 
 
+def readings(found: dict[str, list[Record]]) -> str:
+    """Who is ahead at each rate, and what falls short, of records by task."""
+    return "\n".join(f"- {name}: {said}" for name, runs in found.items() if runs for said in missing_report.reading(runs))
+
+
 def parts(results: Path) -> dict[str, str]:
     """What the report says of the records in a folder, by the names of its template."""
-    found = {name: read(results / f"missing-{name.replace(' ', '-')}.jsonl") for name in NAMES}
-    short = [missing_report.table(runs, name) for name, runs in found.items() if runs]
-    return {
-        "table 2": "\n\n".join(short),
-        "table 2 reading": tables(found),
-        "table 2 long": missing_report.table(read(results / "missing-long.jsonl"), "digits, 100 epochs, 1 seed"),
-    }
+    found = committed(results)
+    long = missing_report.table(read(results / "missing-long.jsonl"), "digits, 100 epochs, 1 seed")
+    return {"table 2": tables(found), "table 2 reading": readings(found), "table 2 long": long}
+
+
+def committed(results: Path) -> dict[str, list[Record]]:
+    """The records of each task in bench/results."""
+    return {name: read(results / f"missing-{name.replace(' ', '-')}.jsonl") for name in NAMES}
 
 
 def plot(results: Path, path: Path) -> None:
     """Draw accuracy over the rate of missing modalities, one panel for each task, a line for each method."""
     from bench import pictures
 
-    found = {name: read(results / f"missing-{name.replace(' ', '-')}.jsonl") for name in NAMES}
-    shown = {name: missing_report.by_rate(runs) for name, runs in found.items() if runs}
+    shown = {name: missing_report.by_rate(runs) for name, runs in committed(results).items() if runs}
     figure = pictures.new_figure(4.5 * len(shown) + 1.5, 4)
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for ax, (name, values) in zip(axes, shown.items(), strict=True):
@@ -83,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not arguments.show:
             everything(arguments)
         folder = arguments.show or arguments.output
-        print(tables({name: read(folder / name.replace(" ", "-") / "runs.jsonl") for name in NAMES}))
+        found = {name: read(folder / name.replace(" ", "-") / "runs.jsonl") for name in NAMES}
+        print(f"{tables(found)}\n\n{readings(found)}")
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"bench.accuracy.missing: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
