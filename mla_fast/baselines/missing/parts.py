@@ -64,7 +64,7 @@ class MissingModel(JointModel):
 
     Trained by Adam at a rate that is constant for a fifth of the epochs and then falls linearly, the gradient of each sub-network
     clipped, unless a method says otherwise (GCNet: Lian, Chen, Sun, Liu and Tao, TPAMI 2023, whose code compares such methods).
-    Initial values are torch's: from GCNet's N(0, 0.02²) AE and CRA stay at chance on the digits in 30 epochs.
+    Initial values are torch's, where GCNet draws N(0, 0.02²); the two have not been compared at equal length.
 
     needs_full: whether the loss needs the true values of what is masked in training, the argument `full`: inputs without
         anything masked. Where nothing is masked it may be left out. Data that really lack modalities cannot train such a method.
