@@ -64,7 +64,8 @@ def reading(found: Sequence[Record]) -> list[str]:
 def _best_at(values: ByRate, rate: float) -> str:
     here = {name: rows[rate] for name, rows in values.items() if rate in rows}
     best = max(here, key=lambda name: statistics.fmean(here[name].values()))
-    said = f"{100 * rate:.0f} % missing: {best} is ahead with {percent(estimate(list(here[best].values())))} %"
+    part = f", {len(here)} of {len(values)} methods run" if len(here) < len(values) else ""
+    said = f"{100 * rate:.0f} % missing{part}: {best} is ahead with {percent(estimate(list(here[best].values())))} %"
     if len(here[best]) < 2:
         return f"{said}; one seed cannot tell what is better."
     tied = []
