@@ -471,6 +471,7 @@ def test_cpm_net_reconstructs_what_is_visible():
     torch.testing.assert_close(found, written.detach(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", MISSING_METHODS)
 def test_learns(name):
     torch.manual_seed(0)
