@@ -13,7 +13,7 @@ TARGETS ?= sm_90 sm_100 sm_80 gfx942
 RESULTS ?= bench/results/cpu-xeon.jsonl
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-exhaustive test-all lint bench results report accuracy kernels-check gpu-check tune wheel docs env clean
+.PHONY: demo test test-exhaustive test-all lint bench results report accuracy missing kernels-check gpu-check tune wheel docs env clean
 # The build needs the torch that is installed, not one that pip would fetch into an isolated environment.
 $(READY): pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "==> preparing $(VENV) with $(TORCH)"
@@ -58,6 +58,11 @@ results: $(READY)
 report: $(READY)
 	@echo "==> bench/REPORT.md, its pictures and the tables of README.md, from bench/results"
 	$(BIN)/python -m bench.report
+
+# Table 2 of the paper, in runs that go on where they were; DATA may be left out for the digits alone.
+missing: $(READY)
+	@echo "==> methods for missing modalities beside late fusion, QMF and MLA, at seven rates; results go to runs/missing/"
+	$(BIN)/python -m bench.accuracy.missing $(if $(wildcard $(DATA)),--data $(DATA)) --jobs $(JOBS) --output runs/missing
 
 # What is in $(ACCURACY) already is not run again; bench/results has what the READMEs quote.
 accuracy: $(READY)

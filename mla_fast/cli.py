@@ -1,4 +1,4 @@
-"""The command line: ``mla-fast demo | train | eval | predict | compare | prepare | paper | env``."""
+"""The command line: ``mla-fast demo | train | eval | predict | compare | prepare | paper | features | env``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_fast import cli_config, cli_paper, data, environment, ops
+from mla_fast import cli_config, cli_features, cli_paper, data, environment, ops
 from mla_fast.cli_encoders import pairs
 from mla_fast.cli_eval import evaluate, predict
 from mla_fast.cli_train import train
@@ -135,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reading_commands(commands)
     add_compare(commands)
     cli_paper.add_commands(commands)
+    cli_features.add_command(commands)
     commands.add_parser("env", help="show versions, devices, and which backends are active").set_defaults(command=env)
     return parser
 

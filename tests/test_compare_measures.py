@@ -21,10 +21,11 @@ def expected_scores(logits, y):
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     predicted, confidence, C = p.argmax(1), p.max(1), p.shape[1]
-    f1 = []
+    f1, support = [], []
     for c in sorted(set(predicted) | set(y)):
         hit = ((predicted == c) & (y == c)).sum()
         f1.append(2 * hit / ((predicted == c).sum() + (y == c).sum()))
+        support.append((y == c).sum())
     ece = 0.0
     for low in range(15):
         inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
@@ -34,6 +35,7 @@ def expected_scores(logits, y):
         "accuracy": (predicted == y).mean(),
         "nll": -np.log(p[range(len(y)), y]).mean(),
         "macro_f1": np.mean(f1),
+        "weighted_f1": np.average(f1, weights=support),
         "ece": ece,
         "confusion": [[int(((y == i) & (predicted == j)).sum()) for j in range(C)] for i in range(C)],
     }

@@ -408,10 +408,30 @@ class TestMissing:
         assert abs((~present).float().mean().item() - missing) < 0.01
         assert (present.float().mean(0) - present.float().mean()).abs().max() < 0.02
 
-    @pytest.mark.parametrize("arguments", [(5, 2, 1.0, 0), (5, 2, -0.1, 0), (5, 0, 0.5, 0)])
-    def test_bad_rates(self, arguments):
+    @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.7, 0.99])
+    @pytest.mark.parametrize("N, M", [(1, 2), (63, 2), (513, 3), (20_000, 4)])
+    def test_cpm_keeps_one_and_meets_the_rate(self, rate, N, M):
+        present = data.cpm_mask(N, M, rate, seed=3)
+        assert present.any(1).all() and torch.equal(present, data.cpm_mask(N, M, rate, seed=3))
+        missing = min(rate, 1 - 1 / M)
+        assert abs((~present).double().mean().item() - missing) <= 0.5 / (N * M) + 1e-9
+        if rate >= 1 - 1 / M:
+            assert (present.sum(1) == 1).all()
+        if N > 1000:
+            assert (present.float().mean(0) - present.float().mean()).abs().max() < 0.02
+
+    @pytest.mark.parametrize("draw", data.PROTOCOLS.values())
+    @pytest.mark.parametrize("arguments", [(5, 2, 1.0, 0), (5, 2, -0.1, 0), (5, 0, 0.5, 0), (-1, 2, 0.5, 0)])
+    def test_bad_rates(self, draw, arguments):
         with pytest.raises(ValueError, match="^(rate|N, M): expected"):
-            data.missing_mask(*arguments)
+            draw(*arguments)
+
+    def test_protocols_by_name(self):
+        whole = data.MultimodalDataset({m: torch.zeros(40, 1) for m in "ab"}, torch.zeros(40, dtype=torch.long))
+        for name, draw in data.PROTOCOLS.items():
+            assert torch.equal(data.with_missing(whole, 0.3, 7, name).present, draw(40, 2, 0.3, 7))
+        with pytest.raises(ValueError, match="^protocol: expected one of independent, cpm, got 'gcnet'"):
+            data.with_missing(whole, 0.3, 7, "gcnet")
 
     def test_a_masked_data_set(self, tmp_path):
         present = data.missing_mask(30, 2, 0.5, seed=0)

@@ -13,9 +13,11 @@ from mla_fast.cli_config import write_options
 from mla_fast.compare import options, report
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import select, trials
+from mla_fast.compare.missing import compare_missing
 from mla_fast.compare.run import Job
 from mla_fast.compare.runner import claim, run_all, settings_of
 from mla_fast.compare.task import Task, load_task
+from mla_fast.data import PROTOCOLS
 
 EXTRA = ("sklearn", "scipy", "torchmetrics", "matplotlib")
 
@@ -31,6 +33,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2, 3, 4], help='as "0-4" or "0,2": a split and a run each')
     p.add_argument("--trials", type=options.positive, default=4, help="choices of hyperparameters, of every method (default: 4)")
     p.add_argument("--missing", type=options.rates, default=[], help='also test with modalities missing, as "0.1:0.7"')
+    p.add_argument("--protocol", choices=PROTOCOLS, help="take modalities away in training, too, by this protocol: Table 2")
     p.add_argument("--epochs", type=options.positive, default=20, help="passes over each modality (default: 20)")
     p.add_argument("--jobs", type=options.positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -44,6 +47,14 @@ def compare(arguments: argparse.Namespace) -> None:
     check_installed()
     check_device(arguments.device)
     task = load_task(arguments.data, arguments.modalities, arguments.label, arguments.group)
+    if arguments.protocol is not None:
+        if not arguments.missing:
+            raise ValueError("protocol: expected --missing beside it, as 0.1:0.7:0.1, got none")
+        arrays = {"modalities": list(task.split(arguments.seeds[0])[0].modalities), "label": arguments.label}
+        print(compare_missing(task, arguments, Budget(epochs=arguments.epochs), **arrays))
+        write_options(arguments, arguments.output / "run.toml")
+        print(f"\nwrote {arguments.output / 'report.html'}, table.md, runs.jsonl and run.toml")
+        return
     # What is wrong with the data, for any seed, is said before anything is run.
     modalities = [task.parts(seed)[0].modalities for seed in arguments.seeds][0]
     names, left_out = select(arguments.methods, len(modalities))

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mla_fast.baselines import JointModel, Setup, train_epoch
+from mla_fast.baselines.missing import FittedModel, MissingModel
 from mla_fast.compare.batches import Batches
-from mla_fast.compare.methods import METHODS
+from mla_fast.compare.methods import find
 from mla_fast.data import MultimodalDataset, loader
-from mla_fast.encoders import encoder_for
+from mla_fast.encoders import MLP, encoder_for
+from mla_fast.inputs import to_device
 from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
@@ -24,13 +26,17 @@ from mla_fast.trainer import Trainer
 
 @dataclass(frozen=True)
 class Budget:
-    """SGD with momentum for `epochs` passes over each modality; the rate falls to a tenth after 70 % of the epochs."""
+    """SGD with momentum for `epochs` passes over each modality; the rate falls to a tenth after 70 % of the epochs.
+
+    hidden: the hidden widths of encoders that are all MLPs of features [N, d]; None: encoders by the shape of the input.
+    """
 
     epochs: int = 20
     batch_size: int = 64
     lr: float = 0.03
     momentum: float = 0.9
     features: int = 64
+    hidden: tuple[int, ...] | None = None
 
 
 class Learner(Protocol):
@@ -50,26 +56,43 @@ class Learner(Protocol):
 
 
 class JointLearner:
-    """Train a ``JointModel``; what it learns beforehand is learned when this is made."""
+    """Train a ``JointModel``; what it learns beforehand is learned when this is made.
+
+    A ``MissingModel`` is trained by its own Adam in place of the budget's SGD; full: the training inputs with nothing masked, for
+    those that need them.
+    """
 
     def __init__(
-        self, model: JointModel, train: MultimodalDataset, held_out: MultimodalDataset, budget: Budget, seed: int, decay: float
+        self,
+        model: JointModel,
+        train: MultimodalDataset,
+        held_out: MultimodalDataset,
+        budget: Budget,
+        seed: int,
+        decay: float,
+        full: dict[str, Tensor] | None = None,
     ):
         self.model, self.budget, self.decay, self.data, self.seed = model, budget, decay, train, seed
+        self.full = full if isinstance(model, MissingModel) and model.needs_full else None
         # In orders of their own, so that the training sees the batches that it sees with every other method.
-        setup = Setup(
-            Batches(train, seed + 10**6, batch_size=budget.batch_size), loader(held_out, 1024), self._fit, budget.epochs
-        )
+        setup = Setup(self._batches(seed + 10**6, indexed=False), loader(held_out, 1024), self._fit, budget.epochs)
         self.epochs = model.prepare(setup)
         self.passes_before = model.passes_before
-        self.optimizer = _sgd(model, budget, decay)
-        self.scheduler = _scheduler(self.optimizer, self.epochs)
-        self.batches = Batches(train, seed, indexed=True, batch_size=budget.batch_size)
+        self.optimizer, self.scheduler = self._optimizer(model, self.epochs)
+        self.batches = self._batches(seed)
+
+    def _batches(self, seed: int, indexed: bool = True) -> Batches:
+        return Batches(self.data, seed, indexed=indexed, batch_size=self.budget.batch_size, full=self.full)
+
+    def _optimizer(self, model: JointModel, epochs: int) -> tuple[torch.optim.Optimizer, Any]:
+        if isinstance(model, MissingModel):
+            return model.optimizer(epochs, self.budget.lr / Budget.lr, self.decay)
+        optimizer = _sgd(model, self.budget, self.decay)
+        return optimizer, _scheduler(optimizer, epochs)
 
     def _fit(self, model: JointModel, epochs: int) -> None:
-        optimizer = _sgd(model, self.budget, self.decay)
-        scheduler = _scheduler(optimizer, epochs)
-        batches = Batches(self.data, self.seed, indexed=True, batch_size=self.budget.batch_size)
+        optimizer, scheduler = self._optimizer(model, epochs)
+        batches = self._batches(self.seed)
         for epoch in range(epochs):
             train_epoch(model, optimizer, batches, epoch)
             scheduler.step()
@@ -82,6 +105,27 @@ class JointLearner:
     def logits(self, inputs: Mapping[str, Tensor], present: Tensor | None) -> Tensor:
         self.model.eval()
         logits: Tensor = self.model(inputs, present)
+        return logits
+
+
+class FittedLearner:
+    """Train a ``FittedModel`` on the whole training set."""
+
+    passes_before = 0.0
+
+    def __init__(self, model: FittedModel, train: MultimodalDataset, budget: Budget, decay: float):
+        self.model = model
+        inputs, target, *present = to_device(train[:], next(model.parameters()).device)
+        factor = budget.lr / Budget.lr
+        self.epochs = model.begin(inputs, target, *present, epochs=budget.epochs, lr_factor=factor, weight_decay=decay)
+        self.passes = model.passes
+
+    def train_epoch(self, epoch: int) -> None:
+        self.model.train_epoch(epoch)
+
+    @torch.no_grad()
+    def logits(self, inputs: Mapping[str, Tensor], present: Tensor | None) -> Tensor:
+        logits: Tensor = self.model.eval()(inputs, present)
         return logits
 
 
@@ -119,13 +163,19 @@ def make_learner(
     budget: Budget,
     seed: int,
     device: str = "cpu",
+    full: dict[str, Tensor] | None = None,
 ) -> Learner:
-    """Return a method ready to be trained; options: of a trial, ``lr_factor`` and ``weight_decay`` among them."""
+    """Return a method ready to be trained; options: of a trial, ``lr_factor`` and ``weight_decay`` among them.
+
+    full: the training inputs with nothing masked, for methods that declare that they need them.
+    """
     own = dict(options)
     budget = dataclasses.replace(budget, lr=budget.lr * own.pop("lr_factor", 1.0))
-    decay, method = own.pop("weight_decay", 0.0), METHODS[name]
+    decay, method = own.pop("weight_decay", 0.0), find(name)
     torch.manual_seed(seed)  # the encoders are drawn first of all, and so are the same for every method
-    encoders = {modality: encoder_for(x.shape[1:], budget.features) for modality, x in train.inputs.items()}
+    if method.model is not None and issubclass(method.model, (MissingModel, FittedModel)):
+        return _missing_learner(method.model, own, train, held_out, budget, seed, decay, device, full)
+    encoders = {modality: _encoder(x.shape[1:], budget) for modality, x in train.inputs.items()}
     if method.model is not None:
         make: Callable[..., JointModel] = method.model
         joint = make(encoders, budget.features, train.classes, **own).to(device)
@@ -135,6 +185,28 @@ def make_learner(
     beside = None if gradient is None else Interaction(budget.features, train.classes, train.modalities, gradient=gradient)
     model = MultimodalModel(encoders, head, interaction=beside).to(device)
     return MLALearner(model, settings, train, budget, seed, decay)
+
+
+def _encoder(shape: torch.Size, budget: Budget) -> nn.Module:
+    return encoder_for(shape, budget.features) if budget.hidden is None else MLP(shape[0], budget.features, budget.hidden)
+
+
+def _missing_learner(
+    model: type[MissingModel] | type[FittedModel],
+    options: Mapping[str, Any],
+    train: MultimodalDataset,
+    held_out: MultimodalDataset,
+    budget: Budget,
+    seed: int,
+    decay: float,
+    device: str,
+    full: dict[str, Tensor] | None,
+) -> Learner:
+    widths = {modality: x.shape[1] for modality, x in train.inputs.items()}
+    made = model(widths, train.classes, **options).to(device)
+    if isinstance(made, FittedModel):
+        return FittedLearner(made, train, budget, decay)
+    return JointLearner(made, train, held_out, budget, seed, decay, full)
 
 
 def snapshot(learner: Learner) -> dict[str, Any]:

@@ -28,7 +28,9 @@ def scores(logits: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def all_scores(logits: Tensor, target: Tensor) -> dict[str, Any]:
-    """Return also macro-F1 over the classes that occur, the calibration error and the confusion matrix [C, C] by true class.
+    """Return also macro- and weighted F1 over the classes that occur, the calibration error, the confusion matrix [C, C].
+
+    The rows of the matrix are true classes.
 
     The expected calibration error is the mean over the samples of |confidence − accuracy| in 15 bins of equal width.
     """
@@ -41,6 +43,7 @@ def all_scores(logits: Tensor, target: Tensor) -> dict[str, Any]:
     return {
         **scores(logits, target),
         "macro_f1": float(f1_score(true, predicted, average="macro", zero_division=0.0)),
+        "weighted_f1": float(f1_score(true, predicted, average="weighted", zero_division=0.0)),
         "ece": float(ece),
         "confusion": confusion_matrix(true, predicted, labels=range(C)).tolist(),
     }
@@ -58,6 +61,13 @@ def measure(learner: Learner, test: MultimodalDataset, rates: Sequence[float], s
     found["alone"] = {modality: _alone(learner, test, modality) for modality in test.modalities}
     found["use"] = {m: found["accuracy"] - _permuted(learner, test, m, seed) for m in test.modalities}
     found["missing"] = {f"{rate:g}": _accuracy(learner, _with_missing(test, rate, seed)) for rate in rates}
+    return found
+
+
+def brief(learner: Learner, test: MultimodalDataset) -> dict[str, Any]:
+    """Return ``all_scores`` of a trained method without the confusion matrix: where a prediction is expensive, a single one."""
+    found = all_scores(predict(learner, test), test.target)
+    del found["confusion"]
     return found
 
 

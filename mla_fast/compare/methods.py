@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mla_fast import baselines
 from mla_fast.baselines import MLA_SETTINGS, JointModel
+from mla_fast.baselines.missing import MISSING_METHODS, FittedModel
 
 # Tried for every method, the default first: a factor of the learning rate, and weight decay.
 COMMON_GRID: dict[str, Sequence[Any]] = {"lr_factor": (1.0, 0.3, 3.0), "weight_decay": (0.0, 1e-4, 1e-3)}
@@ -24,7 +25,7 @@ class Method(NamedTuple):
     grid: the values of its own hyperparameters, the default first.
     """
 
-    model: type[JointModel] | None
+    model: type[JointModel] | type[FittedModel] | None
     settings: Mapping[str, Any]
     grid: Mapping[str, Sequence[Any]]
 
@@ -39,13 +40,22 @@ METHODS |= {
     for name, gradient in (("MLA + interaction", "encoders"), ("MLA + detached interaction", "detached"))
 }
 
+# Made for missing modalities, at feature level: compared where some are taken away.
+MISSING: dict[str, Method] = {name: Method(model, {}, model.grid) for name, model in MISSING_METHODS.items()}
+TABLE_2 = ["Late fusion", "QMF", *MISSING, "MLA rls"]  # the rows of the paper's table
+
+
+def find(name: str) -> Method:
+    """Return a method of ``METHODS`` or ``MISSING``."""
+    return METHODS[name] if name in METHODS else MISSING[name]
+
 
 def trials(name: str, count: int) -> list[dict[str, Any]]:
     """Return the hyperparameters of each trial: the defaults, and then points of the grid in an order that is always the same.
 
     Raises ValueError if the method has fewer points than `count`.
     """
-    grid = {**COMMON_GRID, **METHODS[name].grid}
+    grid = {**COMMON_GRID, **find(name).grid}
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     if not 1 <= count <= len(points):
         raise ValueError(f"trials: expected 1 to {len(points)}, the points of the grid of {name}, got {count}")
@@ -54,17 +64,22 @@ def trials(name: str, count: int) -> list[dict[str, Any]]:
     return [points[0], *others[: count - 1]]
 
 
-def select(names: Sequence[str], modalities: int) -> tuple[list[str], list[str]]:
+def select(names: Sequence[str], modalities: int, more: Mapping[str, Method] | None = None) -> tuple[list[str], list[str]]:
     """Return the methods to compare and those left out because they are defined for another number of modalities.
 
-    names: of methods, or ``["all"]``. Raises ValueError for an unknown name, and for one that is named and not defined.
+    names: of methods, or ``["all"]``; more: methods beside ``METHODS`` that may be named.
+
+    Raises ValueError for an unknown name, and for one that is named and not defined.
     """
+    known = [*METHODS, *(more or {})]
     wanted = list(METHODS) if list(names) == ["all"] else list(dict.fromkeys(names))
     for name in wanted:
-        if name not in METHODS:
-            raise ValueError(f"methods: expected all, or some of {', '.join(METHODS)}; got {name!r}")
+        if name in MISSING and name not in known:
+            raise ValueError(f"methods: expected --protocol beside {name}, which is for missing modalities, got none")
+        if name not in known:
+            raise ValueError(f"methods: expected all, or some of {', '.join(known)}; got {name!r}")
     if not wanted:
-        raise ValueError(f"methods: expected all, or some of {', '.join(METHODS)}; got none")
+        raise ValueError(f"methods: expected all, or some of {', '.join(known)}; got none")
     undefined = [name for name in wanted if _defined_for(name) not in (None, modalities)]
     if undefined and list(names) != ["all"]:
         expected = f"methods for {modalities} modalities"
@@ -73,5 +88,5 @@ def select(names: Sequence[str], modalities: int) -> tuple[list[str], list[str]]
 
 
 def _defined_for(name: str) -> int | None:
-    model = METHODS[name].model
+    model = find(name).model
     return None if model is None else model.defined_for

@@ -20,14 +20,14 @@ def seeds(text: str) -> list[int]:
 
 
 def rates(text: str) -> list[float]:
-    """Return 0.1, 0.3, 0.5, 0.7 for ``"0.1:0.7"``, in steps of 0.2 as in the paper; and for ``"0.2,0.5"`` these."""
+    """Return 0.1, 0.3, 0.5, 0.7 for ``"0.1:0.7"``, ``"0.1:0.7:0.1"`` in steps of 0.1; and for ``"0.2,0.5"`` these."""
     try:
         if ":" in text:
-            low, high = (float(part) for part in text.split(":"))
-            found = [round(low + 0.2 * i, 3) for i in range(math.floor((high - low) / 0.2 + 1e-9) + 1)]
+            low, high, step = (float(part) for part in (text if text.count(":") > 1 else f"{text}:0.2").split(":"))
+            found = [round(low + step * i, 3) for i in range(math.floor((high - low) / step + 1e-9) + 1)]
         else:
             found = [float(part) for part in text.split(",")]
-    except ValueError:
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f'expected rates as "0.1:0.7" or "0.1,0.5", got {text!r}') from None
     if not found or not all(0 <= rate < 1 for rate in found):
         raise argparse.ArgumentTypeError(f"expected rates in [0, 1), got {text!r}")

@@ -77,6 +77,16 @@ def missing(groups: Groups) -> str:
     return svg(figure)
 
 
+def by_rate(values: Mapping[str, Mapping[float, Mapping[int, float]]]) -> str:
+    """Draw accuracy over the rate of missing modalities; values: {method: {rate: {seed: accuracy}}}."""
+    figure, axes = new_figure(7, 4.5)
+    for i, (name, rows) in enumerate(values.items()):
+        axes.plot(list(rows), [_mean(seeds) for seeds in rows.values()], "os^D"[i // 10 % 4] + "-", ms=4, label=name)
+    axes.set(xlabel="rate of missing modalities, in training and test", ylabel="test accuracy, %")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return svg(figure)
+
+
 def _mean(found: Mapping[int, float]) -> float:
     return 100 * statistics.fmean(found.values()) if found else float("nan")
 

@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 import torch
 
 from mla_fast.compare.learners import Budget, Learner, make_learner, snapshot
-from mla_fast.compare.measures import measure, predict, scores
+from mla_fast.compare.measures import brief, measure, predict, scores
 from mla_fast.compare.methods import trials
 from mla_fast.compare.records import Record
 from mla_fast.compare.task import Task
 from mla_fast.data import MultimodalDataset
 
-NAMES = ("method", "seed", "trial")  # what tells a run from others in a folder
+NAMES = ("method", "seed", "trial", "rate")  # what tells a run from others in a folder
 
 
 class Job(NamedTuple):
-    """trial: of how many the method gets, from 0; rates: of missing modalities, for the test part; settings: their digest."""
+    """trial: of how many the method gets, from 0; rates: of missing modalities, for the test part; settings: their digest.
+
+    rate: at which all parts lack modalities, None where none does.
+    """
 
     task: Task
     method: str
@@ -30,6 +33,7 @@ class Job(NamedTuple):
     rates: tuple[float, ...]
     device: str
     settings: str
+    rate: float | None = None
 
 
 def run(job: Job) -> Record:
@@ -43,18 +47,23 @@ def run(job: Job) -> Record:
     warm_up(job.device)
     memory = Memory(job.device)
     started = time.perf_counter()
-    learner = make_learner(job.method, options, train, validation, job.budget, job.seed, job.device)
+    learner = make_learner(job.method, options, train, validation, job.budget, job.seed, job.device, job.task.full(job.seed))
     before = time.perf_counter() - started
     epoch, chosen = train_to_best_epoch(learner, validation)
     seconds, peak = time.perf_counter() - started, memory.peak()
-    cost = {"seconds": seconds, "seconds_before": before, "passes": job.budget.epochs, "passes_before": learner.passes_before}
+    cost = {
+        "seconds": seconds,
+        "seconds_before": before,
+        "passes": getattr(learner, "passes", job.budget.epochs),
+        "passes_before": learner.passes_before,
+    }
     return {
         **{name: getattr(job, name) for name in NAMES},
         "options": options,
         "settings": job.settings,
         "epoch": epoch,
         "validation": chosen,
-        "test": measure(learner, test, job.rates, job.seed),
+        "test": measure(learner, test, job.rates, job.seed) if job.rate is None else brief(learner, test),
         "samples": {"train": len(train), "validation": len(validation), "test": len(test)},
         "cost": {name: round(value, 3) for name, value in cost.items()} | {"peak_mb": peak},
         "torch": torch.__version__,

@@ -26,7 +26,8 @@ from mla_fast.compare.task import Task
 def settings_of(task: Task, budget: Budget, rates: Sequence[float], device: str, **names: Any) -> dict[str, Any]:
     """Return what the results in a folder have in common; names: others, as the modalities and the label."""
     common = {"data": task.name, "identity": task.identity, "group": task.group, **names}
-    return {**common, **dataclasses.asdict(budget), "missing": list(rates), "device": device}
+    of_budget = {name: value for name, value in dataclasses.asdict(budget).items() if value is not None}
+    return {**common, **of_budget, "missing": list(rates), "device": device}
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> str:
@@ -66,7 +67,7 @@ def run_all(jobs: Sequence[Job], folder: Path, processes: int, say: Callable[[st
     A run that fails stops the others; what is done is kept.
     """
     done = finished(folder, jobs[0].settings)
-    wanted = [(job.method, job.seed, job.trial) for job in jobs]
+    wanted = [tuple(getattr(job, name) for name in NAMES) for job in jobs]
     left = [job for job, name in zip(jobs, wanted, strict=True) if name not in done]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are done already")
@@ -76,6 +77,7 @@ def run_all(jobs: Sequence[Job], folder: Path, processes: int, say: Callable[[st
         done[records.key(record, NAMES)] = record
         remaining = (time.perf_counter() - started) / count * (len(left) - count)
         what = f"{record['method']}, seed {record['seed']}, trial {record['trial'] + 1}"
+        what += f", {100 * record['rate']:.0f} % missing" if record.get("rate") is not None else ""
         reached = f"validation {100 * record['validation']['accuracy']:.1f} %, {record['cost']['seconds']:.1f} s"
         say(f"[{count}/{len(left)}] {what}: {reached}; {_duration(remaining)} left")
     return [done[name] for name in wanted]

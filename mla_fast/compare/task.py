@@ -38,6 +38,16 @@ class Task:
 
         Raises ValueError where a part would be empty, or a class is missing from train.
         """
+        train, validation, test = self.split(seed)
+        (train, validation, test), _ = data.standardize(train, validation, test, per=self.per)
+        return train, validation, test
+
+    def full(self, seed: int) -> dict[str, torch.Tensor] | None:
+        """Return the inputs of the training part with nothing masked, where something is."""
+        return None
+
+    def split(self, seed: int) -> Three:
+        """Return (train, validation, test) as they are; raises as ``parts``."""
         rest, test = self.prepare(seed)
         group = self.group if self.group in rest.fields else None
         train, validation = hold_out(rest, group, seed, "validation")
@@ -45,7 +55,6 @@ class Task:
         if absent:
             some = ", ".join(map(str, sorted(absent)[:5]))
             raise ValueError(f"label: seed {seed}: expected every class in the training part, got none of class {some}")
-        (train, validation, test), _ = data.standardize(train, validation, test, per=self.per)
         return train, validation, test
 
 

@@ -3,18 +3,20 @@
 from mla_fast.data.built_in import digits, sparse_coding, sparse_coding_directions
 from mla_fast.data.dataset import MultimodalDataset, loader
 from mla_fast.data.layout import LAYOUTS, arrange, find_layouts, vocabulary
-from mla_fast.data.missing import missing_mask, with_missing
+from mla_fast.data.missing import PROTOCOLS, cpm_mask, missing_mask, with_missing
 from mla_fast.data.npz import load_npz
 from mla_fast.data.splits import random_split, rows_where, split_where
 from mla_fast.data.standardization import Statistics, apply_statistics, constant_features, standardize, statistics
 
 __all__ = [
     "LAYOUTS",
+    "PROTOCOLS",
     "MultimodalDataset",
     "Statistics",
     "apply_statistics",
     "arrange",
     "constant_features",
+    "cpm_mask",
     "digits",
     "find_layouts",
     "load_npz",

@@ -1,6 +1,8 @@
-"""Missing modalities, by the protocol of the paper (§4.2)."""
+"""Missing modalities, by two protocols: that of the paper's text (§4.2) and that of its code and of the literature."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,11 +18,31 @@ def missing_mask(N: int, M: int, rate: float, seed: int) -> Tensor:
 
     Raises ValueError unless 0 ≤ rate < 1, N ≥ 0 and M ≥ 1.
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"rate: expected a probability in [0, 1), got {rate}")
-    if N < 0 or M < 1:
-        raise ValueError(f"N, M: expected N ≥ 0 samples and M ≥ 1 modalities, got {N} and {M}")
+    _check(N, M, rate)
     return draw_present(N, M, rate, torch.Generator().manual_seed(seed))
+
+
+def cpm_mask(N: int, M: int, rate: float, seed: int) -> Tensor:
+    """Draw present, bool [N, M], as Zhang et al. do (CPM-Nets, NeurIPS 2019), and the paper's code, GCNet and others after them.
+
+    Every sample keeps one modality, drawn uniformly. Of all other entries as many, drawn uniformly, are present as make the share
+    that is missing `rate`, rounded to whole entries; the originals draw again until it is within 0.005 of that. Where
+    rate ≥ 1 − 1/M every sample has exactly one modality, and 1 − 1/M is missing: with two modalities from 0.5 on.
+
+    Raises ValueError as ``missing_mask``.
+    """
+    _check(N, M, rate)
+    generator = torch.Generator().manual_seed(seed)
+    present = torch.zeros(N, M, dtype=torch.bool)
+    present[torch.arange(N), torch.randint(M, (N,), generator=generator)] = True
+    others = (~present).flatten().nonzero()[:, 0]
+    wanted = max(round(N * M * (1 - rate)) - N, 0)
+    present.view(-1)[others[torch.randperm(len(others), generator=generator)[:wanted]]] = True
+    return present
+
+
+# By name: (N, M, rate, seed) → present, bool [N, M].
+PROTOCOLS: dict[str, Callable[[int, int, float, int], Tensor]] = {"independent": missing_mask, "cpm": cpm_mask}
 
 
 def draw_present(N: int, M: int, rate: float, generator: torch.Generator) -> Tensor:
@@ -31,9 +53,21 @@ def draw_present(N: int, M: int, rate: float, generator: torch.Generator) -> Ten
     return present
 
 
-def with_missing(dataset: MultimodalDataset, rate: float, seed: int) -> MultimodalDataset:
-    """Return the same samples with modalities removed by ``missing_mask``; raise ValueError if `dataset` has a mask already."""
+def with_missing(dataset: MultimodalDataset, rate: float, seed: int, protocol: str = "independent") -> MultimodalDataset:
+    """Return the same samples with modalities removed by one of ``PROTOCOLS``.
+
+    Raises ValueError for an unknown protocol, and if `dataset` has a mask already.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     if dataset.present is not None:
         raise ValueError("dataset: expected one without missing modalities, got one with a mask")
-    present = missing_mask(len(dataset), len(dataset.modalities), rate, seed)
+    present = PROTOCOLS[protocol](len(dataset), len(dataset.modalities), rate, seed)
     return MultimodalDataset(dataset.inputs, dataset.target, dataset.fields, present, dataset.class_names)
+
+
+def _check(N: int, M: int, rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise ValueError(f"rate: expected a probability in [0, 1), got {rate}")
+    if N < 0 or M < 1:
+        raise ValueError(f"N, M: expected N ≥ 0 samples and M ≥ 1 modalities, got {N} and {M}")

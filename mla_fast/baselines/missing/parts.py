@@ -1,0 +1,138 @@
+"""What the methods for missing modalities share: their networks, what is visible to them, and how they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mla_fast.baselines.joint import JointModel
+
+FEATURES = 128
+Inputs = Mapping[str, Tensor]
+Adam = tuple[torch.optim.Adam, torch.optim.lr_scheduler.LRScheduler]
+
+
+def mlp(in_features: int, out_features: int, hidden: Sequence[int] = (FEATURES, FEATURES), dropout: float = 0.0) -> nn.Sequential:
+    """Return linear layers of the widths `hidden` and `out_features`; ReLU and dropout follow each but the last."""
+    widths = [in_features, *hidden, out_features]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers[:-2])
+
+
+def visible(widths: Mapping[str, int], inputs: Inputs, present: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    """Return ({modality: x [N, d], zero where it is absent}, available bool [M, N]).
+
+    widths: {modality: d}. inputs: {modality: [N, …] of d numbers a sample}, of one or more modalities; absent rows may hold
+    anything. present: bool [N, M] in the order of `widths`. Raises ValueError for unknown modalities and other widths.
+    """
+    unknown = [modality for modality in inputs if modality not in widths]
+    if unknown or not inputs:
+        raise ValueError(f"inputs: expected modalities among {', '.join(widths)}, got {', '.join(inputs) or 'none'}")
+    first = next(iter(inputs.values()))
+    found: dict[str, Tensor] = {}
+    available: list[Tensor] = []
+    for m, (modality, d) in enumerate(widths.items()):
+        here = torch.full((len(first),), modality in inputs, device=first.device)
+        here = here if present is None else here & present[:, m]
+        x = inputs[modality].flatten(1) if modality in inputs else first.new_zeros(len(first), d)
+        if x.shape[1] != d:
+            raise ValueError(f"inputs[{modality!r}]: expected {d} numbers a sample, got {x.shape[1]}")
+        found[modality] = x.masked_fill(~here[:, None], 0)
+        available.append(here)
+    return found, torch.stack(available)
+
+
+def masked_reconstruction(predicted: Iterable[Tensor], true: Iterable[Tensor], available: Tensor) -> Tensor:
+    """Return Σ_m Σ_i ‖x̂_m − x_m‖² / d_m over the entries (i, m) that are missing: a sum over the batch, not a mean.
+
+    predicted, true: M tensors [N, d_m]; available: bool [M, N].
+    """
+    each = zip(predicted, true, available, strict=True)
+    return torch.stack([(p - x).square().mean(1).masked_fill(here, 0).sum() for p, x, here in each]).sum()
+
+
+class MissingModel(JointModel):
+    """Learn one joint classifier from features of which some are missing, at feature level as in the paper.
+
+    widths: {modality: the numbers d_m that a sample has}; the encoders E_m are three linear layers of 128 with ReLU and dropout
+        between them. What is missing is a vector of zeros, which is encoded, too.
+
+    Trained by Adam at a rate that is constant for a fifth of the epochs and then falls linearly, the gradient of each sub-network
+    clipped, unless a method says otherwise (GCNet: Lian, Chen, Sun, Liu and Tao, TPAMI 2023, whose code compares such methods).
+    Initial values are torch's, where GCNet draws N(0, 0.02²); the two have not been compared at equal length.
+
+    needs_full: whether the loss needs the true values of what is masked in training, the argument `full`: inputs without
+        anything masked. Where nothing is masked it may be left out. Data that really lack modalities cannot train such a method.
+    """
+
+    needs_full: ClassVar[bool] = True
+    lr: ClassVar[float] = 1e-3
+    betas: ClassVar[tuple[float, float]] = (0.5, 0.999)
+    decay: ClassVar[float] = 0.0
+    clip: ClassVar[float] = 5.0
+
+    def __init__(self, widths: Mapping[str, int], classes: int, dropout: float = 0.5):
+        super().__init__({m: mlp(d, FEATURES, dropout=dropout) for m, d in widths.items()}, FEATURES)
+        self.widths, self.classes, self.dropout = dict(widths), classes, dropout
+        self.joined = FEATURES * len(self.widths)  # the width of h, all features side by side
+
+    def embed(self, inputs: Inputs, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, available = visible(self.widths, inputs, present)
+        return self.encode(x), available
+
+    def encode(self, x: Inputs) -> Tensor:
+        """Return features [M, N, 128] of inputs [N, d_m] of all modalities."""
+        return torch.stack([self.encoders[modality](x[modality]) for modality in self.modalities])
+
+    def true_values(self, inputs: Inputs, present: Tensor | None, full: Inputs | None) -> dict[str, Tensor]:
+        """Return {modality: [N, d_m]} with nothing masked; raise ValueError where that is needed and not given."""
+        name, (values, available) = type(self).__name__, visible(self.widths, inputs, present)
+        if full is None:
+            if not bool(available.all()):
+                expected = f"expected the true values of what is masked, from which {name} learns"
+                raise ValueError(f"full: {expected}, got none; data that really lack modalities cannot train it")
+            return values
+        values, _ = visible(self.widths, full, None)
+        if lost := [m for m, x in values.items() if m not in full or not bool(x.isfinite().all())]:
+            expected = f"expected finite values of all modalities, from which {name} learns"
+            raise ValueError(f"full: {expected}, got others of {lost[0]!r}")
+        return values
+
+    def loss(
+        self,
+        inputs: Inputs,
+        target: Tensor,
+        present: Tensor | None = None,
+        index: Tensor | None = None,
+        full: Inputs | None = None,
+    ) -> Tensor:
+        """Return the loss; full: the inputs with nothing masked, if ``needs_full`` and something is."""
+        raise NotImplementedError
+
+    def gradients(self, loss: Tensor) -> None:
+        loss.backward()
+        others = (module for name, module in self.named_children() if name != "encoders")
+        for network in (*self.encoders.values(), *others):
+            nn.utils.clip_grad_norm_(network.parameters(), self.clip)
+
+    def optimizer(self, epochs: int, lr_factor: float = 1.0, weight_decay: float = 0.0) -> Adam:
+        """Return Adam and its schedule by epoch; weight_decay: added to the method's own."""
+        adam = torch.optim.Adam(self.parameters(), self.lr * lr_factor, self.betas, weight_decay=self.decay + weight_decay)
+        return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda epoch: rate(epoch, epochs))
+
+
+def rate(epoch: int, epochs: int) -> float:
+    """Return the factor of the learning rate in an epoch from 0: 1 for a fifth of the epochs, then linearly towards 0."""
+    return 1 - max(0.0, epoch + 1 - 0.2 * epochs) / (0.8 * epochs + 1)
+
+
+class Frozen:
+    """A trained model in evaluation mode without gradients, which is no part of the one that learns from it."""
+
+    def __init__(self, model: MissingModel):
+        self.model = model.eval().requires_grad_(False)

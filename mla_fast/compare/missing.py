@@ -1,0 +1,104 @@
+"""Table 2 of the paper: every method trained, chosen and tested on data of which the same share is missing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_fast import data
+from mla_fast.compare import missing_report
+from mla_fast.compare.learners import Budget
+from mla_fast.compare.methods import MISSING, TABLE_2, find, select, trials
+from mla_fast.compare.records import Record
+from mla_fast.compare.run import Job
+from mla_fast.compare.runner import claim, run_all, settings_of
+from mla_fast.compare.task import Task, Three
+from mla_fast.data import MultimodalDataset
+
+WIDTH = 128  # of the encoders' three layers
+
+
+@dataclass(frozen=True)
+class MaskedTask(Task):
+    """A task at feature level, [N, d] for each modality, with modalities of all three parts taken away at one rate.
+
+    What is masked holds NaN, so that no method sees it but by ``full``. Statistics to standardise with are of what is visible.
+    Where data lack modalities already the mask is on top of that, and no sample loses its last one.
+    """
+
+    rate: float = 0.0
+    protocol: str = "cpm"
+
+    def parts(self, seed: int) -> Three:
+        rest, validation, test = self._standardized(seed)
+        return _hide(rest), _hide(validation), _hide(test)
+
+    def full(self, seed: int) -> dict[str, Tensor] | None:
+        """Return the inputs of the training part with nothing masked; None where the data lack modalities themselves."""
+        if self.split(seed)[0].present is not None:
+            return None
+        return self._standardized(seed)[0].inputs
+
+    def _standardized(self, seed: int) -> Sequence[MultimodalDataset]:
+        masked = [self._mask(part, 3 * seed + i) for i, part in enumerate(self.split(seed))]
+        return data.standardize(*masked, per=self.per)[0]
+
+    def _mask(self, part: MultimodalDataset, seed: int) -> MultimodalDataset:
+        inputs = {modality: x.flatten(1) for modality, x in part.inputs.items()}
+        present = data.PROTOCOLS[self.protocol](len(part), len(inputs), self.rate, seed)
+        if part.present is not None:
+            both = present & part.present
+            present = torch.where(both.any(1, keepdim=True), both, part.present)
+        return MultimodalDataset(inputs, part.target, part.fields, present, part.class_names)
+
+
+def _hide(part: MultimodalDataset) -> MultimodalDataset:
+    assert part.present is not None
+    columns = zip(part.inputs.items(), part.present.T, strict=True)
+    return part.with_inputs({m: x.masked_fill(~here[:, None], torch.nan) for (m, x), here in columns})
+
+
+def masked(task: Task, rate: float, protocol: str) -> MaskedTask:
+    """Return a task with modalities taken away at `rate`."""
+    return MaskedTask(task.name, task.identity, task.prepare, task.group, task.per, rate, protocol)
+
+
+def choose_methods(names: Sequence[str], task: Task, seed: int) -> list[str]:
+    """Return the methods to run, by default the rows of Table 2; those that need true values are left out of data without them.
+
+    Raises ValueError for an unknown name, and where one that was named needs what the data lack.
+    """
+    training = task.split(seed)[0]
+    wanted = TABLE_2 if list(names) == ["all"] else list(names)
+    wanted, _ = select(wanted, len(training.modalities), MISSING)
+    need = [name for name in wanted if getattr(find(name).model, "needs_full", False)] if training.present is not None else []
+    if need and list(names) != ["all"]:
+        raise ValueError(f"methods: {need[0]} learns from true values of what is masked, expected data that lack no modalities")
+    for name in need:
+        print(f"{name} is left out: it learns from true values of what is masked, and the data themselves lack modalities")
+    return [name for name in wanted if name not in need]
+
+
+def compare_missing(task: Task, arguments: argparse.Namespace, budget: Budget, **names: Any) -> str:
+    """Run all rates, seeds, methods and trials into ``arguments.output`` and return what the report says."""
+    methods = choose_methods(arguments.methods, task, arguments.seeds[0])
+    for name in methods:
+        trials(name, arguments.trials)
+    budget = replace(budget, features=WIDTH, hidden=(WIDTH, WIDTH))
+    # Rates are not among the settings: more of them may be asked for later.
+    settings = settings_of(task, budget, [], arguments.device, protocol=arguments.protocol, **names)
+    digest = claim(arguments.output, settings)
+    jobs = [
+        Job(masked(task, rate, arguments.protocol), name, seed, trial, budget, (), arguments.device, digest, rate)
+        for seed in arguments.seeds
+        for rate in arguments.missing
+        for name in methods
+        for trial in range(arguments.trials)
+    ]
+    found: list[Record] = run_all(jobs, arguments.output, arguments.jobs)
+    return missing_report.write(found, {**settings, "trials": arguments.trials}, arguments.output)

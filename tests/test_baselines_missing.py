@@ -1,0 +1,492 @@
+"""Methods for missing modalities: losses and steps written out in NumPy, worked examples, and that nothing masked is seen."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mla_fast import data
+from mla_fast.baselines import Setup, fit_joint
+from mla_fast.baselines.missing import CCA, MISSING_METHODS, TATE, FittedModel, cpm_net
+from mla_fast.baselines.missing import autoencoder as ae
+from mla_fast.baselines.missing.cca import canonical_directions, correlation
+from mla_fast.baselines.missing.if_mmin import InvariantAutoencoder, central_moment_discrepancy
+from mla_fast.baselines.missing.parts import masked_reconstruction, rate, visible
+from mla_fast.baselines.missing.tate import symmetric_kl
+
+C, N = 4, 13
+WIDTHS = {"audio": 3, "image": 7, "text": 5}
+BATCHED = [name for name, model in MISSING_METHODS.items() if not issubclass(model, FittedModel)]
+FITTED = [name for name in MISSING_METHODS if name not in BATCHED]
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def batch(count=3, samples=N, seed=1, missing=0.4):
+    """(inputs with NaN where they are masked, target, present, index, full)"""
+    generator = torch.Generator().manual_seed(seed)
+    widths = dict(list(WIDTHS.items())[:count])
+    full = {m: torch.randn(samples, d, generator=generator, dtype=torch.float64) for m, d in widths.items()}
+    present = data.cpm_mask(samples, count, missing, seed)
+    masked = {m: x.masked_fill(~present[:, [i]], torch.nan) for i, (m, x) in enumerate(full.items())}
+    return masked, torch.arange(samples) % C, present, torch.arange(samples), full
+
+
+def fit(model, batches, epochs):
+    optimizer, scheduler = model.optimizer(epochs)
+    return fit_joint(model, optimizer, batches, epochs, scheduler=scheduler)
+
+
+def make(name, count=3, **options):
+    torch.manual_seed(0)
+    dropout = {"dropout": 0.0} if name in BATCHED else {}
+    return MISSING_METHODS[name](dict(list(WIDTHS.items())[:count]), C, **dropout, **options).double()
+
+
+def prepared(name, given, count=3, **options):
+    model = make(name, count, **options)
+    model.prepare(Setup([given], [given], lambda m, epochs: fit(m, [given], epochs), 2))
+    return model
+
+
+class Written:
+    """Networks of a model in NumPy, from its parameters."""
+
+    def __init__(self, model):
+        self.p = {name: p.detach().numpy() for name, p in model.named_parameters()}
+
+    def linear(self, name, x):
+        y = x @ self.p[f"{name}.weight"].T
+        return y + self.p[f"{name}.bias"] if f"{name}.bias" in self.p else y
+
+    def mlp(self, name, x):
+        for layer in (0, 3):
+            x = np.maximum(self.linear(f"{name}.{layer}", x), 0)
+        return self.linear(f"{name}.6", x)
+
+    def stack(self, name, x, slope):
+        layers = sorted({int(key[len(name) + 1 :].split(".")[0]) for key in self.p if key.startswith(f"{name}.")})
+        for layer in layers[:-1]:
+            x = self.linear(f"{name}.{layer}", x)
+            x = np.where(x > 0, x, slope * x)
+        return self.linear(f"{name}.{layers[-1]}", x)
+
+    def features(self, inputs, here):
+        x = {m: np.where(here[:, [i]], inputs[m].numpy(), 0) for i, m in enumerate(WIDTHS)}
+        return np.concatenate([self.mlp(f"encoders.{m}", x[m]) for m in WIDTHS], 1)
+
+    def cascade(self, name, h, blocks, s=None):
+        codes, x = [], h
+        for i in range(blocks):
+            codes.append(self.stack(f"{name}.encoders.{i}", x if s is None else x + s, 0.01))
+            x = self.stack(f"{name}.decoders.{i}", codes[-1], 0.0) + (x if s is None else 0)
+        return self.linear(f"{name}.transition.2", np.maximum(self.linear(f"{name}.transition.0", x), 0)), np.hstack(codes)
+
+    def shared(self, h):
+        parts = []
+        for x in np.split(h, len(WIDTHS), 1):
+            x = self.linear("invariant.0", x)
+            x = self.linear("invariant.2", np.where(x > 0, x, 0.01 * x))
+            parts.append(np.where(x > 0, x, 0.01 * x))
+        return np.concatenate(parts, 1)
+
+    def norm(self, name, x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * self.p[f"{name}.weight"] + self.p[f"{name}.bias"]
+
+    def transformer(self, name, x):
+        d = x.shape[-1]
+        both = x @ self.p[f"{name}.self_attn.in_proj_weight"].T + self.p[f"{name}.self_attn.in_proj_bias"]
+        q, k, v = (part.reshape(*x.shape[:2], 4, d // 4).swapaxes(1, 2) for part in np.split(both, 3, -1))
+        mixed = softmax(q @ k.swapaxes(2, 3) / math.sqrt(d // 4)) @ v
+        x = self.norm(f"{name}.norm1", x + self.linear(f"{name}.self_attn.out_proj", mixed.swapaxes(1, 2).reshape(x.shape)))
+        hidden = np.maximum(self.linear(f"{name}.linear1", x), 0)
+        return self.norm(f"{name}.norm2", x + self.linear(f"{name}.linear2", hidden))
+
+    def tokens(self, h, here):
+        h = np.split(h, len(WIDTHS), 1)
+        tag = np.concatenate([here.all(1, keepdims=True), ~here], 1).astype(float)
+        pairs = {frozenset(pair): i for i, pair in enumerate(itertools.combinations(range(3), 2))}
+        rows = []
+        for m in range(3):
+            others = [self.linear(f"shared.{pairs[frozenset((m, u))]}", h[m]) for u in range(3) if u != m]
+            rows.append(np.concatenate([*others, tag], 1))
+        return np.stack(rows, 1), tag
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def cross_entropies(z, y):
+    return -np.log(softmax(z)[range(len(y)), y])
+
+
+def reconstruction(net, r, here, full):
+    total = 0
+    for i, m in enumerate(WIDTHS):
+        apart = net.mlp(f"decoders.{i}", r) - full[m].numpy()
+        total += (apart**2).mean(1)[~here[:, i]].sum()
+    return total
+
+
+def ae_loss(model, net, x, y, here, full):
+    r = np.maximum(net.stack("autoencoder", net.features(x, here), 0.01), 0)
+    return cross_entropies(net.mlp("classifier", r), y).mean() + 0.2 * reconstruction(net, r, here, full)
+
+
+def cra_loss(model, net, x, y, here, full):
+    r, _ = net.cascade("autoencoder", net.features(x, here), 2)
+    return cross_entropies(net.mlp("classifier", r), y).mean() + 0.8 * reconstruction(net, r, here, full)
+
+
+def mmin_loss(model, net, x, y, here, full):
+    h = net.features(x, here)
+    r, codes = net.cascade("forth", h, 5)
+    t = Written(model.teacher.model).features(full, ~here)
+    returned, _ = net.cascade("back", r, 5)
+    fixed = model.fixed  # h, of which this term has no gradient
+    terms = 4 * ((r - t) ** 2).mean() + 2 * ((returned - (h if fixed is None else fixed)) ** 2).mean()
+    return cross_entropies(net.mlp("classifier", codes), y).mean() + terms
+
+
+def if_mmin_loss(model, net, x, y, here, full):
+    h = net.features(x, here)
+    s = net.shared(h)
+    r, codes = net.cascade("forth", h, 5, s)
+    teacher, everything = Written(model.teacher.model), np.ones_like(here)
+    t, common = teacher.features(full, ~here), teacher.shared(teacher.features(full, everything))
+    terms = ((r - t) ** 2).mean() + ((s - common) ** 2).mean()
+    return cross_entropies(net.mlp("classifier", codes), y).mean() + terms
+
+
+def tate_loss(model, net, x, y, here, full):
+    def apart(a, b):
+        p, q = softmax(a), softmax(b)
+        return ((p * np.log(p / q)).sum(-1) + (q * np.log(q / p)).sum(-1)).mean(1).sum()
+
+    tokens, tag = net.tokens(net.features(x, here), here)
+    E = net.transformer("encoder", tokens)
+    D = net.transformer("decoder", E)
+    score = net.linear("pooling.score", net.linear("pooling.value", E) / (1 + np.exp(-net.linear("pooling.gate", E))))
+    g = (softmax(score.swapaxes(1, 2)).swapaxes(1, 2) * E).sum(1)
+    teacher, everything = Written(model.teacher.model), np.ones_like(here)
+    guide = teacher.transformer("encoder", teacher.tokens(teacher.features(full, everything), everything)[0])
+    mae = np.abs(tag - 1 / (1 + np.exp(-g[:, -4:]))).mean()
+    z = net.linear("classifier.1", net.linear("classifier.0", g))
+    return cross_entropies(z, y).sum() + 0.1 * (apart(E, guide) + apart(D, tokens) + mae)
+
+
+LOSSES = {"AE": ae_loss, "CRA": cra_loss, "MMIN": mmin_loss, "IF-MMIN": if_mmin_loss, "TATE": tate_loss}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_the_loss_and_the_first_step_are_those_written_out(name):
+    given = batch()
+    inputs, target, present, _, full = given
+    model = prepared(name, given)
+    model.fixed = None
+    arguments = (inputs, target.numpy(), present.numpy(), full)
+    loss = model.loss(*given)
+    assert loss.item() == pytest.approx(LOSSES[name](model, Written(model), *arguments), rel=1e-12)
+    optimizer, _ = model.optimizer(10)
+    model.gradients(loss)
+    if math.isfinite(model.clip):  # whether clipped or not, each sub-network's gradient is at most so long
+        networks = [*model.encoders.values(), *(m for n, m in model.named_children() if n != "encoders")]
+        lengths = [math.sqrt(sum(p.grad.square().sum().item() for p in n.parameters())) for n in networks]
+        assert max(lengths) <= model.clip * (1 + 1e-6)
+    model.zero_grad()
+    model.loss(*given).backward()
+    model.fixed = Written(model).features(inputs, present.numpy()) if name == "MMIN" else None
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    generator, difference = torch.Generator().manual_seed(5), 1e-5
+    for n in before:  # the derivative along a random direction in each parameter
+        direction = torch.randn(before[n].shape, generator=generator, dtype=torch.float64)
+        direction /= direction.norm()  # too short a way for many kinks of ReLU
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                dict(model.named_parameters())[n].copy_(before[n] + sign * difference * direction)
+            sides.append(LOSSES[name](model, Written(model), *arguments))
+            with torch.no_grad():
+                dict(model.named_parameters())[n].copy_(before[n])
+        slope = (dict(model.named_parameters())[n].grad * direction).sum().item()
+        assert slope == pytest.approx((sides[0] - sides[1]) / (2 * difference), rel=2e-3, abs=1e-9), n
+    gradients = {n: p.grad.clone() + model.decay * before[n] for n, p in model.named_parameters()}
+    optimizer.step()
+    for n, p in model.named_parameters():
+        step = 1e-3 * gradients[n] / (gradients[n].abs() + 1e-8)  # Adam's first
+        torch.testing.assert_close(p.detach(), before[n] - step, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", BATCHED)
+def test_no_batch_shows_what_is_masked(name, count):
+    masked, target, present, index, full = batch(count)
+    spoiled = {m: x.nan_to_num(7.0) for m, x in masked.items()}
+    results = []
+    for inputs in (masked, spoiled):
+        model = prepared(name, (inputs, target, present, index, full), count)
+        model.gradients(model.loss(inputs, target, present, index, full))
+        grads = [torch.zeros(0) if p.grad is None else p.grad for p in model.parameters()]
+        results.append([*grads, model.eval()(inputs, present)])
+    assert all(map(torch.equal, *results)) and results[0][-1].isfinite().all()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", FITTED)
+def test_no_fit_shows_what_is_masked(name, count):
+    masked, target, present, *_ = batch(count, 63)
+    spoiled = {m: x.nan_to_num(7.0) for m, x in masked.items()}
+    results = []
+    for inputs in (masked, spoiled):
+        model = make(name, count)
+        torch.manual_seed(3)
+        model.fit(inputs, target, present, epochs=2)
+        with torch.no_grad():
+            results.append([*model.state_dict().values(), model(inputs, present)])
+    assert all(map(torch.equal, *results)) and results[0][-1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", MISSING_METHODS)
+def test_a_prediction_does_not_depend_on_its_batch_and_takes_one_modality(name):
+    given = batch(samples=40)
+    masked, target, present, *_ = given
+    if name in BATCHED:
+        model = prepared(name, given)
+    else:
+        model = make(name)
+        model.fit(masked, target, present, epochs=2)
+    model.eval()
+    with torch.no_grad():
+        whole = model(masked, present)
+        torch.testing.assert_close(model({m: x[3:5] for m, x in masked.items()}, present[3:5]), whole[3:5])
+        alone = {"image": torch.randn(6, WIDTHS["image"], dtype=torch.float64)}
+        column = torch.tensor([[False, True, False]] * 6)
+        others = {m: torch.full((6, d), torch.nan, dtype=torch.float64) for m, d in WIDTHS.items()}
+        torch.testing.assert_close(model(alone), model(others | alone, column))
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_refuses_data_that_really_lack_modalities(name):
+    masked, target, present, index, full = batch()
+    with pytest.raises(ValueError, match="full: expected the true values of what is masked"):
+        make(name).true_values(masked, present, None)
+    with pytest.raises(ValueError, match=r"full: expected finite values of all modalities.*'text'"):
+        make(name).true_values(masked, present, full | {"text": masked["text"]})
+    with pytest.raises(ValueError, match=r"full: expected finite values of all modalities.*'text'"):
+        make(name).true_values(masked, present, {m: x for m, x in full.items() if m != "text"})
+    if name in ("MMIN", "IF-MMIN", "TATE"):
+        with pytest.raises(ValueError, match="teacher: .* expects prepare"):
+            make(name).loss(full, target)
+        assert prepared(name, (full, target)).passes_before == 2  # nothing masked, nothing needed
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="inputs: expected modalities among audio, image, text, got smell"):
+        visible(WIDTHS, {"smell": torch.zeros(1, 3)}, None)
+    with pytest.raises(ValueError, match=r"inputs\['audio'\]: expected 3 numbers a sample, got 4"):
+        visible(WIDTHS, {"audio": torch.zeros(1, 4)}, None)
+
+
+def test_the_rate_is_that_of_gcnet():
+    assert [rate(e, 100) for e in (0, 19, 20, 99)] == pytest.approx([1, 1, 1 - 1 / 81, 1 - 80 / 81])
+
+
+@pytest.mark.parametrize("samples", [1, 63])
+def test_reconstruction_counts_missing_entries_whatever_the_batch(samples):
+    available = torch.ones(2, samples, dtype=torch.bool)
+    zeros, ones = [torch.zeros(samples, 3), torch.zeros(samples, 5)], [torch.ones(samples, 3), torch.ones(samples, 5)]
+    assert masked_reconstruction(zeros, ones, available).item() == 0
+    available[1, -1] = False
+    assert masked_reconstruction(zeros, ones, available).item() == pytest.approx(1)
+    whole, model = {m: torch.randn(samples, d, dtype=torch.float64) for m, d in WIDTHS.items()}, make("AE")
+    y = torch.zeros(samples, dtype=torch.long)
+    torch.testing.assert_close(model.loss(whole, y), nn.functional.cross_entropy(model(whole), y))
+
+
+def test_cascades_worked_out():
+    class Identity(nn.Module):
+        def forward(self, x):
+            return x
+
+    h, s = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    for B in (2, 3, 5):
+        cascade, invariant = ae.ResidualAutoencoder(6, (4, 2), B), InvariantAutoencoder(6, (4, 2), B)
+        for made in (cascade, invariant):
+            made.encoders = nn.ModuleList(Identity() for _ in range(B))
+            made.decoders, made.transition = nn.ModuleList(Identity() for _ in range(B)), Identity()
+        torch.testing.assert_close(cascade(h)[0], 2**B * h)
+        torch.testing.assert_close(invariant.imagine(h, s)[0], h + B * s)
+
+
+def test_mmin_weighs_imagination_by_four_and_stops_at_what_was_there(monkeypatch):
+    given = batch()
+    model = prepared("MMIN", given, cycle=0.0)
+    h = ae.side_by_side(model.embed(*given[0::2][:2])[0])
+    constant = nn.Module()
+    constant.forward = lambda x: (torch.zeros(len(x), 384, dtype=torch.float64), torch.zeros(len(x), 320, dtype=torch.float64))
+    model.forth, model.back = constant, constant
+    monkeypatch.setattr("mla_fast.baselines.missing.mmin.reverse_features", lambda *_: torch.ones_like(h))
+    ce = nn.functional.cross_entropy(model.classifier(torch.zeros(N, 320, dtype=torch.float64)), given[1])
+    assert model.loss(*given).item() == pytest.approx(ce.item() + 4)
+    model.cycle = 2.0
+    loss = model.loss(*given)
+    assert loss.item() == pytest.approx(ce.item() + 4 + 2 * h.square().mean().item())
+    loss.backward()
+    assert all(p.grad is None for p in model.encoders.parameters())  # h is a constant where it is what to return to
+
+
+def test_prediction_needs_no_teacher():
+    for name in ("MMIN", "IF-MMIN", "TATE"):
+        given = batch()
+        model = prepared(name, given).eval()
+        before = model(given[0], given[2])
+        model.teacher = None
+        assert torch.equal(model(given[0], given[2]), before)
+        assert not any("teacher" in key for key in model.state_dict())
+
+
+def test_discrepancies_worked_out():
+    assert central_moment_discrepancy(f64([0], [2]), f64([1], [3])).item() == pytest.approx(1)
+    assert central_moment_discrepancy(f64([-1], [1]), f64([-2], [2])).item() == pytest.approx(3 + 15)
+    p, q = f64([[0.5, 0.5]]).log(), f64([[0.25, 0.75]]).log()
+    assert symmetric_kl(p, q).item() == pytest.approx(0.27465, abs=1e-5) and symmetric_kl(p, p).item() == 0
+    assert (torch.tensor([1.0, 0, 0, 0]) - torch.zeros(4).sigmoid()).abs().mean().item() == 0.5
+
+
+@pytest.mark.parametrize("count, width, tag", [(2, 132, 4), (3, 132, 4)])
+def test_tags_say_what_is_missing(count, width, tag):
+    model = make("TATE", count)
+    here = torch.tensor([[True, True, True], [False, True, True], [True, False, False]])[:, :count]
+    tokens, tags = model.tokens(torch.zeros(count, 3, 128, dtype=torch.float64), here.T)
+    assert tokens.shape == (3, count, width) and tags.shape == (3, tag) and torch.equal(tokens[:, 0, -tag:], tags)
+    expected = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]] if count == 3 else [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+    assert tags.tolist() == expected
+    four = TATE({m: 2 for m in "abcd"}, C)
+    assert four({m: torch.zeros(2, 2) for m in "abcd"}).shape == (2, C)
+
+
+def test_correlations_worked_out():
+    x = f64([-1], [1])
+    W_1, W_2 = canonical_directions(x, x, 1)
+    assert (W_1.T @ (x.T @ x) @ W_2).abs().item() == pytest.approx(2 / (2 + 1e-4))
+    assert correlation(x, x).item() == pytest.approx(math.sqrt((2 / 2.001) ** 2 + 1e-3)) == pytest.approx(1.0000004, abs=1e-7)
+    x, y = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
+    x, y = x - x.mean(0), y - y.mean(0)
+    W_1, W_2 = canonical_directions(x, y, 3)
+    S = x.T @ x / 49 + 1e-4 * torch.eye(4)
+    torch.testing.assert_close(W_1.T @ S @ W_1, torch.eye(3, dtype=torch.float64))
+    A = torch.randn(4, 4, dtype=torch.float64)
+    found = [(v @ W_1).T @ (y @ W_2) for v in (x, x @ A) for W_1, W_2 in [canonical_directions(v, y, 3, 1e-12)]]
+    torch.testing.assert_close(found[0].diagonal().abs(), found[1].diagonal().abs(), rtol=1e-6, atol=1e-8)
+    roots = []
+    for v in (x, y):
+        values, vectors = np.linalg.eigh((v.T @ v / 49).numpy() + 1e-3 * np.eye(v.shape[1]))
+        roots.append(vectors @ np.diag(values**-0.5) @ vectors.T)
+    T = roots[0] @ (x.T @ y / 49).numpy() @ roots[1]
+    assert correlation(x, y).item() == pytest.approx(np.sqrt(np.linalg.eigvalsh(T.T @ T + 1e-3 * np.eye(3))).sum())
+
+
+def test_dcca_sums_pairs_and_dccae_adds_reconstruction():
+    masked, target, present, *_ = batch(samples=63)
+    plain, deep = make("DCCA", k=2), make("DCCAE", k=2)
+    for model in (plain, deep):
+        model.begin(masked, target, present, epochs=2)
+    x = plain.imputation(masked, present)
+    for m, (values, name) in enumerate(zip(x, WIDTHS, strict=True)):
+        seen = masked[name][present[:, m]]
+        torch.testing.assert_close(values[~present[:, m]], seen.mean(0).expand_as(values[~present[:, m]]))
+        assert torch.equal(values[present[:, m]], seen)
+    z = [encoder(v) for encoder, v in zip(plain.encoders, x, strict=True)]
+    pairs = itertools.combinations(z, 2)
+    torch.testing.assert_close(plain.loss(x), -sum(correlation(a, b) for a, b in pairs))
+    deep.encoders = copy.deepcopy(plain.encoders)
+    for decoder in deep.decoders:
+        nn.init.zeros_(decoder[-1].weight)
+        nn.init.zeros_(decoder[-1].bias)
+    ones = [torch.ones_like(v) + 0.0 * v for v in x]
+    added = deep.loss(ones) - plain.loss(ones)
+    assert added.item() == pytest.approx(0.001 * 3)
+    before = [p.detach().clone() for p in plain.encoders.parameters()]
+    plain.loss(x).backward()
+    plain.adam.step()
+    for p, old in zip(plain.encoders.parameters(), before, strict=True):
+        g = p.grad + 1e-4 * old
+        torch.testing.assert_close(p.detach(), old - 1e-3 * g / (g.abs() + 1e-8), rtol=0, atol=1e-12)
+
+
+def test_cca_is_solved_at_once():
+    masked, target, present, *_ = batch(samples=63)
+    model = make("CCA")
+    assert model.begin(masked, target, present) == 1 and model.classifier.in_features == 2 * (3 + 3 + 5)
+    model.train_epoch(0)
+    from sklearn.svm import LinearSVC
+
+    features = model.project(masked, present).numpy()
+    svc = LinearSVC(C=0.01, dual=False).fit(features, target.numpy())
+    np.testing.assert_allclose(model(masked, present).detach().numpy(), svc.decision_function(features), atol=1e-9)
+    two = CCA(WIDTHS, 3).double()
+    two.fit(masked, target % 2, present)  # a class without samples, and the case of two
+    z = two(masked, present).detach().numpy()
+    svc = LinearSVC(C=0.01, dual=False).fit(two.project(masked, present).numpy(), (target % 2).numpy())
+    assert (z[:, 2] < -1e8).all()
+    np.testing.assert_array_equal(z.argmax(1), svc.predict(two.project(masked, present).numpy()))
+
+
+def test_clustering_worked_out():
+    h = f64([1, 0], [1, 0], [0, 1], [0, 1])
+    assert cpm_net.clustering(h, torch.tensor([0, 0, 1, 1]), 2).item() == 0
+    assert cpm_net.clustering(h, torch.tensor([0, 1, 0, 1]), 2).item() == pytest.approx(6)
+    assert cpm_net.clustering(h[:3], torch.tensor([0, 0, 1]), 2).isfinite()  # a class of one
+
+
+def test_cpm_net_reconstructs_what_is_visible():
+    masked, target, present, *_ = batch(samples=63)
+    model = make("CPM-Net", test_rounds=2)
+    model.begin(masked, target, present, epochs=3)
+    h = torch.randn(63, 128, dtype=torch.float64)
+    expected = 0
+    for m, (name, decoder) in enumerate(zip(WIDTHS, model.decoders, strict=True)):
+        here = present[:, m].numpy()
+        apart = h.numpy() @ decoder.weight.detach().numpy().T + decoder.bias.detach().numpy() - masked[name].numpy()
+        expected += (apart[here] ** 2).sum()
+    assert model.reconstruction(h).item() == pytest.approx(expected)
+    model.train_epoch(0)
+    x, available = visible(WIDTHS, masked, present)
+    found = model.infer(x, available)
+    written = nn.Parameter(model.start.detach().expand(63, -1).clone())
+    adam, model.x, model.available = torch.optim.Adam([written], 1e-3), x, available
+    for _ in range(10):
+        adam.zero_grad()
+        model.reconstruction(written).backward()
+        adam.step()
+    torch.testing.assert_close(found, written.detach(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", MISSING_METHODS)
+def test_learns(name):
+    torch.manual_seed(0)
+    y = torch.arange(240) % 3
+    full = {m: nn.functional.one_hot(y, d).float() + 0.3 * torch.randn(240, d) for m, d in WIDTHS.items()}
+    present = data.cpm_mask(240, 3, 0.3, 0)
+    inputs = {m: x.masked_fill(~present[:, [i]], torch.nan) for i, (m, x) in enumerate(full.items())}
+    model = MISSING_METHODS[name](WIDTHS, 3)
+    if name in FITTED:
+        model.fit(inputs, y, present, epochs=20)
+    else:
+        parts = torch.arange(240).split(40)
+        batches = [({m: x[r] for m, x in inputs.items()}, y[r], present[r], r, {m: x[r] for m, x in full.items()}) for r in parts]
+        epochs = model.prepare(Setup(batches, batches, lambda m, n: fit(m, batches, n), 20))
+        fit(model, batches, epochs)
+    with torch.no_grad():
+        accuracy = (model.eval()(inputs, present).argmax(1) == y).double().mean().item()
+    assert accuracy > 0.6

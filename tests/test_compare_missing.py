@@ -1,0 +1,144 @@
+"""Table 2: what is masked in a run, who is left out, what the table and its reading say."""
+
+import json
+
+import pytest
+import torch
+from test_compare_protocol import dataset, save
+
+from bench.accuracy import missing as bench
+from mla_fast import cli, data
+from mla_fast.compare import missing_report
+from mla_fast.compare.learners import Budget, make_learner
+from mla_fast.compare.methods import TABLE_2, trials
+from mla_fast.compare.missing import masked
+from mla_fast.compare.options import rates
+from mla_fast.compare.records import read
+from mla_fast.compare.task import Task, hold_out
+
+BUDGET = Budget(epochs=1, batch_size=32, features=128, hidden=(128, 128))
+
+
+def task(whole=None):
+    return Task("small", "x", lambda seed: hold_out(whole or dataset(), None, seed, "test"))
+
+
+def command(tmp_path, *options):
+    return cli.main(["compare", "--output", str(tmp_path / "out"), "--jobs", "1", "--modalities", "a,b", *map(str, options)])
+
+
+@pytest.mark.parametrize("protocol", data.PROTOCOLS)
+def test_what_is_masked_is_nan_and_full_alone_has_it(protocol):
+    each = masked(task(), 0.4, protocol)
+    parts, full = each.parts(3), each.full(3)
+    for i, part in enumerate(parts):
+        assert torch.equal(part.present, data.PROTOCOLS[protocol](len(part), 2, 0.4, 9 + i))
+        for m, x in enumerate(part.inputs.values()):
+            assert torch.equal(x.isnan().all(1), ~part.present[:, m]) and torch.equal(x.isnan().any(1), ~part.present[:, m])
+    for m, (name, x) in enumerate(parts[0].inputs.items()):
+        seen = x[parts[0].present[:, m]]
+        assert torch.equal(full[name][parts[0].present[:, m]], seen) and full[name].isfinite().all()
+        assert seen.mean(0).abs().max() < 1e-5 and (seen.std(0, correction=0) - 1).abs().max() < 1e-4
+    assert torch.equal(each.parts(3)[0].present, parts[0].present) and not torch.equal(each.parts(4)[0].present, parts[0].present)
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_every_method_predicts_whatever_is_masked(name):
+    each = masked(task(), 0.4, "cpm")
+    train, validation, test = each.parts(0)
+    learner = make_learner(name, trials(name, 1)[0], train, validation, BUDGET, 0, full=each.full(0))
+    if hasattr(learner.model, "test_rounds"):
+        learner.model.test_rounds = 2
+    learner.train_epoch(0)
+    assert learner.logits(test.inputs, test.present).isfinite().all()
+
+
+def test_a_command_makes_the_table_and_goes_on(tmp_path, capsys):
+    path = save(tmp_path / "x.npz")
+    options = ["--data", path, "--methods", "Late fusion,CCA,MMIN", "--seeds", "0-1", "--trials", "1", "--epochs", "2"]
+    options += ["--protocol", "cpm", "--missing"]
+    assert command(tmp_path, *options, "0.1") == 0
+    assert len(read(tmp_path / "out" / "runs.jsonl")) == 6
+    capsys.readouterr()
+    assert command(tmp_path, *options, "0.1,0.5") == 0
+    said = capsys.readouterr().out
+    assert "6 of 12 runs are done already" in said and "10 % missing: " in said and "50 % missing: " in said
+    found = read(tmp_path / "out" / "runs.jsonl")
+    assert len(found) == 12 and {record["rate"] for record in found} == {0.1, 0.5}
+    assert {record["method"]: record["cost"]["passes_before"] for record in found}["MMIN"] == 2
+    assert (
+        "<svg" in (tmp_path / "out" / "report.html").read_text() and "weighted F1" in (tmp_path / "out" / "table.md").read_text()
+    )
+    assert command(tmp_path, *options[:-2], "independent", "--missing", "0.1") == 2
+    assert "has results of protocol 'cpm', expected 'independent'" in capsys.readouterr().err
+
+
+def test_data_that_really_lack_modalities(tmp_path, capsys):
+    present = data.missing_mask(120, 2, 0.3, 0)
+    path = save(tmp_path / "x.npz", present=present.numpy())
+    options = ["--data", path, "--seeds", "0", "--trials", "1", "--epochs", "1", "--protocol", "cpm", "--missing", "0.1"]
+    assert command(tmp_path, *options, "--methods", "AE") == 2
+    assert "AE learns from true values of what is masked, expected data that lack no modalities" in capsys.readouterr().err
+    whole = dataset()
+    lacking = data.MultimodalDataset(whole.inputs, whole.target, present=present)
+    each = masked(task(lacking), 0.4, "cpm")
+    assert each.full(0) is None
+    assert all(part.present.any(1).all() for part in each.parts(0))
+    from mla_fast.compare.missing import choose_methods
+
+    assert choose_methods(["all"], each, 0) == [name for name in TABLE_2 if name not in ("AE", "CRA", "MMIN", "IF-MMIN", "TATE")]
+    assert "MMIN is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--methods", "MMIN"], "methods: expected --protocol beside MMIN"),
+        (["--protocol", "cpm"], "protocol: expected --missing beside it"),
+        (["--protocol", "cpm", "--missing", "0.1", "--methods", "Magic"], "methods: expected all, or some of"),
+    ],
+)
+def test_refuses(tmp_path, capsys, options, message):
+    assert command(tmp_path, "--data", save(tmp_path / "x.npz"), *options) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out" / "runs.jsonl").exists()
+
+
+def test_rates_have_steps():
+    assert rates("0.1:0.7:0.1") == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7] and rates("0.1:0.7") == [0.1, 0.3, 0.5, 0.7]
+    for bad in ("0.1:0.7:0", "0.1:0.7:-1", "0.1:0.7:0.1:3", "0.7:0.1:0.1"):
+        with pytest.raises(Exception, match="expected rates"):
+            rates(bad)
+
+
+def runs(method, rate, accuracies):
+    return [
+        {
+            **{"method": method, "rate": rate, "seed": seed, "trial": 0, "validation": {"accuracy": 0.5, "nll": 1.0}},
+            "test": {"accuracy": value, "macro_f1": value, "weighted_f1": value},
+        }
+        for seed, value in enumerate(accuracies)
+    ]
+
+
+def test_the_winner_is_bold_and_what_falls_short_is_named():
+    found = [*runs("Late fusion", 0.1, [0.9, 0.92]), *runs("AE", 0.1, [0.5, 0.5]), *runs("MLA rls", 0.1, [0.95, 0.96])]
+    found += runs("Late fusion", 0.7, [0.5, 0.6])
+    table = missing_report.table(found, "x")
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()}
+    assert cells["MLA rls"] == ["**95.5 ± 0.7**", "–"] and cells["Late fusion"] == ["91.0 ± 1.4", "**55.0 ± 7.1**"]
+    said = missing_report.reading(found)
+    assert said[0].startswith("10 % missing: MLA rls is ahead with 95.5") and "no other ties with it" in said[0]
+    assert said[2].startswith("Below 90 % of late fusion's accuracy at 10 % missing: AE (50.0 %).") and "20 epochs" in said[2]
+    assert said[1].startswith("70 % missing, 1 of 3 methods run: Late fusion is ahead")
+    assert "one seed cannot tell" in missing_report.reading([record for record in found if record["seed"] == 0])[0]
+    assert "reaches 90 %" in missing_report.reading([record for record in found if record["method"] != "AE"])[-1]
+
+
+def test_the_bench_shows_what_there_is(tmp_path, capsys):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs("CCA", 0.1, [0.5])))
+    bench.main(["--show", str(tmp_path)])
+    assert "| digits, 1 seed |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main(["--show", str(tmp_path / "nowhere")])
+    assert "show: expected a folder with results" in capsys.readouterr().err
