@@ -52,6 +52,7 @@ def parts() -> dict[str, str]:
         "gpu operators": gpu.operators(card),
         "gpu targets": gpu.targets(card),
         "gpu largest": gpu.largest(card),
+        "gpu large heads": gpu.large_heads(card),
         "gpu counters": gpu.counters(RESULTS / f"{GPU}-ncu.csv"),
         "gpu kernels": gpu.kernels(card),
     }

@@ -102,58 +102,6 @@ class HeadLayer:
         free = [local(bias_grad)] if self.has_bias and bias_grad is not None else []
         return HeadStep(self, x_bar, self._joined(weight.grad, None), free), x_bar, rows
 
-    def backward(self, features: Tensor, target: Tensor, total: float, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Leave the head's gradients of eq. 2 in ``.grad``, count the features, and return (loss, ∂L/∂features), under
-        ``no_grad``.
-
-        For a head that is this layer. features: [n, s] of the weight's dtype, if the logits are few; target: [n]; the loss is a
-        share of the mean over `total` rows, or with weights [n] their weighted sum.
-        """
-        weight, bias = self.module.weight, self.module.bias
-        if self.is_large(len(target)):
-            terms = ops.terms_of(target, len(weight), weight.dtype, total=total, weights=weights)
-            loss, grad_features, weight.grad, grad_bias = ops.gradients(features, target, weight, bias, terms)
-            self.features.add(features)
-            assert grad_features is not None
-        else:
-            loss, grad_features, weight.grad, grad_bias, x_bar = ops.head_gradients(features, target, weight, bias, total)
-            self.features.add_mean(x_bar, len(target))
-        if bias is not None:
-            bias.grad = grad_bias
-        return loss, grad_features.to(features.dtype)
-
-    def is_large(self, rows: float) -> bool:
-        """Whether the logits of so many rows are better not in memory whole."""
-        return ops.is_large(rows, self.module.out_features)
-
-    def loss(self, features: Tensor, target: Tensor, total: float) -> Tensor:
-        """Return eq. 2's share of a mean over `total` rows without the logits; features count when its gradient comes back."""
-        weight, bias = self.module.weight, self.module.bias
-        terms = ops.terms_of(target, len(weight), weight.dtype, total=total)
-        loss = ops.loss_of(features, weight, bias, target, terms)
-        self.features.observe(self.module, (features,), {}, loss)
-        return loss
-
-    def cross_entropy(self, features: Tensor, target: Tensor, *options: Any) -> Tensor:
-        """The same of a mean, checked; options: of ``linear_cross_entropy``."""
-        class_weight, label_smoothing, ignore_index = options
-        self.features.check(self.module, (features,), {})
-        loss = ops.linear_cross_entropy(
-            features, self.module.weight, self.module.bias, target,
-            class_weight=class_weight, label_smoothing=label_smoothing, ignore_index=ignore_index,
-        )  # fmt: skip
-        self.features.observe(self.module, (features,), {}, loss)
-        return loss
-
-    @property
-    def unobserved(self) -> bool:
-        """Whether ``backward`` serves: an ``nn.Linear`` that nobody watches but this layer, and that is trained as a whole."""
-        module, parameters = self.module, list(self.module.parameters())
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        ours = type(module) is nn.Linear and "forward" not in vars(module) and module.weight.is_contiguous() and not self.sharded
-        backward = module._backward_hooks or module._backward_pre_hooks or any(map(_has_hooks, parameters))
-        return ours and len(hooks) == 2 and not backward and all(p.requires_grad and p.dtype == self.dtype for p in parameters)
-
     def _joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[C, s], or [C, s + 1] with a bias."""
         joined = local(weight) if bias is None else torch.cat([local(weight), local(bias)[:, None]], 1)
@@ -229,10 +177,6 @@ class HeadLayer:
     def adopt(self, projection: Projection, saved: dict[str, Any]) -> None:
         self.projection, self.free = projection, saved.get("free", 0)
         self.squares, self.saved_norms = None, tuple(saved["norms"].to(self.dtype).tolist())
-
-
-def _has_hooks(p: Tensor) -> bool:
-    return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
 
 
 class Collected(NamedTuple):

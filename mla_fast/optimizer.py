@@ -15,6 +15,7 @@ from mla_fast.caller import warn
 from mla_fast.features import remove_hooks
 from mla_fast.guard import Verdict, check_modality, check_stepped, look_at
 from mla_fast.head import HeadLayer, HeadStep, collect, trainable_linears
+from mla_fast.head_loss import checked_loss
 from mla_fast.head_state import Stateful
 from mla_fast.settings import Settings
 from mla_fast.watch import Watch
@@ -56,19 +57,17 @@ class MLAOptimizer(Stateful):
     nothing here waits for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is
     fused: the encoders' gradients are then the caller's to guard, and a count of steps that it keeps on the CPU (Adam's) goes on.
 
-    ``GraphedStep`` captures whole batches in CUDA graphs. Who captures a step by hand takes one with every modality before, gives
-    learning rate and alpha as tensors if they are to change between replays, and captures anew after ``load_state_dict``;
-    ``steps`` in diagnostics does not count such replays.
+    ``GraphedStep`` captures whole batches in CUDA graphs. Who captures a step by hand takes one with every modality before, and
+    captures anew after ``load_state_dict``; ``steps`` in diagnostics does not count such replays.
 
-    Drop gradients with this optimizer's ``zero_grad``, which drops the features collected with them; the model's own leaves
-    those of a step that was never taken to be counted in the next x̄. ``torch.autograd.grad`` through the head counts features as
-    ``backward`` does: call ``zero_grad`` after it. Under torch.compile features are counted in the forward
-    pass: call ``zero_grad`` before it, and evaluate under ``no_grad``.
+    Drop gradients with this optimizer's ``zero_grad``, which drops the features collected with them; after
+    ``torch.autograd.grad`` through the head too, which counts them as ``backward`` does. Under torch.compile they are counted in
+    the forward pass: call ``zero_grad`` before it, and evaluate under ``no_grad``.
 
     Clip gradients between ``backward`` and ``step``, as ever: P makes no gradient longer. In distributed training every rank
-    makes the same backward passes through the head, with no row if it has none; the encoders' and the head's gradients are
-    DistributedDataParallel's to average (``mla_fast.distribute``). A head that ``fully_shard`` has split by rows is projected
-    row by row where the rows are; one that is split in another way is refused.
+    makes the same backward passes through the head, with no row if it has none; gradients are DistributedDataParallel's to
+    average (``mla_fast.distribute``). A head that ``fully_shard`` has split by rows is projected row by row where the rows are;
+    one that is split in another way is refused.
 
     Raises TypeError or ValueError that names the argument, what it was and what it should be.
     """
@@ -128,20 +127,12 @@ class MLAOptimizer(Stateful):
         if "optimizer" in self.__dict__:  # not while the base class goes through the groups that are there already
             self.optimizer.add_param_group(param_group)
 
-    def head_loss(
-        self, features: Tensor, target: Tensor, *, class_weight: Tensor | None = None, label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-    ) -> Tensor:  # fmt: skip
-        """Return F.cross_entropy(head(features), target, …), eq. 2, without the logits [N, C] in memory.
+    def head_loss(self, features: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Return F.cross_entropy(head(features), target, …), eq. 2, without the logits [N, C] in memory, of one ``nn.Linear``.
 
-        For a head that is one ``nn.Linear``, in a loop of your own (``alternating_step`` and ``Trainer`` do it by themselves).
-        features: [N, s], which count in x̄ as those of a call of the head do; the other arguments, and what is raised, are
-        ``mla_fast.linear_cross_entropy``'s. Raises RuntimeError for a head of several layers, or one that is split over ranks.
-        """
-        layer, *others = self.layers
-        if others or layer.sharded or self.process_group is not None:
-            raise RuntimeError("head_loss: expected a head of one nn.Linear, whole and in one process; call the head itself")
-        return layer.cross_entropy(features, target, class_weight, label_smoothing, ignore_index)
+        features [N, s] count in x̄ as if the head were called; options and errors are those of ``mla_fast.linear_cross_entropy``,
+        and RuntimeError for another head, or over ranks."""
+        return checked_loss(self.layers, self.process_group, features, target, **options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients and the features that came with them.
@@ -210,15 +201,11 @@ class MLAOptimizer(Stateful):
         if found.empty:
             self.skipped["empty"] += 1
             return True
+        undone = None if self._step_supports_amp_scaling else self.optimizer
         verdict = look_at(
-            found.steps,
-            found.idle,
-            found_inf=getattr(self, "found_inf", None),
-            account=self._account,
-            backend=self.layers[0].projection.backend,
-            wrapped=None if self._step_supports_amp_scaling else self.optimizer,
-            group=self.process_group,
-        )
+            found.steps, found.idle, found_inf=getattr(self, "found_inf", None), account=self._account,
+            backend=self.layers[0].projection.backend, wrapped=undone, group=self.process_group,
+        )  # fmt: skip
         if verdict.bad is True:
             self.skip_nonfinite()
         else:

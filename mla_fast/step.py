@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mla_fast import head_loss
 from mla_fast.batch import Rows, row_totals, rows_by_modality, unpack_batch
 from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
@@ -126,7 +127,7 @@ def plain_layer(model: MultimodalModel, optimizer: MLAOptimizer) -> HeadLayer | 
     """Return the head's layer where it is all of the head and nobody watches it, so that autograd can be spared: with it every
     modality's step takes the host longer, on a GPU by a tenth of a batch of 64 through ResNet-18s."""
     layer = optimizer.layers[0]
-    return layer if layer.module is model.head and layer.unobserved else None
+    return layer if layer.module is model.head and head_loss.is_unobserved(layer) else None
 
 
 def _head_backward(
@@ -140,9 +141,9 @@ def _head_backward(
     amp: torch.dtype | None,
 ) -> Tensor:
     """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss."""
-    if plain is not None and (plain.is_large(len(rows.target)) or _as_it_is(plain, optimizer, features, rows, amp)):
+    if plain is not None and (head_loss.is_large(plain, len(rows.target)) or _as_it_is(plain, optimizer, features, rows, amp)):
         with torch.no_grad(), _weighted(optimizer, rows.weights), autocast(optimizer, amp):
-            loss, features.grad = plain.backward(features.detach(), rows.target, total, rows.weights)
+            loss, features.grad = head_loss.backward(plain, features.detach(), rows.target, total, rows.weights)
         return loss
     with torch.enable_grad(), _weighted(optimizer, rows.weights):
         with autocast(optimizer, amp):

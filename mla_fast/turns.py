@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mla_fast import head_loss
 from mla_fast.batch import Rows
 from mla_fast.inputs import Inputs
 from mla_fast.model import LoneRowError, MultimodalModel
@@ -91,9 +92,9 @@ def _backward(
 def _loss(model: MultimodalModel, optimizer: MLAOptimizer, modality: str, inputs: Inputs, target: Tensor, total: float) -> Tensor:
     """Return these rows' share of the mean loss (eq. 2), of many logits without their being in memory whole."""
     layer = plain_layer(model, optimizer)
-    if layer is None or not layer.is_large(total) or not can_step_together(model):
+    if layer is None or not head_loss.is_large(layer, total) or not can_step_together(model):
         return mean_loss(model({modality: inputs})[modality], target, total)
-    return layer.loss(model.features(modality, inputs), target, total)
+    return head_loss.loss(layer, model.features(modality, inputs), target, total)
 
 
 def _step(optimizer: MLAOptimizer, modality: str, scaler: torch.amp.GradScaler | None, clip_norm: float | None) -> None:

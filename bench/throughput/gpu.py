@@ -22,7 +22,7 @@ OPERATORS = (
     *(f"predict N={N}" for N in (128, 512)),
 )
 WAYS = ("plain loop", "joint concat", "ours rls", "ours window", "ours streams rls", "ours graph rls", "ours graph window")
-WAYS += ("graph plain loop", "graph joint concat", "released")
+WAYS += ("ours interaction window", "ours graph interaction window", "graph plain loop", "graph joint concat", "released")
 
 
 class GPU:
@@ -35,6 +35,7 @@ class GPU:
         if not (self.kernels and self.operators and self.steps):
             raise ValueError(f"{results}: expected results of make gpu-check for {name}, got none")
         self.machine = self.kernels[0]["machine"]
+        self.large_heads = records.read(results / f"{name}-large_head.jsonl")
 
     @staticmethod
     def commits(found: list[Record]) -> list[str]:
@@ -90,6 +91,19 @@ def kernels(gpu: GPU) -> str:
         before, after = by_commit.get(first), by_commit.get(last)
         rows.append([case.removesuffix(" hot"), kernel, _spread(before), _spread(after)])
     return markdown_table(["µs by the profiler, mean of a call", "launch", f"at {first}", f"at {last}"], rows)
+
+
+def large_heads(gpu: GPU) -> str:
+    """The cross-entropy of heads of many classes with all gradients: time and memory beside plain torch's."""
+    rows, found = [], {(r["case"], r["provider"]): r for r in gpu.large_heads}
+    for case in dict.fromkeys(r["case"] for r in gpu.large_heads):
+        ours, plain, compiled = (found[case, name] for name in ("ours", "plain", "plain, compiled"))
+        times = [number(r["median_us"] / 1e3, 2) for r in (ours, plain, compiled)]
+        peaks = [f"{r['peak_mb']:.0f}" for r in (ours, plain, compiled)]
+        beyond = (ours["peak_mb"] - ours["gradients_mb"]) / (plain["peak_mb"] - plain["gradients_mb"])
+        rows.append([case, *times, f"{ours['median_us'] / plain['median_us']:.2f}", *peaks, f"{beyond:.2f}"])
+    header = ["head", "ours, ms", "plain", "compiled", "ours / plain", "ours, MiB", "plain", "compiled"]
+    return markdown_table([*header, "ours / plain beyond the gradients"], rows)
 
 
 def _family(kernel: str) -> str:
