@@ -16,11 +16,13 @@ from mla_fast.settings import Settings
 from mla_fast.trainer import Trainer
 
 NEW = "label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay amp accumulate clip_norm".split()
-DEFAULTS = {"features": 64, "interaction": 0}  # of the command line, where they say nothing
+DEFAULTS = {"features": 64, "interaction": 0, "standardize": "feature"}  # of the command line, where they say nothing
 
 
 def add(arguments: argparse.Namespace) -> None:
     """Add a modality to the run of a checkpoint, train it, and evaluate all before and after, where there is data of them."""
+    if arguments.start.resolve().parent == arguments.output.resolve():
+        raise ValueError(f"--output: expected another folder than that of --from, got {arguments.output}")
     check_output(arguments)
     saved = read_checkpoint(arguments.start)
     before = cli_train.described(saved["config"], arguments.start)
@@ -28,7 +30,7 @@ def add(arguments: argparse.Namespace) -> None:
     dataset, arrays = cli_data.read_for_addition(config, arguments.add, dict(arguments.layout))
     one = {**config, "modalities": [arguments.add]}
     cli_data.print_reading(dataset, arrays, one, training=True)
-    parts = cli_data.split(dataset, config)
+    parts = [_that_have_it(part) for part in cli_data.split(dataset, config)]
     layouts = {arguments.add: config["layouts"][arguments.add]}
     config["statistics"] = {**before["statistics"], **data.statistics(parts[0], config["standardize"], layouts)}
     train_set = data.apply_statistics(parts[0], config["statistics"])
@@ -41,6 +43,15 @@ def add(arguments: argparse.Namespace) -> None:
     cli_train.add_to(trainer, config, config["additions"][-1])
     cli_train.carry_out(trainer, config, arguments, train_set, _test_set(config), since=addition["since"])
     print_change(config["before"], _accuracies(trainer, config, before, list(config["encoders"])), arguments.add)
+
+
+def _that_have_it(dataset: data.MultimodalDataset) -> data.MultimodalDataset:
+    """Return the rows of a dataset of one modality that have it."""
+    if dataset.present is None:
+        return dataset
+    some = dataset.subset(dataset.present[:, 0].nonzero()[:, 0])
+    some.present = None
+    return some
 
 
 def _config(arguments: argparse.Namespace, before: dict[str, Any], epoch: int) -> dict[str, Any]:
@@ -63,11 +74,18 @@ def _config(arguments: argparse.Namespace, before: dict[str, Any], epoch: int) -
                 f"--{option}: expected none with --add, which keeps the last epoch, got {getattr(arguments, option)}"
             )
     check_names("encoder", arguments.encoder, [name])
-    for option in ("features", "interaction"):
+    for option in DEFAULTS:
         if (given := getattr(arguments, option)) not in (before[option], DEFAULTS[option]):
             raise ValueError(f"--{option}: expected none with --add: the run before has {before[option]}, got {given}")
     config = {**before, **{option: getattr(arguments, option) for option in NEW}}
     config["validation"], config["encoder"] = None, {**before["encoder"], **arguments.encoder}
+    if config["data"] == str(arguments.data.resolve()):
+        for option in ("test_where", "test_fraction", "seed"):  # or what was trained on would be tested on
+            if before[option] != config[option]:
+                flag, same = option.replace("_", "-"), "of the run before, whose data these are"
+                raise ValueError(f"--{flag}: expected {before[option]!r} {same}, got {config[option]!r}")
+    if config["missing"]:
+        raise ValueError(f"--missing: expected none with --add, whose rows all have the new modality, got {config['missing']}")
     config["data"], config["modalities"] = str(arguments.data.resolve()), [*before["modalities"], name]
     kept = {option: config[option] for option in ("lr", "momentum", "weight_decay", "epochs")}
     config["additions"] = [*before.get("additions", []), {"modality": name, "since": epoch, "from": before["data"], **kept}]
@@ -78,6 +96,8 @@ def _test_set(config: dict[str, Any]) -> data.MultimodalDataset:
     """Return the part held out of a run's data, of those of its modalities that are in the file."""
     config = cli_data.available(config)
     _, test_set = cli_data.split(cli_data.read_for_evaluation(config)[0], config)
+    if len(config["modalities"]) == 1:
+        test_set = _that_have_it(test_set)
     return data.apply_statistics(test_set, {name: config["statistics"][name] for name in config["modalities"]})
 
 

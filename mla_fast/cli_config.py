@@ -58,6 +58,7 @@ def write_options(arguments: argparse.Namespace, path: Path) -> None:
     what = [f"{name}" for name in ("dataset", "root") if hasattr(arguments, name)]
     command = " ".join(["mla-fast", arguments.name, *(str(getattr(arguments, name)) for name in what), "--config", path.name])
     settings = {name: value for name, value in vars(arguments).items() if name not in NO_SETTINGS}
+    settings = {"from" if name == "start" else name: value for name, value in settings.items()}
     lines = [f"{name} = {_toml(value)}" for name, value in settings.items() if value is not None and value not in ([], {}, "")]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# {command}\n" + "\n".join(lines) + "\n", encoding="utf-8")

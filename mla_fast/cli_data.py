@@ -77,6 +77,10 @@ def read_for_addition(
     """Return the data of a modality that is new to a run, and put into the run's `config` how it is read and what is new."""
     one = {**config, "modalities": [name], "layouts": layouts, "class_names": None}
     (dataset, _), known = _read(one), config["class_names"]
+    if known is not None and dataset.class_names is None and not all(of.isdigit() for of in known):
+        raise ValueError(
+            f"{config['data']}: {config['label']!r}: expected names as in the run before, {listed(known, 10)}, got numbers"
+        )
     if known is not None:
         own = dataset.class_names or [str(i) for i in range(dataset.classes)]
         one["class_names"] = [*known, *(of for of in own if of not in known)]

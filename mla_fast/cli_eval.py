@@ -29,6 +29,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     whole = arguments.all or (arguments.data is not None and arguments.test_where is None)
     if arguments.data is None and (whole or arguments.test_where not in (None, config["test_where"])):
         print("note: some of these rows were trained on")
+    earlier = {of["from"] for of in config.get("additions", [])}
+    seen_before = arguments.data is not None and str(arguments.data.resolve()) in earlier
+    if seen_before:
+        print("note: some of these rows were trained on, before a modality was added")
     if arguments.data is not None:
         config = {**config, "data": str(arguments.data)}
     there = cli_data.available(config)
@@ -43,7 +47,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     trainer = _trained(config, saved, arguments.device)
     result = trainer.evaluate(shuffled(test_set), use_test=True)
     print_result(result, config.get("class_names"), is_complete(test_set))
-    for name, value in config.get("before", {}).items():
+    for name, value in ({} if seen_before else config.get("before", {})).items():
         after = f", {100 * result['accuracy'][name]:.1f} % here" if name in result["accuracy"] else ""
         print(f"{name} had {100 * value:.1f} % before {config['additions'][-1]['modality']} was added{after}")
 

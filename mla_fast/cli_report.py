@@ -65,7 +65,8 @@ def curves(history: Sequence[Mapping[str, Any]], epoch: int) -> str:
     """Draw the loss of each modality, and the validation accuracies if there are any, by epoch; mark the one that was tested."""
     if not history:
         return "<p>No epoch was trained.</p>"
-    validated = "validation" in history[0]
+    judged = [record for record in history if "validation" in record]
+    validated = bool(judged)
     figure, axes = page.new_figure(8 if validated else 5, 3.2, 1 + validated)
     left, *right = axes if validated else [axes]
     epochs = [record["epoch"] for record in history]
@@ -73,9 +74,9 @@ def curves(history: Sequence[Mapping[str, Any]], epoch: int) -> str:
         left.plot(epochs, [record["loss"].get(modality, float("nan")) for record in history], "o-", ms=3, label=modality)
     left.set(xlabel="epoch", ylabel="training loss")
     for axis in right:
-        for name in history[-1]["validation"]["accuracy"]:
-            found = [100 * record["validation"]["accuracy"].get(name, float("nan")) for record in history]
-            axis.plot(epochs, found, "o-", ms=3, lw=2 if name == "fused" else 1, label=name)
+        for name in judged[-1]["validation"]["accuracy"]:
+            found = [100 * record["validation"]["accuracy"].get(name, float("nan")) for record in judged]
+            axis.plot([record["epoch"] for record in judged], found, "o-", ms=3, lw=2 if name == "fused" else 1, label=name)
         axis.set(xlabel="epoch", ylabel="validation accuracy, %")
         axis.axvline(epoch, color="0.7", lw=1, ls=":")
     for axis in (left, *right):

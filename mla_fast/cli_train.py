@@ -80,10 +80,12 @@ def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any], best: Ke
         raise FileNotFoundError(f"{checkpoint}: nothing to resume; leave out --resume to start a new run")
     saved = read_checkpoint(checkpoint)
     before = described(saved["config"], checkpoint)
-    for name, value in config.items():
+    for name, value in list(config.items()):
         if name == "statistics" and before.get(name) != value:
             raise ValueError(f"--resume: expected the data of the saved run, got others in {config['data']}")
-        if name != "epochs" and before.get(name) != value:
+        if name == "before":  # measured when the run began, on data that may be gone
+            config[name] = before[name]
+        elif name != "epochs" and _but_epochs(name, before.get(name)) != _but_epochs(name, value):
             raise ValueError(f"--resume: expected the settings of the saved run, whose {name} is {before.get(name)}, got {value}")
     since = config["additions"][-1]["since"] if config.get("additions") else 0
     if saved["epoch"] - since > config["epochs"]:
@@ -95,7 +97,12 @@ def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any], best: Ke
     print(f"continuing after {trainer.epoch} epochs" if left else f"all {trainer.epoch} epochs are done: nothing left to train")
     if left and config["epochs"] != before["epochs"]:
         fell = sorted(trainer.scheduler.milestones)[0]
-        print(f"the learning rate goes on as in that run of {before['epochs']} epochs: a tenth from epoch {fell + 1} on")
+        print(f"the learning rate goes on as in that run of {before['epochs']} epochs: a tenth from epoch {since + fell + 1} on")
+
+
+def _but_epochs(name: str, value: Any) -> Any:
+    """Return a setting without the number of epochs that it has in a modality that was added."""
+    return [of | {"epochs": None} for of in value] if name == "additions" and value else value
 
 
 def described(config: Any, checkpoint: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -12,13 +11,19 @@ from mla_fast import ops
 from mla_fast.head import HeadLayer
 
 
+def is_bare(layer: HeadLayer) -> bool:
+    """Whether a call of it is a product and nothing else: an ``nn.Linear`` in one piece that nobody watches but this layer."""
+    module = layer.module
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return type(module) is nn.Linear and "forward" not in vars(module) and not layer.sharded and len(hooks) == 2
+
+
 def is_unobserved(layer: HeadLayer) -> bool:
     """Whether its loss can be had without a call: an ``nn.Linear`` that nobody watches but this layer, trained as a whole."""
     module, parameters = layer.module, list(layer.module.parameters())
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    ours = type(module) is nn.Linear and "forward" not in vars(module) and module.weight.is_contiguous() and not layer.sharded
     backward = module._backward_hooks or module._backward_pre_hooks or any(map(_has_hooks, parameters))
-    return ours and len(hooks) == 2 and not backward and all(p.requires_grad and p.dtype == layer.dtype for p in parameters)
+    whole = module.weight.is_contiguous() and all(p.requires_grad and p.dtype == layer.dtype for p in parameters)
+    return is_bare(layer) and whole and not backward
 
 
 def _has_hooks(p: Tensor) -> bool:
@@ -62,12 +67,13 @@ def loss(layer: HeadLayer, features: Tensor, target: Tensor, total: float) -> Te
 
 
 def checked_loss(
-    layers: Sequence[HeadLayer], group: dist.ProcessGroup | None, features: Tensor, target: Tensor, **options: Any
+    head: nn.Module, layer: HeadLayer, group: dist.ProcessGroup | None, features: Tensor, target: Tensor, **options: Any
 ) -> Tensor:
     """Do what ``MLAOptimizer.head_loss`` documents."""
-    layer, *others = layers
-    if others or layer.sharded or group is not None:
-        raise RuntimeError("head_loss: expected a head of one nn.Linear, whole and in one process; call the head itself")
+    if head is not layer.module or not is_bare(layer) or group is not None:
+        raise RuntimeError(
+            "head_loss: expected a head that is one nn.Linear, without hooks, whole and in one process; call the head itself"
+        )
     layer.features.check(layer.module, (features,), {})
     found = ops.linear_cross_entropy(features, layer.module.weight, layer.module.bias, target, **options)
     layer.features.observe(layer.module, (features,), {}, found)

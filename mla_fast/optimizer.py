@@ -132,7 +132,7 @@ class MLAOptimizer(Stateful):
 
         features [N, s] count in x̄ as if the head were called; options and errors are those of ``mla_fast.linear_cross_entropy``,
         and RuntimeError for another head, or over ranks."""
-        return checked_loss(self.layers, self.process_group, features, target, **options)
+        return checked_loss(self.watch.head, self.layers[0], self.process_group, features, target, **options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients and the features that came with them.

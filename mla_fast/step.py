@@ -127,6 +127,8 @@ def plain_layer(model: MultimodalModel, optimizer: MLAOptimizer) -> HeadLayer | 
     """Return the head's layer where it is all of the head and nobody watches it, so that autograd can be spared: with it every
     modality's step takes the host longer, on a GPU by a tenth of a batch of 64 through ResNet-18s."""
     layer = optimizer.layers[0]
+    if type(model).logits is not MultimodalModel.logits or "logits" in vars(model):
+        return None
     return layer if layer.module is model.head and head_loss.is_unobserved(layer) else None
 
 

@@ -17,7 +17,7 @@ class Watch:
     """Look at steps: whether they alternate, whether parts of the head train without a projection, whether it has frozen."""
 
     def __init__(self, head: nn.Module, layers: list[HeadLayer], bias: str):
-        ours = {layer.module for layer in layers}
+        self.head, ours = head, {layer.module for layer in layers}
         linears = [(name or "head", m) for name, m in head.named_modules() if isinstance(m, nn.Linear)]
         frozen = [(f"the weight of {name}", m.weight) for name, m in linears if m not in ours and not m.weight.requires_grad]
         if bias == "project":

@@ -81,7 +81,8 @@ def test_resuming_and_overwriting(old, tmp_path, capsys):
     assert add("sound", old, data, tmp_path / "new") == 0
     assert add("sound", old, data, tmp_path / "new") == 2 and "--resume continues" in capsys.readouterr().err
     assert add("sound", old, data, tmp_path / "new", "--resume") == 0 and "nothing left to train" in capsys.readouterr().out
-    assert add("sound", old, data, tmp_path / "new", "--resume", *more) == 2  # planned for other epochs
+    assert add("sound", old, data, tmp_path / "new", "--resume", *more) == 0
+    assert "of 4 epochs: a tenth from epoch 8 on" in capsys.readouterr().out
     assert add("sound", old, data, tmp_path / "new", "--overwrite", *more) == 0
     assert read_checkpoint(tmp_path / "new" / "checkpoint.pt")["epoch"] == 10
 
@@ -93,6 +94,8 @@ def test_resuming_and_overwriting(old, tmp_path, capsys):
         ("no array 'smell'; there are: sound", ["--add", "smell"]),
         ("--modalities: expected none with --add", ["--modalities", "sound"]),
         ("--projection: expected none with --add: the projection goes on as 'rls', got 'window'", ["--projection", "window"]),
+        ("--standardize: expected none with --add: the run before has feature, got none", ["--standardize", "none"]),
+        ("--missing: expected none with --add", ["--missing", "0.2"]),
         ("--features: expected none with --add: the run before has 64, got 32", ["--features", "32"]),
     ],
 )
@@ -102,6 +105,39 @@ def test_bad_input_is_named(message, change, old, tmp_path, capsys):
     assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
+def test_an_addition_goes_on_without_the_old_data_and_to_more_epochs(old, tmp_path, capsys):
+    data = write(tmp_path / "new.npz", {"sound": 7}, present=(np.arange(90) % 4 > 0)[:, None])
+    assert add("sound", old, data, tmp_path / "new", "--validation", "0.2") == 2
+    assert "--validation: expected none with --add" in capsys.readouterr().err
+    assert add("sound", old, data, tmp_path / "new") == 0  # rows without it are left out
+    before = json.loads((tmp_path / "new" / "metrics.json").read_text())["config"]["before"]
+    (tmp_path / "old.npz").unlink()
+    assert add("sound", old, data, tmp_path / "new", "--resume", "--epochs", "6") == 0
+    metrics = json.loads((tmp_path / "new" / "metrics.json").read_text())
+    assert metrics["config"]["before"] == before and len(metrics["history"]) == 10
+    again = tmp_path / "new" / "run.toml"
+    assert main(["train", "--config", str(again), "--output", str(tmp_path / "again")]) == 0
+
+
+def test_a_run_with_validation_can_be_added_to(tmp_path, capsys):
+    data, run = write(tmp_path / "old.npz", {"image": 8}), ["--output", str(tmp_path / "old"), "--validation", "0.2"]
+    assert main(["train", "--data", data, "--modalities", "image", *run, *COMMON, *PROTECTS]) == 0
+    new = write(tmp_path / "new.npz", {"sound": 7})
+    assert add("sound", tmp_path / "old" / "best.pt", new, tmp_path / "new") == 0
+    assert (tmp_path / "new" / "report.html").exists()
+
+
+def test_what_was_trained_on_is_not_tested_on_unsaid(old, tmp_path, capsys):
+    data = write(tmp_path / "old.npz", {"image": 8, "sound": 7})
+    assert add("sound", old, data, tmp_path / "new", "--seed", "1") == 2
+    assert "--seed: expected 0 of the run before, whose data these are, got 1" in capsys.readouterr().err
+    assert add("sound", old, write(tmp_path / "new.npz", {"sound": 7}), tmp_path / "new") == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "new" / "checkpoint.pt"), "--data", data, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: some of these rows were trained on, before" in printed and "before sound was added" not in printed
+
+
 def test_half_of_a_pair_of_options(old, tmp_path, capsys):
     data = write(tmp_path / "new.npz", {"sound": 7})
     for more in (["--add", "sound"], ["--from", str(old)]):
@@ -109,6 +145,18 @@ def test_half_of_a_pair_of_options(old, tmp_path, capsys):
         assert "--add: expected together with --from" in capsys.readouterr().err
     assert main(["train", "--data", data, "--output", str(tmp_path / "new")]) == 2
     assert "--modalities: expected names of arrays" in capsys.readouterr().err
+
+
+def test_a_run_is_not_added_to_in_its_own_folder(old, tmp_path, capsys):
+    assert add("sound", old, write(tmp_path / "new.npz", {"sound": 7}), old.parent, "--overwrite") == 2
+    assert "--output: expected another folder than that of --from" in capsys.readouterr().err and old.exists()
+
+
+def test_numbers_are_no_names(tmp_path, capsys):
+    data = write(tmp_path / "old.npz", {"image": 8}, label=np.array(["cat", "dog", "eel"])[np.arange(90) % 3])
+    assert main(["train", "--data", data, "--modalities", "image", "--output", str(tmp_path / "old"), *COMMON, *PROTECTS]) == 0
+    assert add("sound", tmp_path / "old" / "checkpoint.pt", write(tmp_path / "new.npz", {"sound": 7}), tmp_path / "new") == 2
+    assert "expected names as in the run before, cat, dog, eel, got numbers" in capsys.readouterr().err
 
 
 def test_names_of_classes_are_matched(tmp_path, capsys):

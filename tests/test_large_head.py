@@ -235,7 +235,64 @@ def test_a_loop_of_ones_own(options):
     assert optimizer.layers[0].projection.step == loop.layers[0].projection.step == 9
 
 
-def test_a_head_of_several_layers_is_called():
-    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-    with pytest.raises(RuntimeError, match="head_loss: expected a head of one nn.Linear"):
-        wrap(model).head_loss(torch.ones(2, 5), torch.zeros(2).long())
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def watched():
+    head = nn.Linear(5, 3)
+    head.register_forward_pre_hook(lambda *_: None)
+    return head
+
+
+def partly_frozen():
+    head = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    head[0].requires_grad_(False)
+    return head
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)),
+        lambda: nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3)),
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.Softplus()),
+        partly_frozen,
+        watched,
+        lambda: Scaled(5, 3),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:head.*has a forward of its own")
+def test_a_head_that_is_more_than_a_product_is_called(make):
+    """Its loss would be silently another."""
+    with pytest.raises(RuntimeError, match="head_loss: expected a head that is one nn.Linear"):
+        wrap(make()).head_loss(torch.ones(2, 5), torch.zeros(2).long())
+
+
+def test_float16_leaves_room_for_gradients_of_many_classes():
+    features, weight, _, target, _ = draw(64, 8, 30000, torch.float32)
+    leaves = [t.requires_grad_() for t in (features, weight)]
+    exact = by_autograd(features.double(), weight.double(), torch.zeros(30000, dtype=f64), target)
+    with torch.autocast("cpu", torch.float16):
+        loss = mla.linear_cross_entropy(*leaves, None, target)
+    found = torch.autograd.grad(loss * 2**16, leaves)
+    never = torch.ones(30000, dtype=torch.bool).index_fill(0, target.clamp(min=0), False)
+    ours, right = found[1][never].double() / 2**16, exact[2][never]
+    assert (ours - right).norm() <= 1e-3 * right.norm()
+
+
+def test_logits_of_ones_own_are_what_is_trained_on():
+    class Tempered(mla.MultimodalModel):
+        def logits(self, modality, features):
+            return 0.1 * super().logits(modality, features)
+
+    torch.manual_seed(0)
+    encoders = {m: nn.Sequential(nn.Linear(w, 5), nn.Tanh()) for m, w in WIDTHS.items()}
+    model = Tempered(encoders, nn.Linear(5, 40)).double()
+    optimizer = wrap(model)
+    inputs, target = batch(0)
+    with torch.no_grad():
+        expected = F.cross_entropy(model({"audio": inputs["audio"]})["audio"], target)
+    losses = mla.alternating_step(model, optimizer, (inputs, target))
+    torch.testing.assert_close(losses["audio"], expected)

@@ -46,6 +46,8 @@ def compare(arguments: argparse.Namespace) -> None:
     """Run what is not done yet, and write runs.jsonl, results.csv and report.html to the output folder."""
     check_installed()
     check_device(arguments.device)
+    if Path(arguments.data).exists():
+        arguments.data = str(Path(arguments.data).resolve())
     task = load_task(arguments.data, arguments.modalities, arguments.label, arguments.group)
     if arguments.protocol is not None:
         if not arguments.missing:

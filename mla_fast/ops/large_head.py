@@ -65,7 +65,7 @@ def linear_cross_entropy(
 
     features: [N, s]; weight: [C, s]; bias: [C] or None; target: int64 [N] of labels 0 … C − 1 or `ignore_index`; class_weight:
     [C]. The loss, [] in float32 or wider, is the mean over the rows that are not ignored, weighted where classes are. Under
-    autocast the products are computed in its dtype, sums in float32.
+    autocast the products are computed in its dtype (in float32 for float16, whose range is too small for them), sums in float32.
 
     The gradients are computed along with the loss, for one backward pass: another through the same graph raises RuntimeError, as
     without ``retain_graph``. On a GPU a label outside the classes makes the loss NaN, since nobody waits to look.
@@ -108,16 +108,18 @@ def gradients(
 ) -> Gradients:  # fmt: skip
     """Return the loss and the gradients that are wanted (of features, weight and bias), unchecked.
 
-    Products are in the dtype of autocast where that is on. The gradients of weight and bias are float32 or wider, that of the
-    features is of the products' dtype. over_ranks makes softmax_sums of this rank's classes those of all classes.
+    Products are in the dtype of autocast where that is on, but not in float16. The gradients of weight and bias are float32 or
+    wider, that of the features is of the products' dtype. over_ranks makes softmax_sums of this rank's classes those of all
+    classes.
     """
     device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
     if backend is None:
         backend = "triton" if device.type == "cuda" and available("triton") else "reference"
-    if torch.is_autocast_enabled(device.type):
+    dtype = torch.promote_types(features.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    else:
-        dtype = torch.promote_types(features.dtype, weight.dtype)
+    if dtype == torch.float16:  # δ of so many classes is too small for it, before a scaler's factor arrives
+        dtype = torch.float32
     own, rest, w, total, smoothed = terms
     (N, _), C, of_features, of_weight, of_bias = features.shape, len(weight), None, None, None
     with torch.no_grad(), without_autocast(device):
