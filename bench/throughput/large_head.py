@@ -8,6 +8,7 @@ the gradients, which every way has to have in the end. Each is held to twice the
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import threading
 import time
@@ -88,6 +89,8 @@ def peak(step: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return float(torch.cuda.max_memory_allocated() - before) / 2**20
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # what is kept for later would not show
+        libc.malloc_trim(0)
     before, most, running = resident(), [0.0], threading.Event()
 
     def watch() -> None:
