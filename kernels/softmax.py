@@ -3,8 +3,7 @@
     top = max z        log_S = log Σ_c exp(z_c − top)        z_y        Σ_c w_c z_c        one reading of each row
     z_c ← spread exp(z_c − top − log_S) − rest w_c − own [c = y]                            one reading, one writing
 
-Between the two there is room for what only all of C tells: ranks that have some classes each put their sums together. A label
-that is not among these C has no z_y here, and 0 stands for it.
+A label that is not among these C has no z_y, and 0 stands for it.
 """
 
 import torch

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mla_fast.encoders import encoder_for
+from mla_fast.parts import evaluating
 
 
 def pairs(text: str) -> dict[str, str]:
@@ -50,15 +51,12 @@ def own_encoder(modality: str, path: str) -> nn.Module:
 
 def width_of(modality: str, encoder: nn.Module, sample: torch.Tensor) -> int:
     """Return s of the features [1, s] that an encoder makes of a sample [1, …]; raise ValueError for any other result."""
-    training = encoder.training
     try:
-        with torch.no_grad():
-            features: Any = encoder.eval()(sample)
+        with torch.no_grad(), evaluating(encoder):
+            features: Any = encoder(sample)
     except Exception as error:  # anything may go wrong in code of one's own
         expected = f"{modality}'s to take {sample.dtype} {list(sample.shape)}"
         raise ValueError(f"--encoder: expected {expected}, got {type(error).__name__}: {error}") from error
-    finally:
-        encoder.train(training)
     if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != 1:
         got = list(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise ValueError(f"--encoder: expected features [N, s] of {modality}, got {got} for one sample")

@@ -15,7 +15,7 @@ from mla_fast.head import has_own_weight, is_sharded
 from mla_fast.inputs import Inputs, describe
 from mla_fast.modality_dict import ModalityDict
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.parts import known_width, last_linear, unwrap_ddp
+from mla_fast.parts import evaluating, known_width, last_linear, unwrap_ddp
 from mla_fast.seen import SeenClasses
 
 SEEN = "seen"  # in a state_dict, bool [M, C]; only where a modality has not seen all
@@ -81,10 +81,8 @@ class Parts(nn.Module):
 
     @torch.no_grad()
     def _check_example(self, name: str, encoder: nn.Module, example: Inputs) -> None:
-        training = [module for module in encoder.modules() if module.training]
-        features = encoder.eval()(example)
-        for module in training:
-            module.training = True
+        with evaluating(encoder):
+            features = encoder(example)
         width = getattr(unwrap_ddp(self.head), "in_features", None)
         if not isinstance(features, Tensor) or features.dim() != 2 or width not in (None, features.shape[1]):
             raise ValueError(f"encoder: expected features [N, {width or 's'}] for {name!r}, got {describe(features)}")

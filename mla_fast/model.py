@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from mla_fast.interaction import Interaction, check_fits
 from mla_fast.modality_dict import ModalityDict
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused, entropy_fusion
-from mla_fast.parts import unwrap_ddp
+from mla_fast.parts import evaluating, unwrap_ddp
 from mla_fast.streams import run_on_streams
 
 
@@ -155,7 +154,7 @@ class MultimodalModel(Growing):
         packed = dict(inputs if plan is None else plan.pack(inputs))
         # If there are no rows at all, the first encoder computes the logits [0, C] from none.
         rows = {modality: x for modality, x in packed.items() if len(leaves(x)[0])} or dict(list(packed.items())[:1])
-        with self._evaluating():
+        with evaluating(self):
             return self.all_features(rows)
 
     @torch.no_grad()
@@ -166,20 +165,9 @@ class MultimodalModel(Growing):
     @torch.no_grad()
     def logits_of(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return the head's logits [K, C] of features [n, s], one modality after another, in evaluation mode."""
-        with self._evaluating():
+        with evaluating(self):
             logits: Tensor = unwrap_ddp(self.head)(torch.cat(list(features.values())))
             return logits
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:  # and no others: an encoder may be in evaluation mode on purpose
-                module.training = True
 
     def predict(self, inputs: Mapping[str, Inputs], present: Tensor | None = None) -> Fused:
         """Return the entropy-weighted prediction (eqs. 6–8) for N samples, each with any of the modalities, in evaluation mode.
@@ -209,7 +197,7 @@ class MultimodalModel(Growing):
             # Modalities without rows were not encoded.
             rows = {m: features.get(m, first.new_empty(0, interaction.widths[m])) for m in plan.modalities or features}
             features = plan.unpack(rows)
-        with self._evaluating():
+        with evaluating(self):
             r = interaction(features, present)
         return fused._replace(logits=fused.logits + r.to(fused.logits.dtype))
 

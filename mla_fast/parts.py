@@ -1,7 +1,9 @@
-"""Parts of a model as they are inside of their wrappers, and how wide what they return is."""
+"""Parts of a model as they are inside of their wrappers, how wide what they return is, and their mode."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar, cast
 
 from torch import nn
@@ -15,6 +17,19 @@ _KEEPS_WIDTH = (nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Tanh, nn.Sig
 def unwrap_ddp(part: P) -> P:
     """Return the module inside a DistributedDataParallel, whose own forward pass may wait for other ranks; others unchanged."""
     return cast(P, part.module) if isinstance(part, DistributedDataParallel) else part
+
+
+@contextlib.contextmanager
+def evaluating(part: nn.Module) -> Iterator[None]:
+    """Put a part into evaluation mode, and afterwards those of its modules into training mode that were."""
+    training = [module for module in part.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:  # and no others: an encoder may be in evaluation mode on purpose
+            module.training = True
 
 
 def last_linear(part: nn.Module) -> nn.Linear | None:

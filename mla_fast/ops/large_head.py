@@ -8,7 +8,6 @@ logit is computed once, forward and backward in one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +25,11 @@ CHUNKS = 3  # at least, whole tiles of 64 rows each
 FEWEST = 128  # rows in a product that does not wait for W
 BLOCK = 1 << 25  # numbers of G that are added at a time where they were computed in another dtype
 
-OverRanks = Callable[[Tensor], Tensor]
-
 
 class Terms(NamedTuple):
     """What each row counts in L = Σ_n own_n (lse_n − z_y) + rest_n Σ_c w_c (lse_n − z_c), lse = log Σ_c exp z_c.
 
-    own, rest: [N]; class_weight: w of the classes at hand, None for ones; total_weight: Σ_c w_c over all classes; smoothed:
-    whether rest counts at all.
+    own, rest: [N]; class_weight: w [C], None for ones; total_weight: Σ_c w_c; smoothed: whether rest counts at all.
     """
 
     own: Tensor
@@ -104,13 +100,12 @@ class _Loss(torch.autograd.Function):
 
 def gradients(
     features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms,
-    wanted: tuple[bool, bool, bool] = (True, True, True), over_ranks: OverRanks | None = None, backend: str | None = None,
+    wanted: tuple[bool, bool, bool] = (True, True, True), backend: str | None = None,
 ) -> Gradients:  # fmt: skip
     """Return the loss and the gradients that are wanted (of features, weight and bias), unchecked.
 
     Products are in the dtype of autocast where that is on, but not in float16. The gradients of weight and bias are float32 or
-    wider, that of the features is of the products' dtype. over_ranks makes softmax_sums of this rank's classes those of all
-    classes.
+    wider, that of the features is of the products' dtype.
     """
     device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
     if backend is None:
@@ -134,9 +129,7 @@ def gradients(
             of_bias = torch.zeros(C, dtype=wide, device=device)
         for rows in _chunks(N, C):
             h, y, z = features[rows], target[rows], F.linear(features[rows], weight, bias)
-            found = softmax_sums(backend, z, y, w, smoothed)
-            found = found if over_ranks is None else over_ranks(found)
-            sums[:, rows] = found
+            sums[:, rows] = found = softmax_sums(backend, z, y, w, smoothed)
             if any(wanted):
                 softmax_delta_(backend, z, y, found[0], found[1], own[rows], spread[rows], rest[rows], w, smoothed)
             if of_features is not None:
@@ -176,11 +169,11 @@ def _add_product(G: Tensor, delta: Tensor, h: Tensor, first: bool) -> None:
 
 def terms_of(
     target: Tensor, classes: int, dtype: torch.dtype, class_weight: Tensor | None = None, smoothing: float = 0.0,
-    ignore_index: int = -100, total: float | None = None, weights: Tensor | None = None, local: slice = slice(None),
+    ignore_index: int = -100, total: float | None = None, weights: Tensor | None = None,
 ) -> Terms:  # fmt: skip
     """Return what each row counts in the mean over the rows that are not ignored, or over `total` rows, or by weights [N].
 
-    dtype: of the head's weight; what is returned is of that or wider. local: the classes at hand, of all `classes`.
+    dtype: of the head's weight; what is returned is of that or wider.
     """
     dtype = torch.promote_types(dtype, torch.float32)
     counted = (target != ignore_index).to(dtype)
@@ -192,8 +185,7 @@ def terms_of(
     known = (target == ignore_index) | ((target >= 0) & (target < classes))
     own = torch.where(known, of_label * scale * (1 - smoothing), torch.nan)
     whole = float(classes) if class_weight is None else class_weight.sum(dtype=dtype)
-    here = None if class_weight is None else class_weight[local]
-    return Terms(own, counted * scale * (smoothing / classes), here, whole, smoothing > 0)
+    return Terms(own, counted * scale * (smoothing / classes), class_weight, whole, smoothing > 0)
 
 
 def check(

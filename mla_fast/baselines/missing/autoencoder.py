@@ -31,11 +31,7 @@ class AE(MissingModel):
         self.decoders = nn.ModuleList(mlp(self.joined, d, dropout=dropout) for d in widths.values())
 
     def make_autoencoder(self) -> nn.Module:
-        widths = [self.joined, 256, 128, 256, self.joined]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU()]
-        return nn.Sequential(*layers[:-1], nn.ReLU())
+        return nn.Sequential(*_stack([self.joined, 256, 128, 256, self.joined], nn.LeakyReLU), nn.ReLU())
 
     def complete(self, h: Tensor) -> Tensor:
         """Return r [N, 128 M] of features h [M, N, 128]."""
