@@ -1,7 +1,10 @@
 import os
 
 import pytest
-import torch
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads, which wait by spinning; torch's are the fixture's below
+
+import torch  # noqa: E402
 
 # Without a GPU the Triton kernels are interpreted, which must be said before they are imported.
 if not torch.cuda.is_available():

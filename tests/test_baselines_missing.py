@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from written_missing import LOSSES, STEP, WIDTHS, Written, batch_norm_mlp, clustering_gradient, correlation_gradient
 
 from mla_fast import data
 from mla_fast.baselines import Setup, fit_joint
@@ -19,7 +20,6 @@ from mla_fast.baselines.missing.parts import masked_reconstruction, rate, visibl
 from mla_fast.baselines.missing.tate import symmetric_kl
 
 C, N = 4, 13
-WIDTHS = {"audio": 3, "image": 7, "text": 5}
 BATCHED = [name for name, model in MISSING_METHODS.items() if not issubclass(model, FittedModel)]
 FITTED = [name for name in MISSING_METHODS if name not in BATCHED]
 
@@ -45,146 +45,14 @@ def fit(model, batches, epochs):
 
 def make(name, count=3, **options):
     torch.manual_seed(0)
-    dropout = {"dropout": 0.0} if name in BATCHED else {}
-    return MISSING_METHODS[name](dict(list(WIDTHS.items())[:count]), C, **dropout, **options).double()
+    usual = {"dropout": 0.0} if name in BATCHED else {"test_rounds": 5} if name == "CPM-Net" else {}
+    return MISSING_METHODS[name](dict(list(WIDTHS.items())[:count]), C, **(usual | options)).double()
 
 
 def prepared(name, given, count=3, **options):
     model = make(name, count, **options)
     model.prepare(Setup([given], [given], lambda m, epochs: fit(m, [given], epochs), 2))
     return model
-
-
-class Written:
-    """Networks of a model in NumPy, from its parameters."""
-
-    def __init__(self, model):
-        self.p = {name: p.detach().numpy() for name, p in model.named_parameters()}
-
-    def linear(self, name, x):
-        y = x @ self.p[f"{name}.weight"].T
-        return y + self.p[f"{name}.bias"] if f"{name}.bias" in self.p else y
-
-    def mlp(self, name, x):
-        for layer in (0, 3):
-            x = np.maximum(self.linear(f"{name}.{layer}", x), 0)
-        return self.linear(f"{name}.6", x)
-
-    def stack(self, name, x, slope):
-        layers = sorted({int(key[len(name) + 1 :].split(".")[0]) for key in self.p if key.startswith(f"{name}.")})
-        for layer in layers[:-1]:
-            x = self.linear(f"{name}.{layer}", x)
-            x = np.where(x > 0, x, slope * x)
-        return self.linear(f"{name}.{layers[-1]}", x)
-
-    def features(self, inputs, here):
-        x = {m: np.where(here[:, [i]], inputs[m].numpy(), 0) for i, m in enumerate(WIDTHS)}
-        return np.concatenate([self.mlp(f"encoders.{m}", x[m]) for m in WIDTHS], 1)
-
-    def cascade(self, name, h, blocks, s=None):
-        codes, x = [], h
-        for i in range(blocks):
-            codes.append(self.stack(f"{name}.encoders.{i}", x if s is None else x + s, 0.01))
-            x = self.stack(f"{name}.decoders.{i}", codes[-1], 0.0) + (x if s is None else 0)
-        return self.linear(f"{name}.transition.2", np.maximum(self.linear(f"{name}.transition.0", x), 0)), np.hstack(codes)
-
-    def shared(self, h):
-        parts = []
-        for x in np.split(h, len(WIDTHS), 1):
-            x = self.linear("invariant.0", x)
-            x = self.linear("invariant.2", np.where(x > 0, x, 0.01 * x))
-            parts.append(np.where(x > 0, x, 0.01 * x))
-        return np.concatenate(parts, 1)
-
-    def norm(self, name, x):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        return x * self.p[f"{name}.weight"] + self.p[f"{name}.bias"]
-
-    def transformer(self, name, x):
-        d = x.shape[-1]
-        both = x @ self.p[f"{name}.self_attn.in_proj_weight"].T + self.p[f"{name}.self_attn.in_proj_bias"]
-        q, k, v = (part.reshape(*x.shape[:2], 4, d // 4).swapaxes(1, 2) for part in np.split(both, 3, -1))
-        mixed = softmax(q @ k.swapaxes(2, 3) / math.sqrt(d // 4)) @ v
-        x = self.norm(f"{name}.norm1", x + self.linear(f"{name}.self_attn.out_proj", mixed.swapaxes(1, 2).reshape(x.shape)))
-        hidden = np.maximum(self.linear(f"{name}.linear1", x), 0)
-        return self.norm(f"{name}.norm2", x + self.linear(f"{name}.linear2", hidden))
-
-    def tokens(self, h, here):
-        h = np.split(h, len(WIDTHS), 1)
-        tag = np.concatenate([here.all(1, keepdims=True), ~here], 1).astype(float)
-        pairs = {frozenset(pair): i for i, pair in enumerate(itertools.combinations(range(3), 2))}
-        rows = []
-        for m in range(3):
-            others = [self.linear(f"shared.{pairs[frozenset((m, u))]}", h[m]) for u in range(3) if u != m]
-            rows.append(np.concatenate([*others, tag], 1))
-        return np.stack(rows, 1), tag
-
-
-def softmax(z):
-    e = np.exp(z - z.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def cross_entropies(z, y):
-    return -np.log(softmax(z)[range(len(y)), y])
-
-
-def reconstruction(net, r, here, full):
-    total = 0
-    for i, m in enumerate(WIDTHS):
-        apart = net.mlp(f"decoders.{i}", r) - full[m].numpy()
-        total += (apart**2).mean(1)[~here[:, i]].sum()
-    return total
-
-
-def ae_loss(model, net, x, y, here, full):
-    r = np.maximum(net.stack("autoencoder", net.features(x, here), 0.01), 0)
-    return cross_entropies(net.mlp("classifier", r), y).mean() + 0.2 * reconstruction(net, r, here, full)
-
-
-def cra_loss(model, net, x, y, here, full):
-    r, _ = net.cascade("autoencoder", net.features(x, here), 2)
-    return cross_entropies(net.mlp("classifier", r), y).mean() + 0.8 * reconstruction(net, r, here, full)
-
-
-def mmin_loss(model, net, x, y, here, full):
-    h = net.features(x, here)
-    r, codes = net.cascade("forth", h, 5)
-    t = Written(model.teacher.model).features(full, ~here)
-    returned, _ = net.cascade("back", r, 5)
-    fixed = model.fixed  # h, of which this term has no gradient
-    terms = 4 * ((r - t) ** 2).mean() + 2 * ((returned - (h if fixed is None else fixed)) ** 2).mean()
-    return cross_entropies(net.mlp("classifier", codes), y).mean() + terms
-
-
-def if_mmin_loss(model, net, x, y, here, full):
-    h = net.features(x, here)
-    s = net.shared(h)
-    r, codes = net.cascade("forth", h, 5, s)
-    teacher, everything = Written(model.teacher.model), np.ones_like(here)
-    t, common = teacher.features(full, ~here), teacher.shared(teacher.features(full, everything))
-    terms = ((r - t) ** 2).mean() + ((s - common) ** 2).mean()
-    return cross_entropies(net.mlp("classifier", codes), y).mean() + terms
-
-
-def tate_loss(model, net, x, y, here, full):
-    def apart(a, b):
-        p, q = softmax(a), softmax(b)
-        return ((p * np.log(p / q)).sum(-1) + (q * np.log(q / p)).sum(-1)).mean(1).sum()
-
-    tokens, tag = net.tokens(net.features(x, here), here)
-    E = net.transformer("encoder", tokens)
-    D = net.transformer("decoder", E)
-    score = net.linear("pooling.score", net.linear("pooling.value", E) / (1 + np.exp(-net.linear("pooling.gate", E))))
-    g = (softmax(score.swapaxes(1, 2)).swapaxes(1, 2) * E).sum(1)
-    teacher, everything = Written(model.teacher.model), np.ones_like(here)
-    guide = teacher.transformer("encoder", teacher.tokens(teacher.features(full, everything), everything)[0])
-    mae = np.abs(tag - 1 / (1 + np.exp(-g[:, -4:]))).mean()
-    z = net.linear("classifier.1", net.linear("classifier.0", g))
-    return cross_entropies(z, y).sum() + 0.1 * (apart(E, guide) + apart(D, tokens) + mae)
-
-
-LOSSES = {"AE": ae_loss, "CRA": cra_loss, "MMIN": mmin_loss, "IF-MMIN": if_mmin_loss, "TATE": tate_loss}
 
 
 @pytest.mark.parametrize("name", BATCHED)
@@ -206,19 +74,12 @@ def test_the_loss_and_the_first_step_are_those_written_out(name):
     model.loss(*given).backward()
     model.fixed = Written(model).features(inputs, present.numpy()) if name == "MMIN" else None
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    generator, difference = torch.Generator().manual_seed(5), 1e-5
-    for n in before:  # the derivative along a random direction in each parameter
-        direction = torch.randn(before[n].shape, generator=generator, dtype=torch.float64)
-        direction /= direction.norm()  # too short a way for many kinks of ReLU
-        sides = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                dict(model.named_parameters())[n].copy_(before[n] + sign * difference * direction)
-            sides.append(LOSSES[name](model, Written(model), *arguments))
-            with torch.no_grad():
-                dict(model.named_parameters())[n].copy_(before[n])
-        slope = (dict(model.named_parameters())[n].grad * direction).sum().item()
-        assert slope == pytest.approx((sides[0] - sides[1]) / (2 * difference), rel=2e-3, abs=1e-9), n
+    net, random = Written(model), np.random.default_rng(5)
+    for part in dict.fromkeys(".".join(n.split(".")[:2]) for n in before):  # the derivative along a random direction
+        direction = {n: random.standard_normal(p.shape) for n, p in before.items() if n.startswith(part)}
+        slope = LOSSES[name](model, net.towards(direction), *arguments).imag / STEP
+        found = sum((p.grad.numpy() * direction[n]).sum() for n, p in model.named_parameters() if n in direction)
+        assert found == pytest.approx(slope, rel=1e-9, abs=1e-12), part
     gradients = {n: p.grad.clone() + model.decay * before[n] for n, p in model.named_parameters()}
     optimizer.step()
     for n, p in model.named_parameters():
@@ -415,12 +276,43 @@ def test_dcca_sums_pairs_and_dccae_adds_reconstruction():
     ones = [torch.ones_like(v) + 0.0 * v for v in x]
     added = deep.loss(ones) - plain.loss(ones)
     assert added.item() == pytest.approx(0.001 * 3)
-    before = [p.detach().clone() for p in plain.encoders.parameters()]
-    plain.loss(x).backward()
-    plain.adam.step()
-    for p, old in zip(plain.encoders.parameters(), before, strict=True):
-        g = p.grad + 1e-4 * old
-        torch.testing.assert_close(p.detach(), old - 1e-3 * g / (g.abs() + 1e-8), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["DCCA", "DCCAE"])
+def test_the_first_step_of_deep_correlation_is_that_written_out(name):
+    masked, target, present, *_ = batch(samples=63)
+    model = make(name, k=2)
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm1d)):
+        nn.init.normal_(norm.bias)  # with biases of zero what is imputed by the mean stands at the kink of ReLU
+    model.begin(masked, target, present, epochs=2)
+    x = model.imputation(masked, present)
+    model.loss(x).backward()
+    net, values = Written(model), [v.numpy() for v in x]
+    z = [batch_norm_mlp(net, f"encoders.{m}", v) for m, v in enumerate(values)]
+    pulls = [np.zeros_like(v) for v in z]
+    for a, b in itertools.combinations(range(3), 2):
+        for m, gradient in zip((a, b), correlation_gradient(z[a], z[b]), strict=True):
+            pulls[m] -= gradient
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trained = [n for n in before if n.startswith(("encoders", "decoders"))]
+    assert len(trained) == len(model.adam.param_groups[0]["params"])
+    for n in trained:
+        direction = np.random.default_rng(5).standard_normal(before[n].shape)
+        there = net.towards({n: direction})
+        moved = [batch_norm_mlp(there, f"encoders.{m}", v) for m, v in enumerate(values)]
+        slope = sum((pull * code.imag).sum() / STEP for pull, code in zip(pulls, moved, strict=True))
+        if name == "DCCAE":
+            errors = [
+                batch_norm_mlp(there, f"decoders.{m}", code) - v for m, (code, v) in enumerate(zip(moved, values, strict=True))
+            ]
+            slope += 0.001 * sum((e * e).mean() for e in errors).imag / STEP
+        found = (dict(model.named_parameters())[n].grad.numpy() * direction).sum()
+        assert found == pytest.approx(slope, rel=1e-8, abs=1e-12), n
+    model.adam.step()
+    for n in trained:
+        p = dict(model.named_parameters())[n]
+        g = p.grad + 1e-4 * before[n]
+        torch.testing.assert_close(p.detach(), before[n] - 1e-3 * g / (g.abs() + 1e-8), rtol=0, atol=1e-12)
 
 
 def test_cca_is_solved_at_once():
@@ -469,6 +361,32 @@ def test_cpm_net_reconstructs_what_is_visible():
         model.reconstruction(written).backward()
         adam.step()
     torch.testing.assert_close(found, written.detach(), rtol=0, atol=1e-10)
+
+
+def test_the_first_round_of_cpm_net_is_that_written_out(monkeypatch):
+    monkeypatch.setattr(cpm_net, "STEPS", 1)
+    masked, target, present, *_ = batch(samples=63)
+    model = make("CPM-Net", weight=0.5)
+    model.begin(masked, target, present, epochs=1)
+    h, y = model.latents.detach().numpy().copy(), target.numpy()
+    before = [(d.weight.detach().numpy().copy(), d.bias.detach().numpy().copy()) for d in model.decoders]
+    model.train_epoch(0)
+
+    def step(g, lr):
+        return lr * g / (np.abs(g) + 1e-8)
+
+    loss, pull = clustering_gradient(h, y, C)
+    assert cpm_net.clustering(torch.tensor(h), target, C).item() == pytest.approx(loss, rel=1e-12) and loss > 0
+    pull *= 0.5
+    for m, (name, decoder) in enumerate(zip(WIDTHS, model.decoders, strict=True)):
+        W, b = before[m]
+        apart = np.where(present[:, [m]].numpy(), h @ W.T + b - masked[name].numpy(), 0)
+        W, b = W - step(2 * apart.T @ h, 1e-3), b - step(2 * apart.sum(0), 1e-3)
+        np.testing.assert_allclose(decoder.weight.detach().numpy(), W, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(decoder.bias.detach().numpy(), b, rtol=0, atol=1e-12)
+        apart = np.where(present[:, [m]].numpy(), h @ W.T + b - masked[name].numpy(), 0)  # the latents follow the new decoders
+        pull += 2 * apart @ W
+    np.testing.assert_allclose(model.latents.detach().numpy(), h - step(pull, 1e-2), rtol=0, atol=1e-12)
 
 
 @pytest.mark.exhaustive

@@ -1,6 +1,6 @@
 """Table 2 of the paper on avdigits B and digits: methods for missing modalities beside late fusion, QMF and MLA.
 
-    python -m bench.accuracy.missing --data avdigits.npz --seeds 0-2 --missing 0.1:0.7:0.1 --epochs 20 --output runs/missing
+    python -m bench.accuracy.missing --data avdigits.npz --seeds 0-2 --missing 0.1:0.7:0.1 --epochs 60 --output runs/missing
 
 The protocol is that of ``mla-fast compare --protocol cpm``. Each task is a folder with runs.jsonl, table.md and report.html;
 what is done is not run again. ``bench/results/missing-*.jsonl`` are such runs. ``--show`` prints what there is without running.
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", type=options.names, default=["all"])
     parser.add_argument("--seeds", type=options.seeds, default=options.seeds("0-2"))
     parser.add_argument("--trials", type=options.positive, default=1)
-    parser.add_argument("--epochs", type=options.positive, default=20)
+    parser.add_argument("--epochs", type=options.positive, default=60)
     parser.add_argument("--missing", type=options.rates, default=options.rates("0.1:0.7:0.1"))
     parser.add_argument("--protocol", choices=PROTOCOLS, default="cpm")
     parser.add_argument("--jobs", type=options.positive, default=2)

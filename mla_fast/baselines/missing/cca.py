@@ -112,7 +112,7 @@ class DCCA(FittedModel):
         self.imputation.learn(inputs, present)
         self.training_set, self.passes = (inputs, target, present), epochs
         networks = [p for name, p in self.named_parameters() if not name.startswith(("imputation", "classifier"))]
-        self.adam = torch.optim.Adam(networks, 1e-3 * lr_factor, weight_decay=1e-4 + weight_decay)
+        self.adam = torch.optim.Adam(networks, 1e-3 * lr_factor, weight_decay=1e-4 + weight_decay, fused=True)
         return epochs
 
     def train_epoch(self, epoch: int) -> None:

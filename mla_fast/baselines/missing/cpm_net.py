@@ -53,8 +53,8 @@ class CPMNet(FittedModel):
         like = next(iter(self.x.values()))
         self.latents.data = nn.init.xavier_uniform_(like.new_empty(len(target), FEATURES))
         self.start.data = nn.init.xavier_uniform_(like.new_empty(len(target), FEATURES))[0].clone()
-        self.of_decoders = torch.optim.Adam(self.decoders.parameters(), self.lr, weight_decay=weight_decay)
-        self.of_latents = torch.optim.Adam([self.latents], LATENT_LR * lr_factor)
+        self.of_decoders = torch.optim.Adam(self.decoders.parameters(), self.lr, weight_decay=weight_decay, fused=True)
+        self.of_latents = torch.optim.Adam([self.latents], LATENT_LR * lr_factor, fused=True)
         return min(CHECKPOINTS, epochs)
 
     def train_epoch(self, epoch: int) -> None:
@@ -85,7 +85,7 @@ class CPMNet(FittedModel):
     def infer(self, x: Inputs, available: Tensor) -> Tensor:
         """Return latents [N, 128] that Adam finds for L_rec, by its gradient 2 Σ_m s_m (W_mᵀ W_m h − W_mᵀ (x_m − b_m))."""
         h = nn.Parameter(self.start.expand(available.shape[1], -1).clone())
-        adam = torch.optim.Adam([h], self.lr)
+        adam = torch.optim.Adam([h], self.lr, fused=True)
         pulls, metrics = [], []
         parameters = list(self.decoders.parameters())
         for W, b, values, here in zip(parameters[::2], parameters[1::2], x.values(), available, strict=True):

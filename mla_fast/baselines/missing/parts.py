@@ -122,7 +122,9 @@ class MissingModel(JointModel):
 
     def optimizer(self, epochs: int, lr_factor: float = 1.0, weight_decay: float = 0.0) -> Adam:
         """Return Adam and its schedule by epoch; weight_decay: added to the method's own."""
-        adam = torch.optim.Adam(self.parameters(), self.lr * lr_factor, self.betas, weight_decay=self.decay + weight_decay)
+        adam = torch.optim.Adam(
+            self.parameters(), self.lr * lr_factor, self.betas, weight_decay=self.decay + weight_decay, fused=True
+        )
         return adam, torch.optim.lr_scheduler.LambdaLR(adam, lambda epoch: rate(epoch, epochs))
 
 
