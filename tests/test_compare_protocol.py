@@ -202,6 +202,7 @@ def test_killed_at_any_moment_the_results_are_the_same(tmp_path, kills):
         time.sleep(random.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert 'methods = ["Concat", "UMT", "MLA rls"]' in (tmp_path / "killed" / "run.toml").read_text()
         lines.append(len(read(tmp_path / "killed" / "runs.jsonl")))
     runs = 6 * (1 + (kills > 1))
     assert lines[1] < runs

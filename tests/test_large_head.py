@@ -296,3 +296,17 @@ def test_logits_of_ones_own_are_what_is_trained_on():
         expected = F.cross_entropy(model({"audio": inputs["audio"]})["audio"], target)
     losses = mla.alternating_step(model, optimizer, (inputs, target))
     torch.testing.assert_close(losses["audio"], expected)
+
+
+@pytest.mark.parametrize("N", [0, 5])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_of_no_row_there_is_no_mean_and_no_gradient(N, weighted, smoothing):
+    features, weight, bias, _, of_class = draw(N, 7, 6)
+    target, of_class = torch.full((N,), IGNORED, device=here()), of_class if weighted else None
+    expected = by_autograd(features, weight, bias, target, of_class, smoothing)
+    leaves = [t.requires_grad_() for t in (features, weight, bias)]
+    loss = mla.linear_cross_entropy(*leaves, target, class_weight=of_class, label_smoothing=smoothing, ignore_index=IGNORED)
+    loss.backward()
+    for ours, theirs in zip((loss.detach(), *(t.grad for t in leaves)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from mla_fast.cli_config import write_options
 from mla_fast.compare import options, report
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import select, trials
 from mla_fast.compare.missing import compare_missing
 from mla_fast.compare.run import Job
-from mla_fast.compare.runner import claim, run_all, settings_of
+from mla_fast.compare.runner import begin, run_all, settings_of
 from mla_fast.compare.task import Task, load_task
 from mla_fast.data import PROTOCOLS
 
@@ -54,7 +53,6 @@ def compare(arguments: argparse.Namespace) -> None:
             raise ValueError("protocol: expected --missing beside it, as 0.1:0.7:0.1, got none")
         arrays = {"modalities": list(task.split(arguments.seeds[0])[0].modalities), "label": arguments.label}
         print(compare_missing(task, arguments, Budget(epochs=arguments.epochs), **arrays))
-        write_options(arguments, arguments.output / "run.toml")
         print(f"\nwrote {arguments.output / 'report.html'}, table.md, runs.jsonl and run.toml")
         return
     # What is wrong with the data, for any seed, is said before anything is run.
@@ -65,7 +63,6 @@ def compare(arguments: argparse.Namespace) -> None:
     data = {"modalities": list(modalities), "label": arguments.label}
     budget = Budget(epochs=arguments.epochs)
     print(compare_methods(task, names, arguments.seeds, arguments.trials, budget, arguments, **data))
-    write_options(arguments, arguments.output / "run.toml")
     print(f"\nwrote {arguments.output / 'report.html'}, results.csv, runs.jsonl and run.toml")
 
 
@@ -76,7 +73,7 @@ def compare_methods(
     for name in names:
         trials(name, count)
     settings = settings_of(task, budget, arguments.missing, arguments.device, **data)
-    digest = claim(arguments.output, settings)
+    digest = begin(arguments, settings)
     rates = tuple(arguments.missing)
     jobs = [
         Job(task, name, seed, trial, budget, rates, arguments.device, digest)

@@ -16,7 +16,7 @@ from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import MISSING, TABLE_2, find, select, trials
 from mla_fast.compare.records import Record
 from mla_fast.compare.run import Job
-from mla_fast.compare.runner import claim, run_all, settings_of
+from mla_fast.compare.runner import begin, run_all, settings_of
 from mla_fast.compare.task import Task, Three
 from mla_fast.data import MultimodalDataset
 
@@ -92,7 +92,7 @@ def compare_missing(task: Task, arguments: argparse.Namespace, budget: Budget, *
     budget = replace(budget, features=WIDTH, hidden=(WIDTH, WIDTH))
     # Rates are not among the settings: more of them may be asked for later.
     settings = settings_of(task, budget, [], arguments.device, protocol=arguments.protocol, **names)
-    digest = claim(arguments.output, settings)
+    digest = begin(arguments, settings)
     jobs = [
         Job(masked(task, rate, arguments.protocol), name, seed, trial, budget, (), arguments.device, digest, rate)
         for seed in arguments.seeds

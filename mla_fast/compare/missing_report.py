@@ -100,6 +100,6 @@ def write(found: Sequence[Record], settings: dict[str, Any], folder: Path) -> st
 def _page(title: str, tables: Mapping[str, str], said: Sequence[str], settings: Mapping[str, Any], picture: str) -> str:
     sections = [("findings", "What the numbers say", "".join(f"<p>{html.escape(text)}</p>" for text in said))]
     sections.append(("by-rate", "Accuracy by the rate of missing modalities", picture))
-    sections += [(name, name, f"<pre>{html.escape(text)}</pre>") for name, text in tables.items()]
+    sections += [(name.replace(" ", "-"), name, f"<pre>{html.escape(text)}</pre>") for name, text in tables.items()]
     sections.append(("settings", "Settings", page.table(list(settings.items()))))
     return page.page(title, sections)

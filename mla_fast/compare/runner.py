@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mla_fast.cli_config import write_options
 from mla_fast.compare import records
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.records import Record
@@ -45,6 +47,14 @@ def claim(folder: Path, settings: dict[str, Any]) -> str:
     else:
         records.replace(path, json.dumps(settings, indent=2) + "\n")
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def begin(arguments: argparse.Namespace, settings: dict[str, Any]) -> str:
+    """Claim the output folder, leave the options there of a command that was typed, and return the digest of the settings."""
+    digest = claim(arguments.output, settings)
+    if "command" in arguments:
+        write_options(arguments, arguments.output / "run.toml")
+    return digest
 
 
 def finished(folder: Path, digest: str) -> dict[tuple[Any, ...], Record]:

@@ -60,7 +60,8 @@ def linear_cross_entropy(
     """Return F.cross_entropy(F.linear(features, weight, bias), target, …), eq. 2, without the logits [N, C] in memory.
 
     features: [N, s]; weight: [C, s]; bias: [C] or None; target: int64 [N] of labels 0 … C − 1 or `ignore_index`; class_weight:
-    [C]. The loss, [] in float32 or wider, is the mean over the rows that are not ignored, weighted where classes are. Under
+    [C]. The loss, [] in float32 or wider, is the mean over the rows that are not ignored, weighted where classes are, and NaN
+    without any, with gradients of zero. Under
     autocast the products are computed in its dtype (in float32 for float16, whose range is too small for them), sums in float32.
 
     The gradients are computed along with the loss, for one backward pass: another through the same graph raises RuntimeError, as
@@ -70,7 +71,8 @@ def linear_cross_entropy(
     """
     check(features, weight, bias, target, class_weight, label_smoothing, ignore_index)
     terms = terms_of(target, len(weight), weight.dtype, class_weight, label_smoothing, ignore_index)
-    return loss_of(features, weight, bias, target, terms)
+    nothing = ((terms.own == 0) & (terms.rest == 0)).all()  # of which there is no mean, and no gradient
+    return loss_of(features, weight, bias, target, terms) + torch.where(nothing, torch.nan, 0.0)
 
 
 def loss_of(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, terms: Terms) -> Tensor:
@@ -180,6 +182,7 @@ def terms_of(
     of_label = counted if class_weight is None else counted * class_weight.to(dtype)[target.clamp(0, classes - 1)]
     if weights is None:
         scale = 1 / (of_label.sum() if total is None else of_label.new_full((), total))
+        scale = torch.where(counted > 0, scale, 0)  # so that nothing counted is 0, not 0 / 0
     else:
         scale = weights.to(dtype)
     known = (target == ignore_index) | ((target >= 0) & (target < classes))
