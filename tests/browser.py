@@ -2,8 +2,8 @@
 
     python tests/browser.py FOLDER WIDTH[,WIDTH…] PAGE…
 
-prints what each page has at each width as a line of JSON, and writes the pictures to the folder. The browser is QtWebEngine, which
-is Chromium: ``pip install PySide6-WebEngine``.
+prints what each page has at each width as a line of JSON, and writes the pictures to the folder. The browser is QtWebEngine,
+which is Chromium: ``pip install PySide6-WebEngine``.
 """
 
 import json
@@ -17,7 +17,7 @@ import pytest
 TALL = 7000  # pixels of a page that are seen
 PARTS = """
 (() => {
-  const box = e => { const r = e.getBoundingClientRect(); return {left: r.left, right: r.right, width: r.width, height: r.height}; };
+  const box = e => (({left, right, width, height}) => ({left, right, width, height}))(e.getBoundingClientRect());
   const scrolls = e => { for (; e && e !== document.body; e = e.parentElement)
       if (["auto", "scroll", "hidden"].includes(getComputedStyle(e).overflowX)) return true; return false; };
   const all = query => [...document.querySelectorAll(query)].filter(e => e.checkVisibility());
@@ -26,7 +26,8 @@ PARTS = """
     width,
     height: Math.ceil(document.body.getBoundingClientRect().bottom),
     sections: all("section[id]").map(e => e.id),
-    pictures: all("section svg, img").map(e => ({...box(e), loaded: e.naturalWidth !== 0, of: e.closest("section")?.id ?? e.alt})),
+    pictures: all("section svg, img")
+      .map(e => ({...box(e), loaded: e.naturalWidth !== 0, of: e.closest("section")?.id ?? e.alt})),
     rows: all("tr").length,
     cut: all("svg, img, table, pre, p, h1, h2, h3, li").filter(e => !scrolls(e) && box(e).right > width + 1)
       .map(e => e.tagName + " " + e.textContent.trim().slice(0, 40)),
