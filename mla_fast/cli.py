@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(typed: list[str]) -> argparse.Namespace:
     """Parse a command line after the options of its --config, which it overrides."""
     path = cli_config.config_path(typed)
+    if typed[:1] == ["train"] and cli_paper.is_meant(typed[1:]):
+        typed = ["paper", *typed[1:]]
     if path is None:
         return _parser().parse_args(typed)
     try:
@@ -126,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="take a few seconds, to see that it runs")
     p.set_defaults(command=demo)
 
-    p = commands.add_parser("train", help="train on an .npz with one array per modality and a label array")
+    more = f"train SET ROOT is for the paper's data sets, {', '.join(cli_paper.SETS)}: see mla-fast train crema-d --help"
+    help = "train on an .npz with one array per modality and a label array"
+    p = commands.add_parser("train", help=f"{help}, or on a data set of the paper", epilog=more)
     _add_data_options(p)
     _add_training_options(p)
     _add_head_options(p)

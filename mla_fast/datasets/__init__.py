@@ -8,6 +8,7 @@ from mla_fast.datasets.iemocap import IEMOCAP
 from mla_fast.datasets.iemocap_features import read_gcnet, read_mmin
 from mla_fast.datasets.kinetics_sounds import KineticsSounds
 from mla_fast.datasets.lazy import Entry, Found, LazyDataset
+from mla_fast.datasets.loader import Loader
 from mla_fast.datasets.mvsa import MVSA
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Found",
     "KineticsSounds",
     "LazyDataset",
+    "Loader",
     "prepare",
     "read_gcnet",
     "read_mmin",

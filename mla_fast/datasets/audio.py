@@ -78,7 +78,7 @@ def log_spectrogram(waveform: Tensor, n_fft: int = 512, hop: int = 353) -> Tenso
 class Fbank:
     """Read filter banks float32 [frames, 128] from audio, or from ``.npy`` and ``.pkl`` of that shape.
 
-    Shorter ones are padded by zeros, longer ones cut, then standardised where audio was read: arrays are taken as they are.
+    Longer ones are cut, shorter ones padded by zeros, then standardised where audio was read: arrays are taken as they are.
 
     standardize: (mean, deviation), ``audio.CAVMAE`` for CAV-MAE; None for MLA's code, which leaves them as they are.
     """
@@ -93,12 +93,13 @@ class Fbank:
         banks = fbank(waveform - waveform.mean(), rate)[: self.frames]
         if not len(banks):
             raise DecodeError(source, "shorter than 25 ms")
-        banks = F.pad(banks, (0, 0, 0, self.frames - len(banks)))
         mean, deviation = self.standardize or (0.0, 1.0)
         return (banks - mean) / deviation
 
     def finish(self, decoded: Tensor, augment: bool) -> Tensor:
-        return decoded
+        """Pad by what zeros become; a cache has no padding, which often is most of the array."""
+        mean, deviation = self.standardize or (0.0, 1.0)
+        return F.pad(decoded, (0, 0, 0, self.frames - len(decoded)), value=(0.0 - mean) / deviation)
 
     def empty(self) -> Tensor:
         return torch.zeros(self.frames, 128)

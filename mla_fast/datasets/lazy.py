@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from mla_fast.data.dataset import listed
 from mla_fast.datasets.cache import Cache
 from mla_fast.datasets.files import DecodeError, problem_with
-from mla_fast.datasets.readers import Reader
+from mla_fast.datasets.readers import CompactReader, Reader
 
 Sample = tuple[dict[str, Tensor], Tensor, Tensor]
 WITH_VALIDATION = ("train", "validation", "test")
@@ -100,14 +100,21 @@ class LazyDataset(Dataset[Sample]):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, *, compact: bool = False) -> Sample:
+        """Return a sample; compact: with the small halves of those modalities that have them, see ``CompactReader``."""
         inputs, present = {}, []
         for modality, reader in self.readers.items():
             try:
                 decoded = self.decode(index, modality)
             except DecodeError as error:
                 decoded = None
-                warnings.warn(f"{self.name}: {modality} of {self.entries[index].id} is left out: {error}", stacklevel=2)
-            inputs[modality] = reader.empty() if decoded is None else reader.finish(decoded, self.augment)
+                warnings.warn(f"{self.name}: {modality} of {self.entries[index].id} is left out: {error}", stacklevel=3)
+            if compact and isinstance(reader, CompactReader):
+                inputs[modality] = reader.compact(decoded, self.augment)
+            else:
+                inputs[modality] = reader.empty() if decoded is None else reader.finish(decoded, self.augment)
             present.append(decoded is not None)
         return inputs, torch.tensor(self.entries[index].label), torch.tensor(present)
 

@@ -1,0 +1,74 @@
+"""Batches of a data set that decodes lazily: workers send what is small, which becomes floats where it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mla_fast.datasets.lazy import LazyDataset, Sample
+from mla_fast.datasets.readers import CompactReader
+from mla_fast.threads import one_thread
+
+Batch = tuple[dict[str, Tensor], Tensor, Tensor]
+
+
+class Loader(DataLoader[Sample]):
+    """Return batches ``({modality: [N, …]}, label int64 [N], present bool [N, M])`` of a ``LazyDataset``.
+
+    They are those of a plain ``DataLoader``, at about half its cost: images go from the workers as bytes, a quarter of the
+    memory, and are standardised here. What the workers need, such as a tokenizer, is loaded once before they are forked.
+
+    device: where images are standardised, by default on the CPU; on a GPU their bytes are sent there from pinned memory.
+    """
+
+    def __init__(
+        self,
+        dataset: LazyDataset,
+        batch_size: int = 64,
+        *,
+        shuffle: bool = False,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        self.data, self.device = dataset, torch.device(device)
+        pin = self.device.type == "cuda"
+        super().__init__(_Compact(dataset), batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pin)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self.num_workers and self.data.cache is None:
+            for reader in self.data.readers.values():
+                load = getattr(reader, "load", None)
+                if load is not None:
+                    load()
+        for batch in super().__iter__():
+            with one_thread():
+                expanded = self._expanded(*batch)
+            yield expanded
+
+    def _expanded(self, inputs: dict[str, Tensor], target: Tensor, present: Tensor) -> Batch:
+        expanded = {}
+        for (modality, reader), here in zip(self.data.readers.items(), present.T, strict=True):
+            x = inputs[modality]
+            if isinstance(reader, CompactReader):
+                x = reader.expand(x.to(self.device, non_blocking=True))
+                if not here.all():
+                    x[(~here).to(x.device)] = 0
+            expanded[modality] = x
+        return expanded, target, present
+
+
+class _Compact(Dataset[Any]):
+    """The samples with the small halves of their modalities."""
+
+    def __init__(self, dataset: LazyDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset.sample(index, compact=True)
