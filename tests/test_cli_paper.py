@@ -112,14 +112,14 @@ def test_the_papers_encoders(tmp_path, monkeypatch, capsys):
             ("iemocap", "image", M3AE),
             ("iemocap", "audio", CAVMAEAudio),
         ):
-            assert isinstance(cli_paper._encoder(dataset, modality, dict(cli_paper.PAPER)), kind)
+            assert isinstance(cli_paper.make_encoder(dataset, modality, dict(cli_paper.PAPER)), kind)
         assert (
             "the encoder of text starts from random weights, the paper's from pretrained: --weights text=FILE"
             in capsys.readouterr().out
         )
-        small = [cli_paper._encoder("iemocap", m, {**cli_paper.PAPER, "size": "small"}) for m in ("audio", "image", "text")]
+        small = [cli_paper.make_encoder("iemocap", m, {**cli_paper.PAPER, "size": "small"}) for m in ("audio", "image", "text")]
         assert [encoder.out_features for encoder in small] == [384] * 3
-        released = cli_paper._encoder("mvsa", "image", {**cli_paper.PAPER, "as_released": True})
+        released = cli_paper.make_encoder("mvsa", "image", {**cli_paper.PAPER, "as_released": True})
     assert released.patch_order == "official" and released.blocks[0].gelu == "none"
 
 

@@ -1,8 +1,8 @@
 """How fast samples of CREMA-D come from the disk: ``python -m bench.throughput.input_pipeline [--output out.jsonl]``.
 
-A tree of real files is made, 256 clips of 2.5 s of sound at 16 kHz and three JPEG frames of 480 × 360, and read in batches of 64 by
-two workers: from a cache of ``mla-fast prepare`` and decoded on the fly, by ``datasets.Loader`` and by torch's ``DataLoader``, in
-turns. Seconds of the processor, of workers and all, are given beside those on the clock: they bound what a quiet machine does.
+A tree of real files is made, 256 clips of 2.5 s of sound at 16 kHz and three JPEG frames of 480 × 360, and read in batches of 64
+by two workers: from a cache of ``mla-fast prepare`` and decoded on the fly, by ``datasets.Loader`` and by torch's ``DataLoader``,
+in turns. Seconds of the processor, of workers and all, are given beside those on the clock: they bound what a quiet machine does.
 """
 
 from __future__ import annotations

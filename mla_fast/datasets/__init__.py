@@ -1,6 +1,7 @@
 """The paper's data sets, decoded lazily from what is on disk: ``({modality: tensor}, label, present)`` of each sample."""
 
 from mla_fast.datasets.cache import prepare
+from mla_fast.datasets.clip_food101 import ClipFood101
 from mla_fast.datasets.crema_d import CremaD
 from mla_fast.datasets.files import DecodeError
 from mla_fast.datasets.food101 import Food101
@@ -14,6 +15,7 @@ from mla_fast.datasets.mvsa import MVSA
 __all__ = [
     "IEMOCAP",
     "MVSA",
+    "ClipFood101",
     "CremaD",
     "DecodeError",
     "Entry",

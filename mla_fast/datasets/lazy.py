@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,12 @@ class LazyDataset(Dataset[Sample]):
             present.append(decoded is not None)
         return inputs, torch.tensor(self.entries[index].label), torch.tensor(present)
 
+    def with_entries(self, entries: Sequence[Entry]) -> LazyDataset:
+        """Return the same data set with other entries."""
+        other = copy.copy(self)
+        other.entries = list(entries)
+        return other
+
     def decode(self, index: int, modality: str) -> Tensor | None:
         """Return a modality of a sample as its reader decodes it, None where it is absent; raise DecodeError if it is damaged."""
         entry = self.entries[index]
@@ -142,7 +149,10 @@ class LazyDataset(Dataset[Sample]):
         for modality in self.readers:
             source = entry.sources.get(modality)
             path = source[0] if isinstance(source, tuple) else source
-            reason = ("no text" if not path.strip() else None) if isinstance(path, str) else problem_with(path)
+            if isinstance(path, Tensor):
+                reason = None
+            else:
+                reason = ("no text" if not path.strip() else None) if isinstance(path, str) else problem_with(path)
             sources[modality] = source if reason is None else None
             if reason is not None:
                 reasons.append((f"{modality}: {reason}", entry.id))
