@@ -1,5 +1,6 @@
 """The paper's data sets on small made trees with their traps, their cache, and training on them."""
 
+import json
 import warnings
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_nothing_there_is_said(tmp_path):
         (lambda: CremaD(tmp_path, split="lists"), "split: expected train.csv or my_train_cre.txt in .*, got neither"),
         (lambda: KineticsSounds(tmp_path), "root: expected my_train.txt or my_train_ks.txt in"),
         (lambda: Food101(tmp_path), "root: expected texts/train_titles.csv, train.jsonl or text_token/train_token in"),
-        (lambda: MVSA(tmp_path), "root: expected labelResultAll.txt in"),
+        (lambda: MVSA(tmp_path), "root: expected labelResultAll.txt or train.jsonl in"),
         (lambda: IEMOCAP(tmp_path), "root: expected SessionK/dialog/EmoEvaluation"),
     ):
         with pytest.raises(FileNotFoundError, match=message):
@@ -413,3 +414,41 @@ def test_a_tokenizer_is_loaded_once_before_workers_are_made(tmp_path, monkeypatc
     data = MVSA(trees.mvsa(tmp_path), "all", tokenizer=by_words, readers={"image": Images(16)})
     assert len(list(Loader(data, 64))) == 1 and not loaded
     assert len(list(Loader(data, 64, workers=1))) == 1 and loaded == [256]
+
+
+def test_mvsa_by_the_lists_of_qmf(tmp_path):
+    for part, ids_ in (("train", (1, 2, 3)), ("dev", (4,)), ("test", (5,))):
+        rows = [
+            {"id": str(i), "label": ("negative", "neutral", "positive")[i % 3], "text": f"tweet {i}", "img": f"data/{i}.jpg"}
+            for i in ids_
+        ]
+        trees.write_text(tmp_path / f"{part}.jsonl", "\n".join(map(json.dumps, rows)))
+        for i in ids_:
+            trees.write_image(tmp_path / f"data/{i}.jpg", trees.picture(20, 20))
+    parts = {p: MVSA(tmp_path, p, tokenizer=by_words) for p in ("train", "validation", "test", "all")}
+    assert [len(data) for data in parts.values()] == [3, 1, 1, 5] and parts["train"].target.tolist() == [1, 2, 0]
+    assert parts["validation"][0][0]["text"][:3].tolist() == [5, 1, 0]
+    (tmp_path / "dev.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="part: expected validation among the lists .*, got train, test"):
+        MVSA(tmp_path, "validation")
+    trees.write_text(tmp_path / "test.jsonl", json.dumps({"id": "5", "label": "angry", "text": "", "img": None}))
+    with pytest.raises(ValueError, match="test.jsonl: 5: expected a label of negative, neutral, positive, got 'angry'"):
+        MVSA(tmp_path, "test")
+
+
+@pytest.mark.parametrize("base", ["", "video/"])
+def test_kinetics_in_folders_of_its_classes(tmp_path, base):
+    """Spaces, underscores, capitals and parentheses in the folders; names of clips that begin with a dash."""
+    names = {"playing guitar": "-a_b_000001_000011", "tap_dancing": "x_000002_000012", "Playing Drums (in a band)": "d_1_2"}
+    for part in ("train", "val"):
+        for folder, name in names.items():
+            trees.write_text(tmp_path / f"{base}{part}/{folder}/{name}{part}.mp4", "no video")
+            trees.write_wav(tmp_path / f"audio/{name}{part}.wav", trees.tone(1))
+        trees.write_text(tmp_path / f"{base}{part}/abseiling/z.mp4", "no video")
+        trees.write_text(tmp_path / f"{base}{part}/playing guitar/._{name}.mp4", "")
+    data = KineticsSounds(tmp_path, "test", readers={"audio": Fbank(32)})
+    assert data.class_names == ["playing drums", "playing guitar", "tap dancing"] and len(data) == 3
+    assert data.left_out == {"not a class of Kinetics-Sounds": ["abseiling", "abseiling"]}
+    entry = data.entries[data.target.tolist().index(1)]
+    assert entry.id == "-a_b_000001_000011val" and entry.sources["image"].parent.name == "playing guitar"
+    assert KineticsSounds(tmp_path, modalities=["audio"])[0][2].all()

@@ -6,7 +6,7 @@ from mla_fast.datasets.crema_d import CremaD
 from mla_fast.datasets.files import DecodeError
 from mla_fast.datasets.food101 import Food101
 from mla_fast.datasets.iemocap import IEMOCAP
-from mla_fast.datasets.iemocap_features import read_gcnet, read_mmin
+from mla_fast.datasets.iemocap_features import read_cpm, read_gcnet, read_mmin
 from mla_fast.datasets.kinetics_sounds import KineticsSounds
 from mla_fast.datasets.lazy import Entry, Found, LazyDataset
 from mla_fast.datasets.loader import Loader
@@ -25,6 +25,7 @@ __all__ = [
     "LazyDataset",
     "Loader",
     "prepare",
+    "read_cpm",
     "read_gcnet",
     "read_mmin",
 ]

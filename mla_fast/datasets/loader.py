@@ -41,15 +41,19 @@ class Loader(DataLoader[Any]):
         super().__init__(_Compact(dataset, indexed), batch_size, shuffle=shuffle, num_workers=workers, pin_memory=pin)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in self.compact():
+            with one_thread():
+                expanded = self._expanded(*batch)
+            yield expanded
+
+    def compact(self) -> Iterator[Batch]:
+        """Return the batches as the workers send them."""
         if self.num_workers and self.data.cache is None:
             for reader in self.data.readers.values():
                 load = getattr(reader, "load", None)
                 if load is not None:
                     load()
-        for batch in super().__iter__():
-            with one_thread():
-                expanded = self._expanded(*batch)
-            yield expanded
+        yield from super().__iter__()
 
     def _expanded(self, inputs: dict[str, Tensor], target: Tensor, present: Tensor, *index: Tensor) -> Batch:
         expanded = {}
