@@ -20,8 +20,9 @@ from mla_fast.datasets.audio import Fbank
 from mla_fast.encoders import M3AE, CAVMAEAudio, ResNet18, load_cavmae, load_m3ae
 from mla_fast.encoders.m3ae import SIZES
 from mla_fast.model import MultimodalModel
+from mla_fast.ops import ORDERS
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.settings import PROJECTIONS
+from mla_fast.settings import BIASES, PROJECTIONS, TARGETS
 from mla_fast.trainer import Trainer
 
 SETS = {
@@ -43,6 +44,10 @@ PAPER = {
     "seed": 0,
     "workers": 2,
     "projection": "rls",
+    "order": "update_first",
+    "target": "gradient",
+    "bias": "free",
+    "alpha": 1.0,
     "split": "",
     "tokenizer": "bert-base-uncased",
     "cache": "",
@@ -67,6 +72,9 @@ def add_commands(commands: Any) -> None:
     add_data_options(p)
     add_settings(p)
     p.add_argument("--projection", choices=PROJECTIONS, default=PAPER["projection"], help="default: rls, the paper's")
+    for name, choices in (("order", ORDERS), ("target", TARGETS), ("bias", BIASES)):
+        p.add_argument(f"--{name}", choices=choices, default=PAPER[name], help=f"of the projection (default: {PAPER[name]})")
+    p.add_argument("--alpha", type=float, default=PAPER["alpha"], help="of the projection (default: 1)")
     p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes")
     help = "no projection, MLA's order of patches and exact GELU, filter banks not standardised"
     p.add_argument(
@@ -181,7 +189,8 @@ def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], data: data
     nn.init.zeros_(head.bias)
     model = MultimodalModel(encoders, head).to(device)
     how = {name: settings[name] for name in ("lr", "momentum", "weight_decay")}
-    optimizer = MLAOptimizer(torch.optim.SGD(model.parameters(), **how), model.head, projection=settings["projection"])
+    of_head = {name: settings[name] for name in ("projection", "order", "target", "bias", "alpha")}
+    optimizer = MLAOptimizer(torch.optim.SGD(model.parameters(), **how), model.head, **of_head)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [settings["decay_at"]])
     amp = torch.bfloat16 if settings["amp"] == "bf16" else None
     return Trainer(model, optimizer, scheduler=scheduler, seed=settings["seed"], amp=amp)
@@ -227,7 +236,8 @@ def _resume(trainer: Trainer, checkpoint: Path) -> None:
         raise FileNotFoundError(f"{checkpoint}: nothing to resume; leave out --resume to start a new run")
     before, config = read_checkpoint(checkpoint)["config"], json.loads(json.dumps(trainer.config))
     for name, value in config.items():
-        if name not in ("epochs", "workers", "cache") and (before or {}).get(name) != value:
-            raise ValueError(f"--resume: expected the saved run's {name}, {(before or {}).get(name)}, got {value}")
+        saved = (before or {}).get(name, PAPER.get(name))
+        if name not in ("epochs", "workers", "cache") and saved != value:
+            raise ValueError(f"--resume: expected the saved run's {name}, {saved}, got {value}")
     trainer.resume(checkpoint)
     trainer.config = config

@@ -65,9 +65,10 @@ def test_settings_of_a_file_and_of_options(tmp_path, capsys):
     path = tmp_path / "paper.toml"
     path.write_text('lr = 0.02\nbatch_size = 3\nmodalities = ["audio"]\nprojection = "window"')
     paper = ["train", "kinetics-sounds", root, "--config", path, "--output", output, "--overwrite", *own("audio")]
-    assert run(*paper, "--batch-size", 2, *QUICK) == 0
+    assert run(*paper, "--batch-size", 2, "--target", "update", "--alpha", 0.5, *QUICK) == 0
     config = json.loads((output / "metrics.json").read_text())["config"]
     assert config["lr"] == 0.02 and config["batch_size"] == 2 and config["projection"] == "window"
+    assert config["target"] == "update" and config["alpha"] == 0.5 and config["order"] == "update_first"
     assert run(*paper, "--as-released", *QUICK) == 0
     released = json.loads((output / "metrics.json").read_text())["config"]
     assert released["projection"] == "none" and released["batch_size"] == 3
