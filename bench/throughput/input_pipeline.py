@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import resource
 import statistics
 import tempfile
@@ -64,7 +65,14 @@ def measure(folder: Path, clips: int, workers: int, rounds: int) -> list[dict]:
             times[name].append(pass_over(make()))
         for name, passes in times.items():
             wall, cpu = (statistics.median(each) for each in zip(*passes, strict=True))
-            row = {"op": "input_pipeline", "source": source, "loader": name, "clips": clips, "workers": workers}
+            row = {
+                "op": "input_pipeline",
+                "load": round(os.getloadavg()[0], 1),
+                "source": source,
+                "loader": name,
+                "clips": clips,
+                "workers": workers,
+            }
             rows.append(row | {"samples_per_s": round(clips / wall, 1), "cpu_ms_per_sample": round(1e3 * cpu / clips, 2)})
     return rows
 
