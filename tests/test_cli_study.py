@@ -60,6 +60,21 @@ def test_table_3_takes_both_fusions_from_one_run(tmp_path):
     assert table["HGM", "multi"][2] == table["neither", "multi"][2]  # it never fires
 
 
+def test_table_1_of_three_modalities_decodes_anew_as_released(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "words", "of"]))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    root, cache, output = trees.iemocap(tmp_path / "data"), tmp_path / "cache", tmp_path / "run"
+    common = ["iemocap", root, "--tokenizer", tmp_path]
+    assert run("prepare", *common, "--output", cache, "--workers", 0) == 0
+    more = ["--cache", cache, "--output", output, "--epochs", 1, "--methods", "Late fusion,MLA", *own("audio", "image", "text")]
+    assert run("compare", *common, "--study", "table-1", *more, *QUICK) == 0
+    assert "note: the cache is of standardised filter banks" in capsys.readouterr().out
+    table = lines_of(output / "table.md")
+    assert [table["MLA", name][0] for name in ("audio", "image", "text", "multi")] == ["46.29", "37.63", "73.22", "78.92"]
+    assert all("–" not in table["Late fusion", name] for name in ("audio", "image", "text", "multi"))
+
+
 @pytest.mark.parametrize("npz", [False, True])
 def test_table_4_of_features_that_clip_has_made(tmp_path, npz, capsys):
     root, output = trees.clip_food101(tmp_path / "data", npz), tmp_path / "run"
