@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_fast import cli_config, cli_features, cli_paper, data, environment, ops
+from mla_fast import cli_config, cli_features, cli_paper, cli_study, data, environment, ops
 from mla_fast.cli_encoders import pairs
 from mla_fast.cli_eval import evaluate, predict
 from mla_fast.cli_train import train
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(typed: list[str]) -> argparse.Namespace:
     """Parse a command line after the options of its --config, which it overrides."""
     path = cli_config.config_path(typed)
+    if typed[:1] in (["train"], ["compare"]) and cli_paper.is_meant(typed[1:]):
+        typed = [{"train": "paper", "compare": "study"}[typed[0]], *typed[1:]]
     if path is None:
         return _parser().parse_args(typed)
     try:
@@ -126,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="take a few seconds, to see that it runs")
     p.set_defaults(command=demo)
 
-    p = commands.add_parser("train", help="train on an .npz with one array per modality and a label array")
+    more = f"train SET ROOT is for the paper's data sets, {', '.join(cli_paper.SETS)}: see mla-fast train crema-d --help"
+    help = "train on an .npz with one array per modality and a label array"
+    p = commands.add_parser("train", help=f"{help}, or on a data set of the paper", epilog=more)
     _add_data_options(p)
     _add_training_options(p)
     _add_head_options(p)
@@ -135,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reading_commands(commands)
     add_compare(commands)
     cli_paper.add_commands(commands)
+    cli_study.add_command(commands)
     cli_features.add_command(commands)
     commands.add_parser("env", help="show versions, devices, and which backends are active").set_defaults(command=env)
     return parser

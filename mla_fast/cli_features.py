@@ -17,9 +17,10 @@ def add_command(commands: Any) -> None:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--iemocap", type=Path, help="GCNet's release: features/{wav2vec…,deberta…,manet…} and the label pickle")
     source.add_argument("--mmin", type=Path, help="MMIN's folds: {A,V,L}/FOLD/{trn,val,tst}.npy and target/FOLD")
+    source.add_argument("--cpm", type=Path, help="CPM-Net's folds: FOLD/{trn,val,tst}.npz")
     p.add_argument("--classes", type=int, choices=(4, 6), default=4)
     p.add_argument("--session", type=int, choices=range(1, 6), default=5, help="whose utterances are the test part (default: 5)")
-    p.add_argument("--fold", type=int, default=1, help="of MMIN's (default: 1)")
+    p.add_argument("--fold", type=int, default=1, help="of MMIN's or CPM-Net's (default: 1)")
     p.add_argument("--output", type=Path, required=True, help="the .npz")
     p.set_defaults(command=features)
 
@@ -28,13 +29,14 @@ def features(arguments: argparse.Namespace) -> None:
     """Write the arrays and print what they are and what was left out."""
     if arguments.output.suffix != ".npz":
         raise ValueError(f"output: expected a file .npz, got {arguments.output}")
-    root = arguments.iemocap or arguments.mmin
+    root = arguments.iemocap or arguments.mmin or arguments.cpm
     if not root.is_dir():
         raise FileNotFoundError(f"root: expected a folder, got {root}, which is none")
     if arguments.iemocap is not None:
         arrays, said = datasets.read_gcnet(root, arguments.classes, arguments.session)
     else:
-        arrays, said = datasets.read_mmin(root, arguments.fold)
+        read = datasets.read_mmin if arguments.mmin is not None else datasets.read_cpm
+        arrays, said = read(root, arguments.fold)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     beside = arguments.output.with_name(f".{arguments.output.name}")
     with beside.open("wb") as file:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bench
-from bench.records import timings
+from bench.records import read, timings
 from bench.throughput import cases, plot, providers, roofline, timing, tune
 from bench.throughput import ops as bench_ops
 from bench.throughput.cases import Spec
@@ -311,3 +311,17 @@ def test_without_matplotlib_there_is_a_message_and_no_picture(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not plot.draw([], tmp_path / "out.png")
     assert "no plot" in capsys.readouterr().out
+
+
+def test_the_input_pipeline_of_a_made_tree(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("soundfile")
+    from bench.throughput import input_pipeline
+
+    output = tmp_path / "out.jsonl"
+    input_pipeline.main(["--clips", "3", "--workers", "0", "--rounds", "1", "--output", str(output)])
+    found = read(output)
+    assert [(r["source"], r["loader"]) for r in found] == [
+        (source, loader) for source in ("cache", "files") for loader in ("Loader", "Loader, bytes", "DataLoader")
+    ]
+    assert all(r["samples_per_s"] > 0 and r["cpu_ms_per_sample"] > 0 and "load" in r for r in found)
+    assert "samples_per_s" in capsys.readouterr().out

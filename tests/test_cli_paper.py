@@ -1,4 +1,4 @@
-"""``mla-fast prepare`` and ``mla-fast paper`` on made trees."""
+"""``mla-fast prepare SET ROOT`` and ``mla-fast train SET ROOT`` on made trees."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_crema_d_from_a_cache_and_again(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "CREMA-D all: 23 samples, 6 classes; left out, not a name of a clip: 1 (readme_sound)" in printed
     assert f"23 samples in {cache}, 42 arrays written now\n  silent: 1 (" in printed and "  not an image: 1 (" in printed
-    paper = ["paper", "crema-d", root, "--cache", cache, "--output", output, *own("audio", "image")]
+    paper = ["train", "crema-d", root, "--cache", cache, "--output", output, *own("audio", "image")]
     assert run(*paper, *QUICK) == 0
     metrics = json.loads((output / "metrics.json").read_text())
     config = metrics["config"]
@@ -64,14 +64,15 @@ def test_settings_of_a_file_and_of_options(tmp_path, capsys):
     root, output = trees.kinetics_sounds(tmp_path / "data"), tmp_path / "run"
     path = tmp_path / "paper.toml"
     path.write_text('lr = 0.02\nbatch_size = 3\nmodalities = ["audio"]\nprojection = "window"')
-    paper = ["paper", "kinetics-sounds", root, "--config", path, "--output", output, "--overwrite", *own("audio")]
-    assert run(*paper, "--batch-size", 2, *QUICK) == 0
+    paper = ["train", "kinetics-sounds", root, "--config", path, "--output", output, "--overwrite", *own("audio")]
+    assert run(*paper, "--batch-size", 2, "--target", "update", "--alpha", 0.5, *QUICK) == 0
     config = json.loads((output / "metrics.json").read_text())["config"]
     assert config["lr"] == 0.02 and config["batch_size"] == 2 and config["projection"] == "window"
+    assert config["target"] == "update" and config["alpha"] == 0.5 and config["order"] == "update_first"
     assert run(*paper, "--as-released", *QUICK) == 0
     released = json.loads((output / "metrics.json").read_text())["config"]
     assert released["projection"] == "none" and released["batch_size"] == 3
-    assert run("paper", "kinetics-sounds", root, "--config", output / "run.toml", "--overwrite") == 0
+    assert run("train", "kinetics-sounds", root, "--config", output / "run.toml", "--overwrite") == 0
     assert json.loads((output / "metrics.json").read_text())["config"] == released
 
 
@@ -83,9 +84,20 @@ def test_texts_and_images(tmp_path, name, monkeypatch):
     make = {"food-101": trees.mmbt, "mvsa": trees.mvsa, "iemocap": trees.iemocap}[name]
     modalities = ("audio", "image", "text") if name == "iemocap" else ("text", "image")
     arguments = ["--tokenizer", tmp_path, "--output", tmp_path / "run", *own(*modalities), *QUICK]
-    assert run("paper", name, make(tmp_path / "data"), *arguments) == 0
+    assert run("train", name, make(tmp_path / "data"), *arguments) == 0
     history = json.loads((tmp_path / "run/metrics.json").read_text())["history"]
     assert set(history[0]["loss"]) == set(modalities) and history[0]["validation"]["samples"]
+
+
+def test_train_with_the_data_set_behind_its_options(tmp_path, capsys):
+    root, output = trees.kinetics_sounds(tmp_path / "data"), tmp_path / "run"
+    assert run("train", *QUICK, "--output", output, *own("audio", "image"), "kinetics-sounds", root) == 0
+    assert (output / "run.toml").read_text().startswith(f"# mla-fast train kinetics-sounds {root} --config run.toml\n")
+    capsys.readouterr()
+    assert run("train", "kinetics-sounds", tmp_path / "gone") == 2
+    assert capsys.readouterr().err.startswith("mla-fast train: error: root: expected a folder")
+    assert run("train", "--data", "mvsa") == 2  # a file of that name
+    assert "--modalities: expected names of arrays" in capsys.readouterr().err
 
 
 def test_the_papers_encoders(tmp_path, monkeypatch, capsys):
@@ -101,12 +113,14 @@ def test_the_papers_encoders(tmp_path, monkeypatch, capsys):
             ("iemocap", "image", M3AE),
             ("iemocap", "audio", CAVMAEAudio),
         ):
-            assert isinstance(cli_paper._encoder(dataset, modality, dict(cli_paper.PAPER)), kind)
+            assert isinstance(cli_paper.make_encoder(dataset, modality, dict(cli_paper.PAPER)), kind)
         assert (
             "the encoder of text starts from random weights, the paper's from pretrained: --weights text=FILE"
             in capsys.readouterr().out
         )
-        released = cli_paper._encoder("mvsa", "image", {**cli_paper.PAPER, "as_released": True})
+        small = [cli_paper.make_encoder("iemocap", m, {**cli_paper.PAPER, "size": "small"}) for m in ("audio", "image", "text")]
+        assert [encoder.out_features for encoder in small] == [384] * 3
+        released = cli_paper.make_encoder("mvsa", "image", {**cli_paper.PAPER, "as_released": True})
     assert released.patch_order == "official" and released.blocks[0].gelu == "none"
 
 
@@ -123,9 +137,9 @@ def test_what_is_refused(tmp_path, capsys):
         (["--resume"], "nothing to resume; leave out --resume to start a new run"),
         (["--cache", tmp_path], "cache: expected a folder written by mla-fast prepare"),
     ):
-        assert run("paper", "kinetics-sounds", root, "--output", output, *QUICK, *arguments) == 2
+        assert run("train", "kinetics-sounds", root, "--output", output, *QUICK, *arguments) == 2
         assert message in capsys.readouterr().err
     np.save(root / "audio_spec/yt0_3.npy", np.zeros((3, 3)))
     with pytest.raises(SystemExit):
-        run("paper", "kinetics-sounds", root, "--weights", "audio")
+        run("train", "kinetics-sounds", root, "--weights", "audio")
     assert "expected MODALITY=VALUE" in capsys.readouterr().err

@@ -137,6 +137,33 @@ def test_mmin_folds(tmp_path):
     assert made.fields["session"].tolist()[:3] == ["1", "2", "3"] and made.fields["part"].tolist().count("validation") == 3
 
 
+def test_cpm_nets_folds(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    (tmp_path / "3").mkdir()
+    for short, N in (("trn", 5), ("val", 2), ("tst", 3)):
+        arrays = {name: generator.normal(size=(N, d)) for name, d in (("audio", 4), ("video", 5), ("text", 6))}
+        names = [f"Ses0{1 + i}F_impro01_F00{i}" for i in range(N)]
+        np.savez(tmp_path / "3" / f"{short}.npz", **arrays, label=np.eye(4)[np.arange(N) % 4], name=names)
+    assert command(tmp_path, "--fold", 3, kind="--cpm") == 0
+    made = data.load_npz(tmp_path / "made.npz", ["audio", "text", "image"])
+    assert len(made) == 10 and made.target.tolist()[:5] == [0, 1, 2, 3, 0] and made.fields["session"].tolist()[1] == "2"
+    expected = np.load(tmp_path / "3/tst.npz")["video"].astype("f4")
+    np.testing.assert_array_equal(made.inputs["image"][7:], expected)
+    assert command(tmp_path, kind="--cpm") == 2 and "root: expected 1/trn.npz" in capsys.readouterr().err
+    np.savez(tmp_path / "3/val.npz", audio=np.zeros((2, 4)), video=np.zeros((2, 5)), text=np.array([Evil("x")] * 2), label=[0, 1])
+    assert command(tmp_path, "--fold", 3, kind="--cpm") == 2
+    assert "val.npz: expected arrays of numbers and strings, saved without pickle" in capsys.readouterr().err
+    np.savez(tmp_path / "3/val.npz", audio=np.zeros((2, 4)))
+    assert command(tmp_path, "--fold", 3, kind="--cpm") == 2 and "expected arrays audio, video" in capsys.readouterr().err
+
+
+def test_mmins_sequences_are_refused_by_name(tmp_path, capsys):
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A/comparE.h5").write_bytes(b"")
+    assert command(tmp_path, kind="--mmin") == 2
+    assert "A/comparE.h5, V/denseface.h5 and L/bert_large.h5 are MMIN's sequences by frame" in capsys.readouterr().err
+
+
 def test_what_is_not_there_is_named(tmp_path, capsys):
     assert command(tmp_path) == 2 and "expected one folder" in capsys.readouterr().err
     assert command(tmp_path, kind="--mmin") == 2 and "root: expected A/1/trn.npy" in capsys.readouterr().err

@@ -35,6 +35,21 @@ def read_audio(path: Path) -> tuple[Tensor, int]:
     return waveform, int(rate)
 
 
+def resample(waveform: Tensor, rate: int, wanted: int) -> Tensor:
+    """Return samples [T] at another rate, by scipy's polyphase filter; raise ImportError without ``scipy``.
+
+    librosa's and torchaudio's filters are others: values differ a little near half the lower rate.
+    """
+    if rate == wanted:
+        return waveform
+    try:
+        from scipy.signal import resample_poly
+    except ImportError as error:
+        raise ImportError(f"audio of {rate} Hz for {wanted} Hz needs scipy: pip install 'mla_fast[paper]' ({error})") from error
+    shared = math.gcd(rate, wanted)
+    return torch.from_numpy(resample_poly(waveform.numpy(), wanted // shared, rate // shared))
+
+
 def fbank(waveform: Tensor, rate: int, bins: int = 128) -> Tensor:
     """Return the log-mel energies float32 [frames, bins] of samples [T], as Kaldi computes them.
 
@@ -78,27 +93,32 @@ def log_spectrogram(waveform: Tensor, n_fft: int = 512, hop: int = 353) -> Tenso
 class Fbank:
     """Read filter banks float32 [frames, 128] from audio, or from ``.npy`` and ``.pkl`` of that shape.
 
-    Shorter ones are padded by zeros, longer ones cut, then standardised where audio was read: arrays are taken as they are.
+    Longer ones are cut, shorter ones padded by zeros, then standardised where audio was read: arrays are taken as they are.
 
     standardize: (mean, deviation), ``audio.CAVMAE`` for CAV-MAE; None for MLA's code, which leaves them as they are.
+    rate: to which audio of another rate is resampled, by default 16 kHz as CAV-MAE expects; None leaves each file its own.
     """
 
     frames: int = 1024
     standardize: tuple[float, float] | None = None
+    rate: int | None = 16000
 
     def decode(self, source: Path) -> Tensor:
         if source.suffix in (".npy", ".pkl"):
             return _checked_array(source, (self.frames, 128))
         waveform, rate = read_audio(source)
+        if self.rate is not None:
+            waveform, rate = resample(waveform, rate, self.rate), self.rate
         banks = fbank(waveform - waveform.mean(), rate)[: self.frames]
         if not len(banks):
             raise DecodeError(source, "shorter than 25 ms")
-        banks = F.pad(banks, (0, 0, 0, self.frames - len(banks)))
         mean, deviation = self.standardize or (0.0, 1.0)
         return (banks - mean) / deviation
 
     def finish(self, decoded: Tensor, augment: bool) -> Tensor:
-        return decoded
+        """Pad by what zeros become; a cache has no padding, which often is most of the array."""
+        mean, deviation = self.standardize or (0.0, 1.0)
+        return F.pad(decoded, (0, 0, 0, self.frames - len(decoded)), value=(0.0 - mean) / deviation)
 
     def empty(self) -> Tensor:
         return torch.zeros(self.frames, 128)
@@ -108,8 +128,8 @@ class Fbank:
 class Spectrogram:
     """Read log-spectrograms float32 [257, 188] as OGM-GE makes them: three seconds, which shorter audio is repeated for.
 
-    Audio must have the rate of 22,050 Hz, to which librosa resamples in OGM-GE's code; it is not resampled here. Arrays in
-    ``.npy`` and ``.pkl`` are taken as they are.
+    Audio of another rate than 22,050 Hz is resampled by ``resample``, in OGM-GE's code by librosa. Arrays in ``.npy`` and
+    ``.pkl`` are taken as they are.
     """
 
     rate: int = 22050
@@ -118,17 +138,41 @@ class Spectrogram:
     def decode(self, source: Path) -> Tensor:
         if source.suffix in (".npy", ".pkl"):
             return _checked_array(source, tuple(self.empty().shape))
-        waveform, rate = read_audio(source)
-        if rate != self.rate:
-            raise ValueError(f"{source}: expected audio of {self.rate} Hz for its spectrogram, got {rate} Hz: resample it first")
-        length = self.rate * self.seconds
-        return log_spectrogram(waveform.repeat(math.ceil(length / len(waveform)))[:length])
+        return log_spectrogram(_repeated(resample(*read_audio(source), self.rate), self.rate * self.seconds))
 
     def finish(self, decoded: Tensor, augment: bool) -> Tensor:
         return decoded
 
     def empty(self) -> Tensor:
         return torch.zeros(257, self.rate * self.seconds // 353 + 1)
+
+
+@dataclass(frozen=True)
+class CroppedSpectrogram:
+    """Read log-spectrograms float32 [129, 626] as MLA's code makes them beside its filter banks.
+
+    Audio at 16 kHz, resampled where it is not, is repeated to 10 s. Of these, 5 s drawn at random in augmentation, otherwise
+    those in the middle, become a spectrogram of windows of 256 samples every 128.
+    """
+
+    rate: int = 16000
+    seconds: int = 5
+
+    def decode(self, source: Path) -> Tensor:
+        return _repeated(resample(*read_audio(source), self.rate), 2 * self.rate * self.seconds).float()
+
+    def finish(self, decoded: Tensor, augment: bool) -> Tensor:
+        length = self.rate * self.seconds
+        room = len(decoded) - length
+        start = int(torch.randint(room + 1, ())) if augment else room // 2
+        return log_spectrogram(decoded[start : start + length], 256, 128)
+
+    def empty(self) -> Tensor:
+        return torch.zeros(129, self.rate * self.seconds // 128 + 1)
+
+
+def _repeated(waveform: Tensor, length: int) -> Tensor:
+    return waveform.repeat(math.ceil(length / len(waveform)))[:length]
 
 
 def _checked_array(path: Path, shape: tuple[int, ...]) -> Tensor:

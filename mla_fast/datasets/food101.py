@@ -21,7 +21,7 @@ class Food101(LazyDataset):
     """Read UPMC Food-101 as Kaggle has it, by MMBT's lists, or in the folders of MLA's code.
 
     Kaggle's: ``images/{train,test}/CLASS/CLASS_N.jpg`` and ``texts/{train,test}_titles.csv`` (file, title, class, no header).
-    MMBT's: ``{train,dev,test}.jsonl`` in the root (id, label, text, img), whose dev is the part "validation".
+    MMBT's and QMF's: ``{train,dev,test}.jsonl`` in the root (id, label, text, img), whose dev is the part "validation".
     MLA's: ``visual/{train,test}_imgs/STEM.jpg`` and ``text_token/{train,test}_token/STEM_token.npy`` [1, 256].
 
     The CSV has quotes that are never closed, which make common parsers lose rows, and rows that name ``.txt`` in place of
@@ -45,14 +45,13 @@ class Food101(LazyDataset):
         cache: str | Path | None = None,
     ):
         folder, found = find_root(root), Found()
-        lists = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
-        listed = {p: folder / name for p, name in lists.items() if (folder / name).exists()}
+        listed = find_jsonl(folder)
         self.parts = tuple(listed or ("train", "test"))
         check_part(part, self.parts)
         rows, problems = {}, Found()
         for p in listed or ("train", "test"):
             report = found if part in (p, "all") else problems
-            rows[p] = _read_jsonl(listed[p], folder) if listed else _read_folders(folder, p, report)
+            rows[p] = read_jsonl(listed[p], folder) if listed else _read_folders(folder, p, report)
         classes = sorted({label for part_rows in rows.values() for _, label, *_ in part_rows})
         for p in rows if part == "all" else (part,):
             for name, label, text, image in rows[p]:
@@ -109,7 +108,14 @@ def read_titles(path: Path) -> tuple[list[tuple[str, str, str]], list[str]]:
     return parsed, unreadable
 
 
-def _read_jsonl(path: Path, folder: Path) -> list[Row]:
+def find_jsonl(folder: Path) -> dict[str, Path]:
+    """Return {part: list} of the lists of MMBT's or QMF's form in a folder."""
+    names = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
+    return {part: folder / name for part, name in names.items() if (folder / name).exists()}
+
+
+def read_jsonl(path: Path, folder: Path) -> list[Row]:
+    """Return the rows (id, label, text, img) of a list of MMBT's or QMF's; raise ValueError that names a line of other things."""
     rows: list[Row] = []
     for number, line in enumerate(read_lines(path), 1):
         try:

@@ -16,6 +16,7 @@ from mla_fast.datasets.pickles import load_names, load_plain
 FOLDERS = {"audio": "wav2vec", "text": "deberta", "image": "manet"}
 CLASSES = {4: ("happy", "sad", "neutral", "angry"), 6: ("happy", "sad", "neutral", "angry", "excited", "frustrated")}
 MMIN_FOLDERS, PARTS = {"audio": "A", "text": "L", "image": "V"}, {"trn": "train", "val": "validation", "tst": "test"}
+CPM_NAMES = {"audio": "audio", "text": "text", "image": "video"}
 UTTERANCE = re.compile(r"Ses0([1-5])\w*_([FM])\d+")
 Arrays = dict[str, NDArray[Any]]
 
@@ -61,6 +62,9 @@ def read_mmin(root: Path, fold: int = 1) -> tuple[Arrays, list[str]]:
 
     Labels may be one-hot [N, C] or [N]; features [N, T, d] are averaged over T. ``part`` is train, validation or test.
     """
+    if (root / "A" / "comparE.h5").exists():
+        h5 = "A/comparE.h5, V/denseface.h5 and L/bert_large.h5 are MMIN's sequences by frame"
+        raise ValueError(f"root: expected folds of arrays, A/{fold}/trn.npy and so on, which MMIN's scripts make; {h5}")
     rows = []
     for short, part in PARTS.items():
         paths = {modality: root / folder / str(fold) / f"{short}.npy" for modality, folder in MMIN_FOLDERS.items()}
@@ -78,6 +82,33 @@ def read_mmin(root: Path, fold: int = 1) -> tuple[Arrays, list[str]]:
             lengths = ", ".join(f"{modality} {len(x)}" for modality, x in found.items())
             raise ValueError(f"{labels}: expected as many labels as utterances, got {len(target)} and {lengths}")
         for i, name in enumerate(utterances):
+            each: dict[str, NDArray[Any] | None] = {modality: _averaged(x[i]) for modality, x in found.items()}
+            session = match[1] if (match := UTTERANCE.match(name)) else ""
+            rows.append((each, int(target[i]), {"utterance": name, "session": session, "part": part}))
+    return _arrays(root, rows), []
+
+
+def read_cpm(root: Path, fold: int = 1) -> tuple[Arrays, list[str]]:
+    """Return the same of a fold in CPM-Net's layout: ``FOLD/{trn,val,tst}.npz`` with audio, video, text, label and name."""
+    rows = []
+    for short, part in PARTS.items():
+        path = root / str(fold) / f"{short}.npz"
+        if not path.exists():
+            raise FileNotFoundError(f"root: expected {path.relative_to(root)} in {root}, got none")
+        with np.load(path, allow_pickle=False) as file:
+            absent = [name for name in (*CPM_NAMES.values(), "label") if name not in file.files]
+            if absent:
+                raise ValueError(f"{path}: expected arrays audio, video, text and label, got {', '.join(file.files) or 'none'}")
+            try:
+                found = {modality: np.asarray(file[name], dtype=np.float32) for modality, name in CPM_NAMES.items()}
+                target = file["label"]
+                names = file["name"].tolist() if "name" in file.files else [f"{part} {i}" for i in range(len(target))]
+            except ValueError as error:
+                raise ValueError(f"{path}: expected arrays of numbers and strings, saved without pickle ({error})") from None
+        target = target.argmax(1) if target.ndim == 2 else target
+        if {*map(len, found.values()), len(names)} != {len(target)}:
+            raise ValueError(f"{path}: expected as many rows of each array as labels, {len(target)}")
+        for i, name in enumerate(map(_text, names)):
             each: dict[str, NDArray[Any] | None] = {modality: _averaged(x[i]) for modality, x in found.items()}
             session = match[1] if (match := UTTERANCE.match(name)) else ""
             rows.append((each, int(target[i]), {"utterance": name, "session": session, "part": part}))

@@ -106,16 +106,24 @@ class Images:
         return torch.stack(images)
 
     def finish(self, decoded: Tensor, augment: bool) -> Tensor:
+        return self.expand(self.compact(decoded, augment))
+
+    def compact(self, decoded: Tensor | None, augment: bool) -> Tensor:
+        """Return uint8 [3, size, size] or [frames, 3, size, size], cut and resized."""
+        if decoded is None:
+            return self.empty().byte()
         images = [
             image.permute(2, 0, 1) for image in decoded
         ]  # [3, H, W] with the channels last in memory, which resizes fastest
         batch = torch.stack([self._augmented(image) if augment else self._plain(image) for image in images])
-        batch = batch.float().div_(255)  # in place: what a clip costs is the memory that it touches
         if augment and self.jitter:
-            batch = torch.stack([self._jittered(image) for image in batch])
-        mean, deviation = (torch.tensor(m)[:, None, None] for m in self.moments)
-        batch = batch.sub_(mean).div_(deviation)
+            batch = torch.stack([self._jittered(image / 255).mul_(255).round_().byte() for image in batch])
         return batch[0] if self.frames is None else batch
+
+    def expand(self, compact: Tensor) -> Tensor:
+        """Return float32, standardised by channel."""
+        mean, deviation = (torch.tensor(m, device=compact.device)[:, None, None] for m in self.moments)
+        return compact.float().div_(255).sub_(mean).div_(deviation)  # in place: what it costs is the memory that it touches
 
     def empty(self) -> Tensor:
         return torch.zeros(*(() if self.frames is None else (self.frames,)), 3, self.size, self.size)

@@ -12,8 +12,17 @@ from mla_fast.datasets.images import Images
 from mla_fast.datasets.lazy import Entry, Found, LazyDataset, check_part, chosen, find_root
 from mla_fast.datasets.readers import Reader
 
+CLASSES = frozenset(
+    "blowing nose,blowing out candles,bowling,chopping wood,dribbling basketball,laughing,mowing lawn,playing accordion,"
+    "playing bagpipes,playing bass guitar,playing clarinet,playing drums,playing guitar,playing harmonica,playing keyboard,"
+    "playing organ,playing piano,playing saxophone,playing trombone,playing trumpet,playing violin,playing xylophone,"
+    "ripping paper,shoveling snow,shuffling cards,singing,stomping grapes,tap dancing,tapping guitar,tapping pen,tickling".split(
+        ","
+    )
+)
 AUDIO = ("audio_spec/*.npy", "audio_spec/*.pkl", "audio/*_fbank/*.npy", "audio/*.wav", "audio/*/*.wav")
 FRAMES = ("visual/*_imgs/Image-01-FPS/*", "visual/*", "video/*.mp4", "video/*/*.mp4")
+CLASS_FOLDERS = {"train": ("train", "video/train"), "test": ("val", "validate", "test", "video/val", "video/test")}
 LISTS = {"train": ("my_train.txt", "my_train_ks.txt"), "test": ("my_test.txt", "my_test_ks.txt")}
 
 
@@ -25,6 +34,9 @@ class KineticsSounds(LazyDataset):
     ``my_{train,test}.txt`` (``NAME,10,label``) or ``my_{train,test}_ks.txt`` (``NAME.mp4 class``); names may end in a time, as
     ``_000058_000068``. OGM-GE has 14,799 and 2,597 of 31 classes, whose names were not published; since videos vanish, nobody has
     them all. Clips of fewer than three extracted frames are left out.
+
+    Without lists, the folders of Kinetics-400: ``train/CLASS/NAME.mp4`` and ``val/CLASS/NAME.mp4``, also under ``video/``, of
+    which the 31 classes of ``CLASSES`` are taken. Folders may have underscores for spaces, any capitals, and more in parentheses.
 
     readers: of your own in place of ``datasets.audio.Fbank()``, for filter banks [1024, 128], and
         ``datasets.images.Images(frames=3)``; ``datasets.audio.Spectrogram()`` is for OGM-GE's [257, 188].
@@ -44,11 +56,14 @@ class KineticsSounds(LazyDataset):
     ):
         check_part(part, self.parts)
         folder, found = find_root(root), Found()
-        rows = {which: _read_list(folder, names) for which, names in LISTS.items()}
+        rows = {which: _read_list(folder, names) for which, names in LISTS.items()} if _has_lists(folder) else {}
+        videos: dict[str, Path] = {}
+        for which in () if rows else LISTS:
+            rows[which] = _read_class_folders(folder, which, videos, found)
         labels = {label for listed in rows.values() for _, label in listed}
         numbers = all(label.isdigit() for label in labels)
         classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numbers else sorted(labels)
-        audio, frames = index(folder, AUDIO), index(folder, FRAMES)
+        audio, frames = index(folder, AUDIO), videos | index(folder, FRAMES)
         for name, label in rows["train"] + rows["test"] if part == "all" else rows[part]:
             path = frames.get(name)
             if path is not None and path.is_dir() and 0 < len(frames_in(path)) < 3:
@@ -58,6 +73,33 @@ class KineticsSounds(LazyDataset):
         own = chosen({"audio": Fbank(), "image": Images(frames=3)}, modalities, readers)
         augment = part == "train" if augment is None else augment
         super().__init__(found, own, classes, augment=augment, cache=cache, name=f"Kinetics-Sounds {part}")
+
+
+def _has_lists(folder: Path) -> bool:
+    """Return whether there are lists, or no class folders to do without them."""
+    listed = any((folder / name).exists() for names in LISTS.values() for name in names)
+    return listed or not any((folder / name).is_dir() for names in CLASS_FOLDERS.values() for name in names)
+
+
+def class_of(folder: str) -> str:
+    """Return a class folder's name in lower case with single spaces, without what is in parentheses."""
+    return " ".join(re.sub(r"\(.*?\)", " ", folder).replace("_", " ").lower().split())
+
+
+def _read_class_folders(folder: Path, part: str, videos: dict[str, Path], found: Found) -> list[tuple[str, str]]:
+    """Return [(name, class)] of a part, add {name: video} to `videos`, and count the classes that are left out."""
+    root = next((folder / name for name in CLASS_FOLDERS[part] if (folder / name).is_dir()), None)
+    if root is None:
+        raise FileNotFoundError(f"root: expected {' or '.join(CLASS_FOLDERS[part])} in {folder}, got none of them")
+    rows = []
+    for path in sorted(p for p in root.iterdir() if p.is_dir()):
+        here = index(path, ["*.mp4"])
+        if class_of(path.name) not in CLASSES:
+            found.leave_out(path.name, "not a class of Kinetics-Sounds")
+            continue
+        videos.update(here)
+        rows += [(name, class_of(path.name)) for name in here]
+    return rows
 
 
 def _read_list(folder: Path, names: Sequence[str]) -> list[tuple[str, str]]:

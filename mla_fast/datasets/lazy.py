@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from mla_fast.data.dataset import listed
 from mla_fast.datasets.cache import Cache
 from mla_fast.datasets.files import DecodeError, problem_with
-from mla_fast.datasets.readers import Reader
+from mla_fast.datasets.readers import CompactReader, Reader
 
 Sample = tuple[dict[str, Tensor], Tensor, Tensor]
 WITH_VALIDATION = ("train", "validation", "test")
@@ -100,16 +101,29 @@ class LazyDataset(Dataset[Sample]):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, *, compact: bool = False) -> Sample:
+        """Return a sample; compact: with the small halves of those modalities that have them, see ``CompactReader``."""
         inputs, present = {}, []
         for modality, reader in self.readers.items():
             try:
                 decoded = self.decode(index, modality)
             except DecodeError as error:
                 decoded = None
-                warnings.warn(f"{self.name}: {modality} of {self.entries[index].id} is left out: {error}", stacklevel=2)
-            inputs[modality] = reader.empty() if decoded is None else reader.finish(decoded, self.augment)
+                warnings.warn(f"{self.name}: {modality} of {self.entries[index].id} is left out: {error}", stacklevel=3)
+            if compact and isinstance(reader, CompactReader):
+                inputs[modality] = reader.compact(decoded, self.augment)
+            else:
+                inputs[modality] = reader.empty() if decoded is None else reader.finish(decoded, self.augment)
             present.append(decoded is not None)
         return inputs, torch.tensor(self.entries[index].label), torch.tensor(present)
+
+    def with_entries(self, entries: Sequence[Entry]) -> LazyDataset:
+        """Return the same data set with other entries."""
+        other = copy.copy(self)
+        other.entries = list(entries)
+        return other
 
     def decode(self, index: int, modality: str) -> Tensor | None:
         """Return a modality of a sample as its reader decodes it, None where it is absent; raise DecodeError if it is damaged."""
@@ -135,7 +149,10 @@ class LazyDataset(Dataset[Sample]):
         for modality in self.readers:
             source = entry.sources.get(modality)
             path = source[0] if isinstance(source, tuple) else source
-            reason = ("no text" if not path.strip() else None) if isinstance(path, str) else problem_with(path)
+            if isinstance(path, Tensor):
+                reason = None
+            else:
+                reason = ("no text" if not path.strip() else None) if isinstance(path, str) else problem_with(path)
             sources[modality] = source if reason is None else None
             if reason is not None:
                 reasons.append((f"{modality}: {reason}", entry.id))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,3 +22,17 @@ class Reader(Protocol):
 
     def empty(self) -> Tensor:
         """Return what stands for a sample that is not there."""
+
+
+@runtime_checkable
+class CompactReader(Reader, Protocol):
+    """A reader whose ``finish`` has two halves, so that what goes from the workers to the training process is small.
+
+    ``finish(decoded, augment)`` is ``expand(compact(decoded, augment))``: bytes are a quarter of the floats that they become.
+    """
+
+    def compact(self, decoded: Tensor | None, augment: bool) -> Tensor:
+        """Return the small half, of the same shape and dtype for all; of None what stands for a sample that is not there."""
+
+    def expand(self, compact: Tensor) -> Tensor:
+        """Return the sample, or a batch [N, …] of them, on the device where it is."""

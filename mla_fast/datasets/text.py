@@ -39,6 +39,10 @@ class Tokens:
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
         return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def load(self) -> None:
+        """Load the tokenizer now, so that processes forked afterwards have it; raise ImportError without ``transformers``."""
+        _ = self._tokenize
+
     def __getstate__(self) -> dict[str, object]:
         return {"tokenizer": self.tokenizer, "length": self.length}
 
