@@ -191,6 +191,8 @@ def _add_training_options(p: argparse.ArgumentParser) -> None:
         "--interaction", type=int, default=0, metavar="RANK", help="of an interaction head (default: 0, none; try 128)"
     )
     p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes")
+    p.add_argument("--label-smoothing", type=_rate, default=0.0, help="share of a label that goes to all classes (default: 0)")
+    p.add_argument("--class-weights", choices=("balanced",), help="weigh a class by what is in training: N / (C samples of it)")
     p.add_argument("--accumulate", type=_positive(int), default=1, help="batches accumulated for a step (default: 1)")
     p.add_argument("--patience", type=_positive(int), help="stop after as many epochs that are no better on --validation")
     p.add_argument("--clip-norm", type=_positive(float), help="largest norm of a step's gradient (default: no limit)")

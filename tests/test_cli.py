@@ -210,3 +210,24 @@ def test_settings_of_the_training_loop(archive, tmp_path, capsys):
     assert saved["optimizer"]["mla"]["layers"][0]["step"] == 4 * 2 * 2  # epochs, modalities, half of 4 batches
     assert saved["config"] | {"amp": "bf16", "accumulate": 2, "clip_norm": 0.5} == saved["config"]
     assert main(["eval", str(tmp_path / "run" / "checkpoint.pt")]) == 0
+
+
+def test_class_weights_and_label_smoothing(archive, tmp_path):
+    options = ["--class-weights", "balanced", "--label-smoothing", "0.1"]
+    assert train(archive, tmp_path / "run", *options) == 0
+    assert train(archive, tmp_path / "run", *options, "--resume", "--epochs", "5") == 0
+    config = json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]
+    where = ~np.isin(np.arange(90) % 5, (2, 4))
+    counts = np.bincount((np.arange(90) % 3)[where])
+    assert config["class_weights"] == pytest.approx((54 / (3 * counts)).tolist())
+    saved, plain = (tmp_path / name / "checkpoint.pt" for name in ("run", "plain"))
+    assert train(archive, tmp_path / "plain") == 0
+    losses = [torch.load(path, weights_only=True)["history"][3]["loss"]["sound"] for path in (saved, plain)]
+    assert losses[0] > losses[1]  # what a smoothed label costs, however sure the model is
+    assert main(["eval", str(saved), "--device", "cpu"]) == 0
+
+
+def test_a_class_that_is_not_in_training_has_a_weight():
+    from mla_fast.cli_train import balanced
+
+    assert balanced(torch.tensor([0, 0, 0, 2]), 4) == pytest.approx([4 / 6, 1.0, 2.0, 1.0])
