@@ -147,7 +147,7 @@ def _add_reading_commands(commands: Any) -> None:
     part = p.add_mutually_exclusive_group()
     part.add_argument("--test-where", help="another part to evaluate on, as speaker=2,4")
     part.add_argument("--all", action="store_true", help="evaluate on every row")
-    p.add_argument("--device", default="auto")
+    _add_device_options(p)
     p.set_defaults(command=evaluate)
 
     p = commands.add_parser("predict", help="write what a checkpoint written by train predicts for an .npz, as a CSV")
@@ -156,8 +156,14 @@ def _add_reading_commands(commands: Any) -> None:
     help = "a row for each sample: class, probabilities, weight of each modality (default: predictions.csv)"
     p.add_argument("--output", type=Path, default=Path("predictions.csv"), help=help)
     p.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
-    p.add_argument("--device", default="auto")
+    _add_device_options(p)
     p.set_defaults(command=predict)
+
+
+def _add_device_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="auto")
+    p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes (default: none, however it was trained)")
+    p.add_argument("--threads", type=_positive(int), help="of the CPU (default: as many as it was trained with)")
 
 
 def _add_data_options(p: argparse.ArgumentParser) -> None:
@@ -207,9 +213,13 @@ def _add_head_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--backend", choices=ops.BACKENDS, default="auto")
 
 
+THREADS = "of the CPU (default: one where a model is so small that it is faster, which is measured; a resumed run has its own)"
+
+
 def _add_run_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", type=Path, help="settings as TOML, such as the run.toml of another run; options override them")
     p.add_argument("--device", default="auto")
+    p.add_argument("--threads", type=_positive(int), help=THREADS)
     help = "processes that load batches (default: 0, which is fastest for data in memory)"
     p.add_argument("--workers", type=_count, default=0, help=help)
     p.add_argument("--output", type=Path, default=Path("runs/mla"), help="folder of the run (default: runs/mla)")

@@ -19,6 +19,7 @@ from mla_fast.cli_output import KeepBest, begin, check_output, device, finish
 from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.threads import limited, measured, said
 from mla_fast.trainer import Trainer
 
 
@@ -61,16 +62,29 @@ def carry_out(
 ) -> None:
     """Train, resuming a run if asked for, until the epochs of the config are done since `since`, and write the results."""
     checkpoint, best = arguments.output / "checkpoint.pt", KeepBest(trainer, arguments.output) if validation_sets else None
+    config["threads"] = arguments.threads
     if arguments.resume:
         _resume(trainer, checkpoint, config, best)
+    elif arguments.threads is None:
+        config["threads"] = _threads(trainer, train_set[: config["batch_size"]])
+    arguments.threads = config["threads"]  # of run.toml, too: their number may change the last bits of what comes out
     trainer.config, epochs = config, since + config["epochs"]
     trainer.callbacks = (*([] if best is None else [best]), *([TensorBoard(arguments.output)] if arguments.tensorboard else []))
     begin(arguments, trainer, epochs)
     how = {"checkpoint": checkpoint, "checkpoint_every": arguments.checkpoint_every, "patience": arguments.patience}
     validation = data.loader(validation_sets[0], 1024) if validation_sets else None
     batches = data.loader(train_set, config["batch_size"], shuffle=True, workers=arguments.workers)
-    trainer.fit(batches, epochs, validation=validation, **how)
-    finish(arguments.output, trainer, shuffled(test_set), complete=is_complete(test_set), best=best)
+    with limited(config["threads"]):
+        trainer.fit(batches, epochs, validation=validation, **how)
+        finish(arguments.output, trainer, shuffled(test_set), complete=is_complete(test_set), best=best)
+
+
+def _threads(trainer: Trainer, batch: Any) -> int | None:
+    """Return how many threads suit a batch like this, and say so; None on a GPU."""
+    chosen, seconds = measured(trainer.model, batch, trainer.loss)
+    if seconds:
+        print(said(seconds, chosen))
+    return chosen if trainer.device.type == "cpu" else None
 
 
 def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any], best: KeepBest | None) -> None:
@@ -87,6 +101,8 @@ def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any], best: Ke
             raise ValueError(f"--resume: expected the data of the saved run, got others in {config['data']}")
         if name == "before":  # measured when the run began, on data that may be gone
             config[name] = before[name]
+        elif name == "threads":
+            config[name] = before[name] if value is None else value
         elif name != "epochs" and _but_epochs(name, before.get(name)) != _but_epochs(name, value):
             raise ValueError(f"--resume: expected the settings of the saved run, whose {name} is {before.get(name)}, got {value}")
     since = config["additions"][-1]["since"] if config.get("additions") else 0
