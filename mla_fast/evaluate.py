@@ -127,8 +127,6 @@ class _Found:
     def add(self, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> None:
         """Count a batch."""
         model, N = self.model, len(target)
-        if self.use_test and labels_of(model, target, self.given) is None:
-            raise ValueError("use_test: expected False where targets name no class, of which it counts the answers, got True")
         here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else model.columns(present, inputs)
         plan = dispatch(here, tuple(inputs))
         features = model.packed_features(inputs, None if present is None else plan)
@@ -162,7 +160,9 @@ class _Found:
             self.loss.add(name, given_loss(self.given, logits, target) * len(target), len(target))
 
     def _count(self, name: str | Without, logits: Tensor, target: Tensor, counted: Tensor | None = None) -> None:
-        labels = labels_of(self.model, target, self.given)
+        labels = labels_of(self.model.fusion, logits.shape[1], target, self.given)
+        if labels is None and self.use_test:
+            raise ValueError("use_test: expected False where targets name no class, of which it counts the answers, got True")
         if labels is None:
             return
         if self.given is not None:  # which may ignore some

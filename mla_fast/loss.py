@@ -94,6 +94,8 @@ def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, UserWarning) as error:
+        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise  # it is what cannot be captured
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"target: expected one that {_name(loss)} takes beside logits {describe(logits)}, got {describe(target)}: {reason}"
@@ -111,23 +113,23 @@ def _called(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
         return loss(logits, target)
 
 
-def labels_of(model: MultimodalModel, target: Tensor, loss: Loss | None) -> Tensor | None:
+def labels_of(fusion: str, classes: int, target: Tensor, loss: Loss | None) -> Tensor | None:
     """Return the class [n] of each row, the most probable one of probabilities; None where the target names none.
 
     What a loss that is given may ignore, a label that is no class, becomes −1.
     """
     if loss is None:
         return target
-    classes = model.classes
-    if target.dtype == torch.int64 and target.dim() == 1 and classes != 1:
-        return target if classes is None else torch.where((target >= 0) & (target < classes), target, -1)
-    return target.argmax(1) if model.fusion == "entropy" else None
+    if target.dtype == torch.int64 and target.dim() == 1 and classes > 1:
+        return torch.where((target >= 0) & (target < classes), target, -1)
+    return target.argmax(1) if fusion == "entropy" else None
 
 
 def record_seen(model: MultimodalModel, modality: str, target: Tensor, weights: Tensor | None, loss: Loss | None) -> None:
     """Record on which classes a modality was trained: with probabilities those that have any."""
-    labels = labels_of(model, target, loss)
-    if labels is None or (classes := model.classes) is None:
+    classes = model.classes
+    labels = None if classes is None else labels_of(model.fusion, classes, target, loss)
+    if labels is None or classes is None:
         return
     if loss is None:
         model.saw(modality, target, weights)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mla_fast.batch import rows_by_modality, unpack_batch
+from mla_fast.distributed import is_distributed
 from mla_fast.model import MultimodalModel
 
 SMALL = 0.02  # seconds that a batch takes on one thread; of longer ones torch's own number is right
@@ -38,11 +39,11 @@ def one_thread() -> Iterator[None]:
 def measured(model: MultimodalModel, batch: tuple[Any, ...], loss: Any = None) -> tuple[int, dict[int, float]]:
     """Return how many threads to train `model` with, and the seconds that a batch took by number of threads, where measured.
 
-    One forward and backward pass through a copy, so that neither parameters, buffers nor torch's generator move. Nothing is
-    measured on a GPU or where there is one thread, and a batch that takes one thread long is not small: torch's own number it is.
+    Forward and backward passes through a copy, so that neither parameters, buffers nor torch's generator move. Nothing is measured
+    on a GPU, in one of several processes or where there is one thread; a model is not small if its batch takes one thread long.
     """
     many, device = torch.get_num_threads(), next(model.parameters()).device
-    if many == 1 or device.type != "cpu":
+    if many == 1 or device.type != "cpu" or is_distributed(model):
         return many, {}
     rows = rows_by_modality(model, *unpack_batch(model, batch, device, loss))
     inputs = {modality: part.inputs for modality, part in rows.items() if len(part.target) > 1}

@@ -374,3 +374,19 @@ def test_ranks_are_one_process_with_all_samples(tmp_path):
         expected = [t.detach() for t in model.parameters()]
         torch.testing.assert_close([t.detach() for t in ranks[0][name][0].values()], expected, rtol=1e-9, atol=1e-10)
         assert ranks[0][name][1] == pytest.approx(trainer.evaluate(data)["loss"], rel=1e-9)
+
+
+def test_unpaired_loaders():
+    kind = KINDS["numbers"]
+    model, optimizer = make(kind)
+    inputs, target = batches(kind, count=1)[0]
+    loaders = {m: [(x[:4], target[:4]), (x[4:], target[4:])] for m, x in inputs.items()}
+    trainer = mla.Trainer(model, optimizer, loss=kind.loss, progress=False)
+    history = trainer.fit(loaders, epochs=1)
+    other, others = make(kind)
+    losses = [
+        by_hand(other, others, [({m: x[rows] for m, x in inputs.items()}, target[rows])], kind.by_hand)
+        for rows in (slice(0, 4), slice(4, 7))
+    ]
+    torch.testing.assert_close(everything(model, optimizer), everything(other, others), rtol=1e-9, atol=1e-10)
+    assert history[0]["loss"]["text"] == pytest.approx((losses[0]["text"] + losses[1]["text"]) / 2)
