@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 def measured(model: MultimodalModel, batch: tuple[Any, ...], loss: Any = None) -> tuple[int, dict[int, float]]:
     """Return how many threads to train `model` with, and the seconds that a batch took by number of threads, where measured.
 
-    Forward and backward passes through a copy, so that neither parameters, buffers nor torch's generator move. Nothing is measured
+    Passes go forward and backward through a copy: neither parameters, buffers nor torch's generator move. Nothing is measured
     on a GPU, in one of several processes or where there is one thread; a model is not small if its batch takes one thread long.
     """
     many, device = torch.get_num_threads(), next(model.parameters()).device
