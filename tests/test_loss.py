@@ -1,6 +1,8 @@
 """``Trainer(loss=…)``: losses of any targets against a loop by hand in float64, and what is refused."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -390,3 +392,17 @@ def test_unpaired_loaders():
     ]
     torch.testing.assert_close(everything(model, optimizer), everything(other, others), rtol=1e-9, atol=1e-10)
     assert history[0]["loss"]["text"] == pytest.approx((losses[0]["text"] + losses[1]["text"]) / 2)
+
+
+def test_the_documentations_example():
+    """As it stands on the page, on a few samples."""
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    inputs = {"audio": torch.randn(12, 4), "image": torch.randn(12, 6)}
+    loader = [(inputs, inputs["audio"][:, 0])]
+    names = {"encoders": {m: nn.Linear(x.shape[1], 512) for m, x in inputs.items()}, "inputs": inputs}
+    names |= {"mla": mla, "torch": torch, "nn": nn, "loader": loader, "held_out": loader}
+    exec(compile(code, "losses.md", "exec"), names)
+    history = names["trainer"].history
+    assert history[-1]["loss"]["audio"] < history[0]["loss"]["audio"]
+    assert set(history[-1]["validation"]["loss"]) == {"audio", "image", "fused"}
