@@ -66,6 +66,7 @@ missing: $(READY)
 
 # What is in $(ACCURACY) already is not run again; bench/results has what the READMEs quote.
 accuracy: $(READY)
+	@test -f $(DATA) || { echo "no $(DATA): python -m bench.make_avdigits makes it of two public data sets, which its --help names"; exit 1; }
 	@echo "==> accuracy of all methods and the paper's studies on $(DATA), a process on each core; results go to $(ACCURACY)/"
 	$(BIN)/python -m bench.accuracy --everything --data $(DATA) --jobs $(JOBS) --output $(ACCURACY)
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {  # where the sections of the README have come to stand, and what else links point at
     "#modalities-that-act-on-each-other": "interaction.md",
     "docs/architecture.md": "architecture.md",
+    "docs/losses.md": "losses.md",
     "bench/REPORT.md": "report.md",
 }
 

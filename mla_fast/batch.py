@@ -12,13 +12,14 @@ from torch import Tensor
 
 from mla_fast.distributed import all_reduce_sum, rank_and_size
 from mla_fast.inputs import Inputs, describe, leaves, sample_counts, to_device, tree_map
+from mla_fast.loss import Loss, check_target
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.optimizer import MLAOptimizer
 
 
 class Rows(NamedTuple):
-    """What one modality has in a batch: inputs [n, …] and target int64 [n], and where not all rows count alike, weights [n] whose
+    """What one modality has in a batch: inputs [n, …] and target [n, …], and where not all rows count alike, weights [n] whose
     sum is 1."""
 
     inputs: Inputs
@@ -27,8 +28,8 @@ class Rows(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The samples of a batch that several modalities show: target [N], present bool [N, M'] over its modalities or None for all,
-    and the plan that has packed their rows; None where every modality has N."""
+    """The samples of a batch that several modalities show: target [N, …], present bool [N, M'] over its modalities or None for
+    all, and the plan that has packed their rows; None where every modality has N."""
 
     target: Tensor
     present: Tensor | None
@@ -61,7 +62,7 @@ class Batch:
     def kind(self) -> tuple[Any, ...]:
         """Return what batches must have in common to be trained on by one graph."""
         structure = repr(tree_map(lambda t: (t.shape, t.dtype), self.inputs))
-        return structure, self.present is not None, self.target.shape
+        return structure, self.present is not None, self.target.shape, self.target.dtype
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(to_device(part, device) for part in (self.inputs, self.present, self.target)))
@@ -92,7 +93,7 @@ class Batch:
 
 
 def unpack_batch(
-    model: MultimodalModel, batch: Any, device: torch.device | None = None
+    model: MultimodalModel, batch: Any, device: torch.device | None = None, loss: Loss | None = None
 ) -> tuple[dict[str, Inputs], Tensor, Tensor | None]:
     """Return (inputs, target, present), on `device` if it is given; TypeError or ValueError says what is wrong with the batch."""
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
@@ -100,15 +101,10 @@ def unpack_batch(
     inputs, target, present = batch if len(batch) == 3 else (*batch, None)
     if not inputs or not set(inputs).issubset(model.modalities):
         raise ValueError(f"inputs: expected modalities among {', '.join(model.modalities)}, got {', '.join(inputs)}")
-    if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
-        raise TypeError(f"target: expected int64 [N], got {describe(target)}")
+    check_target(model, target, loss)
     for modality, N in sample_counts(inputs).items():
         if N != len(target):
             raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {N}")
-    if target.device.type == "cpu" and len(target) and (classes := model.classes) is not None:
-        low, high = map(int, target.aminmax())
-        if low < 0 or high >= classes:
-            raise ValueError(f"target: expected labels in 0 … {classes - 1}, got {low if low < 0 else high}")
     if present is not None:
         model.columns(present, inputs)
     if device is None:
@@ -118,7 +114,7 @@ def unpack_batch(
 
 
 def unpack_unlabelled(
-    batch: Mapping[str, Inputs] | tuple[Any, ...], device: torch.device
+    batch: Mapping[str, Inputs] | tuple[Any, ...], device: torch.device, loss: Loss | None = None
 ) -> tuple[dict[str, Inputs], Tensor | None]:
     """Return (inputs, present) on `device` of ``inputs``, ``(inputs, present)`` or a batch as in training."""
     inputs, *rest = (batch,) if isinstance(batch, Mapping) else batch
@@ -126,7 +122,7 @@ def unpack_unlabelled(
         raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {describe(batch)}")
     sample_counts(inputs)
     present = rest[-1] if rest else None
-    if len(rest) == 1 and present is not None and present.dim() == 1 and present.dtype != torch.bool:
+    if len(rest) == 1 and present is not None and present.dtype != torch.bool and (present.dim() == 1 or loss is not None):
         present = None  # it is the target
     there = {modality: to_device(x, device) for modality, x in inputs.items()}
     return there, present.to(device) if isinstance(present, Tensor) else present

@@ -152,7 +152,7 @@ def _add_reading_commands(commands: Any) -> None:
     part = p.add_mutually_exclusive_group()
     part.add_argument("--test-where", help="another part to evaluate on, as speaker=2,4")
     part.add_argument("--all", action="store_true", help="evaluate on every row")
-    p.add_argument("--device", default="auto")
+    _add_device_options(p)
     p.set_defaults(command=evaluate)
 
     p = commands.add_parser("predict", help="write what a checkpoint written by train predicts for an .npz, as a CSV")
@@ -161,8 +161,14 @@ def _add_reading_commands(commands: Any) -> None:
     help = "a row for each sample: class, probabilities, weight of each modality (default: predictions.csv)"
     p.add_argument("--output", type=Path, default=Path("predictions.csv"), help=help)
     p.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
-    p.add_argument("--device", default="auto")
+    _add_device_options(p)
     p.set_defaults(command=predict)
+
+
+def _add_device_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="auto")
+    p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes (default: none, however it was trained)")
+    p.add_argument("--threads", type=_positive(int), help="of the CPU (default: as many as it was trained with)")
 
 
 def _add_data_options(p: argparse.ArgumentParser) -> None:
@@ -196,6 +202,8 @@ def _add_training_options(p: argparse.ArgumentParser) -> None:
         "--interaction", type=int, default=0, metavar="RANK", help="of an interaction head (default: 0, none; try 128)"
     )
     p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes")
+    p.add_argument("--label-smoothing", type=_rate, default=0.0, help="share of a label that goes to all classes (default: 0)")
+    p.add_argument("--class-weights", choices=("balanced",), help="weigh a class by what is in training: N / (C samples of it)")
     p.add_argument("--accumulate", type=_positive(int), default=1, help="batches accumulated for a step (default: 1)")
     p.add_argument("--patience", type=_positive(int), help="stop after as many epochs that are no better on --validation")
     p.add_argument("--clip-norm", type=_positive(float), help="largest norm of a step's gradient (default: no limit)")
@@ -210,9 +218,13 @@ def _add_head_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--backend", choices=ops.BACKENDS, default="auto")
 
 
+THREADS = "of the CPU (default: one where a model is so small that it is faster, which is measured; a resumed run has its own)"
+
+
 def _add_run_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", type=Path, help="settings as TOML, such as the run.toml of another run; options override them")
     p.add_argument("--device", default="auto")
+    p.add_argument("--threads", type=_positive(int), help=THREADS)
     help = "processes that load batches (default: 0, which is fastest for data in memory)"
     p.add_argument("--workers", type=_count, default=0, help=help)
     p.add_argument("--output", type=Path, default=Path("runs/mla"), help="folder of the run (default: runs/mla)")

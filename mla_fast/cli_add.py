@@ -16,7 +16,12 @@ from mla_fast.settings import Settings
 from mla_fast.trainer import Trainer
 
 NEW = "label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay amp accumulate clip_norm".split()
-DEFAULTS = {"features": 64, "interaction": 0, "standardize": "feature"}  # of the command line, where they say nothing
+DEFAULTS = {
+    "features": 64,
+    "interaction": 0,
+    "standardize": "feature",
+    "label_smoothing": 0.0,
+}  # of the command line, where they say nothing
 
 
 def add(arguments: argparse.Namespace) -> None:
@@ -68,15 +73,20 @@ def _config(arguments: argparse.Namespace, before: dict[str, Any], epoch: int) -
             raise ValueError(
                 f"--{option}: expected none with --add: the projection goes on as {before['head'][option]!r}, got {given!r}"
             )
-    for option in ("validation", "patience"):
-        if getattr(arguments, option) is not None:
-            raise ValueError(
-                f"--{option}: expected none with --add, which keeps the last epoch, got {getattr(arguments, option)}"
-            )
+    keeps = {
+        "validation": "keeps the last epoch",
+        "patience": "keeps the last epoch",
+        "class_weights": "weighs all classes alike",
+    }
+    for option, how in keeps.items():
+        if (given := getattr(arguments, option)) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: expected none with --add, which {how}, got {given}")
     check_names("encoder", arguments.encoder, [name])
     for option in DEFAULTS:
         if (given := getattr(arguments, option)) not in (before[option], DEFAULTS[option]):
-            raise ValueError(f"--{option}: expected none with --add: the run before has {before[option]}, got {given}")
+            flag = option.replace("_", "-")
+            raise ValueError(f"--{flag}: expected none with --add: the run before has {before[option]}, got {given}")
+    before["class_weights"] = None  # they are of data and classes that were there
     config = {**before, **{option: getattr(arguments, option) for option in NEW}}
     config["validation"], config["encoder"] = None, {**before["encoder"], **arguments.encoder}
     if config["data"] == str(arguments.data.resolve()):

@@ -18,7 +18,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of a checkpoint with what older versions did not write: they read every array in one way."""
     layouts = {name: "features" if len(shape) == 1 else "image" for name, shape in config["encoders"].items()}
     older = {"layouts": layouts, "vocabulary": {}, "standardize": "array", "class_names": None, "interaction": 0}
-    return older | {"validation": None, "encoder": {}} | config
+    return older | {"validation": None, "encoder": {}, "label_smoothing": 0.0, "class_weights": None, "threads": None} | config
 
 
 def read_for_training(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from mla_fast.cli_output import device
 from mla_fast.cli_result import print_result
 from mla_fast.cli_train import build, described, is_complete, shuffled
 from mla_fast.compare.records import replace
+from mla_fast.step import autocast
+from mla_fast.threads import limited
 from mla_fast.trainer import Trainer
 
 
@@ -45,7 +48,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     test_set = data.apply_statistics(dataset, {name: config["statistics"][name] for name in dataset.modalities})
     cli_data.note_other_units(test_set, config)
     trainer = _trained(config, saved, arguments.device)
-    result = trainer.evaluate(shuffled(test_set), use_test=True)
+    with _as_asked(trainer, config, arguments):
+        result = trainer.evaluate(shuffled(test_set), use_test=True)
     print_result(result, config.get("class_names"), is_complete(test_set))
     for name, value in ({} if seen_before else config.get("before", {})).items():
         after = f", {100 * result['accuracy'][name]:.1f} % here" if name in result["accuracy"] else ""
@@ -66,7 +70,8 @@ def predict(arguments: argparse.Namespace) -> None:
     dataset = data.apply_statistics(dataset, config["statistics"])
     cli_data.note_other_units(dataset, config)
     trainer, names = _trained(config, saved, arguments.device), cli_data.class_names(config)
-    rows = list(_predictions(trainer, dataset, names))
+    with _as_asked(trainer, config, arguments):
+        rows = list(_predictions(trainer, dataset, names))
     weights = [f"weight_{modality}" for modality in trainer.model.modalities]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -82,6 +87,15 @@ def _trained(config: dict[str, Any], saved: dict[str, Any], device_name: str) ->
     trainer = build(config, device(device_name))
     trainer.model.load_state_dict(saved["model"])
     return trainer
+
+
+@contextlib.contextmanager
+def _as_asked(trainer: Trainer, config: dict[str, Any], arguments: argparse.Namespace) -> Iterator[None]:
+    """Compute with the --amp that is asked for, on --threads or as many as training took, if they are there."""
+    threads = arguments.threads or min(config["threads"] or torch.get_num_threads(), torch.get_num_threads())
+    amp = torch.bfloat16 if arguments.amp == "bf16" else None
+    with limited(threads if trainer.device.type == "cpu" else None), autocast(trainer.optimizer, amp):
+        yield
 
 
 def _predictions(trainer: Trainer, dataset: data.MultimodalDataset, names: list[str]) -> Iterator[list[str]]:

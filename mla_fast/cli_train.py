@@ -19,6 +19,7 @@ from mla_fast.cli_output import KeepBest, begin, check_output, device, finish
 from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.threads import limited, measured, said
 from mla_fast.trainer import Trainer
 
 
@@ -41,6 +42,8 @@ def train(arguments: argparse.Namespace) -> None:
     train_set, validation_set = cli_data.hold_out(rest, config)
     config["statistics"] = data.statistics(train_set, config["standardize"], config["layouts"])
     cli_data.print_constant(train_set, config)
+    if config["class_weights"] == "balanced":
+        config["class_weights"] = balanced(train_set.target, config["classes"])
     parts = (train_set, test_set, *([] if validation_set is None else [validation_set]))
     train_set, test_set, *validation_sets = (data.apply_statistics(part, config["statistics"]) for part in parts)
     config = json.loads(json.dumps(config))  # as it is in a checkpoint
@@ -59,16 +62,29 @@ def carry_out(
 ) -> None:
     """Train, resuming a run if asked for, until the epochs of the config are done since `since`, and write the results."""
     checkpoint, best = arguments.output / "checkpoint.pt", KeepBest(trainer, arguments.output) if validation_sets else None
+    config["threads"] = arguments.threads
     if arguments.resume:
         _resume(trainer, checkpoint, config, best)
+    elif arguments.threads is None:
+        config["threads"] = _threads(trainer, train_set[: config["batch_size"]])
+    arguments.threads = config["threads"]  # of run.toml, too: their number may change the last bits of what comes out
     trainer.config, epochs = config, since + config["epochs"]
     trainer.callbacks = (*([] if best is None else [best]), *([TensorBoard(arguments.output)] if arguments.tensorboard else []))
     begin(arguments, trainer, epochs)
     how = {"checkpoint": checkpoint, "checkpoint_every": arguments.checkpoint_every, "patience": arguments.patience}
     validation = data.loader(validation_sets[0], 1024) if validation_sets else None
     batches = data.loader(train_set, config["batch_size"], shuffle=True, workers=arguments.workers)
-    trainer.fit(batches, epochs, validation=validation, **how)
-    finish(arguments.output, trainer, shuffled(test_set), complete=is_complete(test_set), best=best)
+    with limited(config["threads"]):
+        trainer.fit(batches, epochs, validation=validation, **how)
+        finish(arguments.output, trainer, shuffled(test_set), complete=is_complete(test_set), best=best)
+
+
+def _threads(trainer: Trainer, batch: Any) -> int | None:
+    """Return how many threads suit a batch like this, and say so; None on a GPU."""
+    chosen, seconds = measured(trainer.model, batch, trainer.loss)
+    if seconds:
+        print(said(seconds, chosen))
+    return chosen if trainer.device.type == "cpu" else None
 
 
 def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any], best: KeepBest | None) -> None:
@@ -85,6 +101,8 @@ def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any], best: Ke
             raise ValueError(f"--resume: expected the data of the saved run, got others in {config['data']}")
         if name == "before":  # measured when the run began, on data that may be gone
             config[name] = before[name]
+        elif name == "threads":
+            config[name] = before[name] if value is None else value
         elif name != "epochs" and _but_epochs(name, before.get(name)) != _but_epochs(name, value):
             raise ValueError(f"--resume: expected the settings of the saved run, whose {name} is {before.get(name)}, got {value}")
     since = config["additions"][-1]["since"] if config.get("additions") else 0
@@ -125,9 +143,8 @@ def is_complete(dataset: data.MultimodalDataset) -> bool:
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options as plain values; with what the data add, they suffice to rebuild the model."""
     names = "encoder label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay features amp".split()
-    config = {
-        name: getattr(arguments, name) for name in (*names, "accumulate", "clip_norm", "standardize", "interaction", "validation")
-    }
+    more = "accumulate clip_norm standardize interaction validation label_smoothing class_weights".split()
+    config = {name: getattr(arguments, name) for name in (*names, *more)}
     config["data"] = str(arguments.data.resolve())
     config["modalities"] = list(arguments.modalities)
     config["layouts"] = dict(arguments.layout)
@@ -146,7 +163,7 @@ def build(config: dict[str, Any], device: torch.device) -> Trainer:
     sgd = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"])
     optimizer = MLAOptimizer(sgd, model.head, **config["head"])
     amp = torch.bfloat16 if config["amp"] == "bf16" else None
-    how = {"amp": amp, "accumulate": config["accumulate"], "clip_norm": config["clip_norm"]}
+    how = {"amp": amp, "accumulate": config["accumulate"], "clip_norm": config["clip_norm"], "loss": _loss(config)}
     trainer = Trainer(model, optimizer, scheduler=_scheduler(optimizer, config["epochs"]), seed=config["seed"], **how)
     for addition in later:
         add_to(trainer, config, addition)
@@ -160,6 +177,22 @@ def add_to(trainer: Trainer, config: dict[str, Any], addition: dict[str, Any]) -
         group.update(settings, initial_lr=settings["lr"])
     encoders, classes = make_encoders({**config, "features": trainer.model.head.in_features}, [name])[0], addition["classes"]
     trainer.add_modality(name, encoders[name], scheduler=lambda o: _scheduler(o, addition["epochs"]), classes=classes, **settings)
+
+
+def balanced(target: torch.Tensor, classes: int) -> list[float]:
+    """Return the weight of each class by which all count alike: N / (C n_c), of those that there are; 1 for others."""
+    counts = target.bincount(minlength=classes)
+    weights = len(target) / ((counts > 0).sum() * counts.clamp(min=1).double())
+    return [float(each) for each in weights.where(counts > 0, 1.0)]
+
+
+def _loss(config: dict[str, Any]) -> nn.CrossEntropyLoss | None:
+    """Return None for plain cross-entropy, which has a faster way."""
+    weights = config.get("class_weights")
+    if weights is None and not config.get("label_smoothing"):
+        return None
+    weight = None if weights is None else torch.tensor(weights)
+    return nn.CrossEntropyLoss(weight, label_smoothing=config.get("label_smoothing") or 0.0)
 
 
 def _scheduler(optimizer: MLAOptimizer, epochs: int) -> torch.optim.lr_scheduler.MultiStepLR:

@@ -32,7 +32,8 @@ def distribute(model: MultimodalModel, **settings: Any) -> MultimodalModel:
 
     encoders = {modality: wrap(encoder) for modality, encoder in model.encoders.items()}
     interaction = None if model.interaction is None else wrap(model.interaction)
-    wrapped = MultimodalModel(encoders, wrap(model.head), interaction=interaction, streams=model.streams)  # type: ignore[arg-type]
+    how = {"interaction": interaction, "fusion": model.fusion, "streams": model.streams}
+    wrapped = MultimodalModel(encoders, wrap(model.head), **how)  # type: ignore[arg-type]
     wrapped.take_growth(model)
     return wrapped
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mla_fast.batch import unpack_batch
 from mla_fast.distributed import all_gather_object, all_reduce_sum
+from mla_fast.fusing import fuse
 from mla_fast.inputs import Inputs
+from mla_fast.loss import Loss, given_loss, labels_of
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused
@@ -82,18 +84,20 @@ def evaluate(
     device: torch.device,
     group: dist.ProcessGroup | None,
     use_test: bool = False,
+    loss: Loss | None = None,
 ) -> dict[str, Any]:
     """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`."""
-    found = _Found(model, use_test)
+    found = _Found(model, use_test, loss)
     for batch in loader:
-        found.add(*unpack_batch(model, batch, device))
-    loss = found.loss.over_ranks(model.modalities, group, device)
+        found.add(*unpack_batch(model, batch, device, loss))
+    losses = found.loss.over_ranks([*model.modalities, *(() if loss is None else ("fused",))], group, device)
     samples, tallies = _of_all_ranks(found, group)
     names = [name for name in (*model.modalities, "average", "fused", "without_interaction") if name in tallies]
     fused = tallies.get("fused", Tally(1))
-    report = {
-        "samples": samples,
-        "loss": loss.means(),
+    report: dict[str, Any] = {"samples": samples, "loss": losses.means()}
+    if loss is not None and samples and not tallies:  # targets that name no class
+        return report
+    report |= {
         "accuracy": {name: tallies[name].accuracy() for name in names},
         "macro_f1": {name: tallies[name].macro_f1() for name in names},
         "majority": fused.majority(),
@@ -114,8 +118,8 @@ class Without(NamedTuple):
 class _Found:
     """What one rank has counted so far."""
 
-    def __init__(self, model: MultimodalModel, use_test: bool):
-        self.model, self.use_test = model, use_test
+    def __init__(self, model: MultimodalModel, use_test: bool, loss: Loss | None):
+        self.model, self.use_test, self.given = model, use_test, loss
         self.samples, self.loss = 0, Sums()
         self.tallies: dict[str | Without, Tally] = {}
         self._generator = torch.Generator().manual_seed(0)
@@ -129,7 +133,7 @@ class _Found:
         logits = model.logits_of(features)
         parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
         seen, some = model.seen_by(inputs), here.any(1)
-        fused = plan.fuse(logits, seen)
+        fused = fuse(model.fusion, logits, len(inputs), plan, seen)
         together: dict[str | Without, Tensor] = {
             "average": torch.stack(plan.unpack(list(parts))).sum(0),  # as good as the mean for the largest class
             "fused": model.corrected(fused, features, plan).logits,
@@ -140,17 +144,33 @@ class _Found:
             together |= _permuted(model, features, fused, plan, seen, self._generator)
         self.samples += N
         for i, (modality, z, y) in enumerate(zip(inputs, parts, targets, strict=True)):
-            self.loss.add(modality, F.cross_entropy(z, y, reduction="sum"), len(y))
+            self._add_loss(modality, z, y)
             if seen is not None and seen[i].any():  # its answer is one of those that it has seen, as in ``predict``
                 z = z.masked_fill(~seen[i].to(z.device), -torch.inf)
             self._count(modality, z, y)
         for name, z in together.items():
             self._count(name, z, target, some)
+        if self.given is not None:
+            self._add_loss("fused", together["fused"][some], target[some])
+
+    def _add_loss(self, name: str, logits: Tensor, target: Tensor) -> None:
+        if self.given is None:
+            self.loss.add(name, F.cross_entropy(logits, target, reduction="sum"), len(target))
+        else:
+            self.loss.add(name, given_loss(self.given, logits, target) * len(target), len(target))
 
     def _count(self, name: str | Without, logits: Tensor, target: Tensor, counted: Tensor | None = None) -> None:
+        labels = labels_of(self.model.fusion, logits.shape[1], target, self.given)
+        if labels is None and self.use_test:
+            raise ValueError("use_test: expected False where targets name no class, of which it counts the answers, got True")
+        if labels is None:
+            return
+        if self.given is not None:  # which may ignore some
+            counted = labels >= 0 if counted is None else counted & (labels >= 0)
+            labels = labels.clamp(min=0)
         if name not in self.tallies:
             self.tallies[name] = Tally(logits.shape[1], logits.device)
-        self.tallies[name].add(logits, target, counted)
+        self.tallies[name].add(logits, labels, counted)
 
 
 def _permuted(
@@ -166,7 +186,9 @@ def _permuted(
     found: dict[str | Without, Tensor] = {}
     for modality in features:
         some = features | {modality: mixed[modality]}
-        found[Without(modality)] = model.corrected(plan.fuse(model.logits_of(some), seen), some, plan).logits
+        found[Without(modality)] = model.corrected(
+            fuse(model.fusion, model.logits_of(some), len(features), plan, seen), some, plan
+        ).logits
     if model.interaction is not None:
         found[Without("interaction")] = model.corrected(fused, mixed, plan).logits
     return found

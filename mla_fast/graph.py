@@ -14,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mla_fast.batch import Batch, unpack_batch
 from mla_fast.caller import warn
 from mla_fast.inputs import Inputs
+from mla_fast.loss import Loss, check_loss
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.recorder import Recorder
@@ -49,12 +50,16 @@ class GraphedStep:
     Args:
         model, optimizer: as for ``alternating_step``, on a GPU.
         amp: dtype for autocast, torch.bfloat16 or None.
+        loss: as for ``Trainer``, on the GPU; batches in which samples lack modalities are trained on eagerly with it.
 
     Raises ValueError that names the argument, what it was and what it should be.
     """
 
-    def __init__(self, model: MultimodalModel, optimizer: MLAOptimizer, *, amp: torch.dtype | None = None):
+    def __init__(
+        self, model: MultimodalModel, optimizer: MLAOptimizer, *, amp: torch.dtype | None = None, loss: Loss | None = None
+    ):
         check_belong(model, optimizer)
+        check_loss(loss, model)
         if optimizer.device.type not in DEVICES:
             raise ValueError(f"model: expected on a GPU for CUDA graphs, got on {optimizer.device}")
         if not can_step_together(model):
@@ -64,7 +69,7 @@ class GraphedStep:
         if any(group.get("capturable") is False for group in optimizer.param_groups):
             kind = type(optimizer.optimizer).__name__
             raise ValueError(f"optimizer: expected {kind}(…, capturable=True) for CUDA graphs, got capturable=False")
-        self.model, self.optimizer, self.amp = model, optimizer, amp
+        self.model, self.optimizer, self.amp, self.loss = model, optimizer, amp, loss
         self._recorder = Recorder(optimizer.device)
         self._kinds: dict[Any, int | _Captured] = {}  # eager steps so far, or the graph
         self._constants: list[Any] | None = None  # what the graphs take as given
@@ -77,7 +82,7 @@ class GraphedStep:
         self._said: set[str] = set()
 
     def __call__(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
-        inputs, target, present = unpack_batch(self.model, batch)
+        inputs, target, present = unpack_batch(self.model, batch, loss=self.loss)
         inputs = {modality: inputs[modality] for modality in self.model.modalities if modality in inputs}
         columns = None if present is None else self.model.columns(present, inputs)
         counts = [len(target)] * len(inputs) if columns is None else columns.sum(0).tolist()
@@ -133,6 +138,8 @@ class GraphedStep:
             return "the optimizer has step hooks, which no replay would call; remove them"
         if torch.is_autocast_enabled(self.optimizer.device.type):
             return "autocast is on around the step; give amp= in place of it"
+        if parts.present is not None and self.loss is not None:
+            return "samples lack modalities, and loss= is a mean over rows, of which a graph would count copies"
         if parts.present is not None:
             for modality in (*parts.inputs, None):
                 part = self.model.head if modality is None else self.model.encoders[modality]
@@ -143,13 +150,14 @@ class GraphedStep:
 
     def _eager(self, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> dict[str, Tensor]:
         parts = Batch(inputs, present, target).to(self.optimizer.device)
-        return alternating_step(self.model, self.optimizer, (parts.inputs, parts.target, parts.present), amp=self.amp)
+        batch = parts.inputs, parts.target, parts.present
+        return alternating_step(self.model, self.optimizer, batch, amp=self.amp, loss=self.loss)
 
     def _step(self, parts: Batch) -> Tensor:
         """Return the losses [M] of one step of each modality."""
         rows = parts.rows()
         totals = {modality: len(parts.target) for modality in rows}
-        return torch.stack(list(steps_together(self.model, self.optimizer, rows, totals, self.amp).values()))
+        return torch.stack(list(steps_together(self.model, self.optimizer, rows, totals, self.amp, self.loss).values()))
 
     def _warm_up(self, kind: Any, number: int, parts: Batch) -> dict[str, Tensor]:
         losses, waits = self._recorder.eager(lambda: self._step(parts))

@@ -28,6 +28,7 @@ class Parts(nn.Module):
     encoders: ModalityDict
     head: nn.Module
     interaction: nn.Module | None
+    fusion = "entropy"  # also for models that were pickled without it
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -154,8 +155,8 @@ class Growing(Parts):
 
     def seen_by(self, modalities: Iterable[str]) -> Tensor | None:
         """Return bool [M, C] on the CPU, which classes these have seen; None where all modalities have seen all, and before the
-        first addition."""
-        return self.seen.mask(modalities, self.modalities)
+        first addition, and where modalities are fused as their mean."""
+        return None if self.fusion == "mean" else self.seen.mask(modalities, self.modalities)
 
     def add_modality(
         self,

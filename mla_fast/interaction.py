@@ -179,10 +179,17 @@ def corrected_loss(
     if present is None:
         loss = F.cross_entropy(z.mean(0) + r, target, reduction="mean" if total is None else "sum")
         return loss if total is None else loss / total
-    mean = torch.where(present.T[..., None], z, 0).sum(0) / present.sum(1, keepdim=True).clamp(min=1)
+    mean = present_mean(z, present)
     both = paired(present) & (target != IGNORED)
     losses = torch.where(both, F.cross_entropy(mean + r, target, reduction="none"), 0)
     return losses.sum() / (both.sum().clamp(min=1) if total is None else total)
+
+
+def present_mean(z: Tensor, present: Tensor | None) -> Tensor:
+    """Return the mean [N, C] of logits [M, N, C] over the modalities that each sample has."""
+    if present is None:
+        return z.mean(0)
+    return torch.where(present.T[..., None], z, 0).sum(0) / present.sum(1, keepdim=True).clamp(min=1)
 
 
 def paired(present: Tensor) -> Tensor:

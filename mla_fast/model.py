@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mla_fast.fusing import FUSIONS, fuse
 from mla_fast.growing import Growing
 from mla_fast.inputs import Inputs, check_by_modality, describe, leaves, sample_count, sample_counts
 from mla_fast.interaction import Interaction, check_fits
 from mla_fast.modality_dict import ModalityDict
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
-from mla_fast.ops.fusion import Fused, entropy_fusion
+from mla_fast.ops.fusion import Fused
 from mla_fast.parts import evaluating, unwrap_ddp
 from mla_fast.streams import run_on_streams
 
@@ -35,6 +36,8 @@ class MultimodalModel(Growing):
     head: a module, usually an ``nn.Linear``.
     interaction: a ``mla_fast.Interaction`` beside the head, for what is in no modality alone. ``predict`` adds it to the fused
         logits; ``forward`` is without it.
+    fusion: how ``predict`` joins the modalities: ``"entropy"``, by certainty (eqs. 6–8) · ``"mean"``, all alike, for outputs that
+        are no logits of classes that exclude each other: several labels at once, regression.
     streams: on a GPU, run the encoders of ``predict`` and ``alternating_step`` concurrently, each on a CUDA stream of its own,
         forward and backward. This can pay off where one encoder leaves part of the GPU idle and the host is ahead of it, as in a
         CUDA graph. Encoders that share parameters or are in DistributedDataParallel still take turns. Others must not share
@@ -56,6 +59,7 @@ class MultimodalModel(Growing):
         head: nn.Module,
         *,
         interaction: Interaction | None = None,
+        fusion: str = "entropy",
         streams: bool = False,
     ):
         super().__init__()
@@ -69,8 +73,9 @@ class MultimodalModel(Growing):
         self.head = head
         if interaction is not None:
             check_fits(unwrap_ddp(interaction), self.modalities, self.classes, unwrap_ddp(head))
-        self.interaction = interaction
-        self.streams = streams
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
+        self.interaction, self.fusion, self.streams = interaction, fusion, streams
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "interaction" not in state["_modules"]:  # of a model that was pickled without it, too
@@ -170,7 +175,7 @@ class MultimodalModel(Growing):
             return logits
 
     def predict(self, inputs: Mapping[str, Inputs], present: Tensor | None = None) -> Fused:
-        """Return the entropy-weighted prediction (eqs. 6–8) for N samples, each with any of the modalities, in evaluation mode.
+        """Return the fused prediction (eqs. 6–8) for N samples, each with any of the modalities, in evaluation mode.
 
         inputs: {modality: [N, …]}; a modality that is left out is absent from all samples.
         present: bool [N, M] over ``self.modalities``. Only present rows are encoded; absent rows may hold anything.
@@ -182,9 +187,7 @@ class MultimodalModel(Growing):
         plan = None if present is None else dispatch(self.columns(present, inputs), tuple(inputs))
         features = self.packed_features(inputs, plan)
         logits = self.logits_of(features)
-        seen = self.seen_by(inputs)
-        fused = entropy_fusion(logits.unflatten(0, (len(inputs), -1)), seen=seen) if plan is None else plan.fuse(logits, seen)
-        return self.corrected(fused, features, plan)
+        return self.corrected(fuse(self.fusion, logits, len(inputs), plan, self.seen_by(inputs)), features, plan)
 
     @torch.no_grad()
     def corrected(self, fused: Fused, features: Mapping[str, Tensor], plan: DispatchPlan | None) -> Fused:

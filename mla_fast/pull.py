@@ -12,7 +12,8 @@ from torch import Tensor
 from mla_fast.batch import BatchRows, Rows, Whole
 from mla_fast.distributed import rank_and_size
 from mla_fast.head import on_host
-from mla_fast.interaction import Interaction, corrected_loss, paired
+from mla_fast.interaction import Interaction, corrected_loss, paired, present_mean
+from mla_fast.loss import Loss, mean_loss
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.parts import unwrap_ddp
@@ -27,16 +28,18 @@ class Pull:
     until ``restore``, or every modality's step would move it.
     """
 
-    def __init__(self, model: MultimodalModel, optimizer: MLAOptimizer, parts: Mapping[int, tuple[Features, Whole]]):
+    def __init__(
+        self, model: MultimodalModel, optimizer: MLAOptimizer, parts: Mapping[int, tuple[Features, Whole]], loss: Loss | None
+    ):
         self._parameters = list(model.interaction.parameters()) if model.interaction is not None else []
         pairs = list(parts.values())
         wholes = [whole for _, whole in pairs]
         total = _total(wholes, optimizer.process_group, optimizer.device)
-        if _is_plain(model, wholes):
+        if loss is None and _is_plain(model, wholes):
             found, own = _in_closed_form(model, pairs, total)
             gradients = [own.get(p) for p in self._parameters]
         else:
-            found = _by_autograd(model, pairs, total)
+            found = _by_autograd(model, pairs, total, loss)
             gradients = [p.grad for p in self._parameters]
             for p in self._parameters:
                 p.grad = None
@@ -76,7 +79,11 @@ class Pull:
 
 
 def pull_of(
-    model: MultimodalModel, optimizer: MLAOptimizer, features: Sequence[Features], batches: Sequence[Mapping[str, Rows]]
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    features: Sequence[Features],
+    batches: Sequence[Mapping[str, Rows]],
+    loss: Loss | None = None,
 ) -> Pull | None:
     """Return what an interaction asks of these batches; None without one, and where no sample has two modalities."""
     if model.interaction is None:
@@ -92,7 +99,7 @@ def pull_of(
         optimizer.watch.unpaired()
     trains = any(p.requires_grad for p in model.interaction.parameters())
     trains |= unwrap_ddp(model.interaction).gradient == "encoders"
-    return Pull(model, optimizer, parts) if parts and trains else None
+    return Pull(model, optimizer, parts, loss) if parts and trains else None
 
 
 def _complete(features: Features, rows: Mapping[str, Rows], widths: dict[str, int]) -> Features | None:
@@ -128,7 +135,9 @@ def _in_closed_form(
     return found, own
 
 
-def _by_autograd(model: MultimodalModel, pairs: Sequence[tuple[Features, Whole]], total: Tensor) -> list[dict[str, Tensor]]:
+def _by_autograd(
+    model: MultimodalModel, pairs: Sequence[tuple[Features, Whole]], total: Tensor, loss: Loss | None
+) -> list[dict[str, Tensor]]:
     """Return ∂L_r of the features of each batch, and leave those of the parameters in ``.grad``."""
     assert model.interaction is not None
     wanted, leaves, losses = unwrap_ddp(model.interaction).gradient == "encoders", [], []
@@ -136,10 +145,21 @@ def _by_autograd(model: MultimodalModel, pairs: Sequence[tuple[Features, Whole]]
         h = {m: x.detach().requires_grad_(wanted) for m, x in features.items()}
         with torch.enable_grad():
             r = model.interaction(whole.unpack(h), whole.present)
-            losses.append(corrected_loss(_logits(model, h, whole), r, whole.target, whole.present, total))
+            losses.append(_loss(_logits(model, h, whole), r, whole, total, loss))
         leaves.append(h)
     torch.autograd.backward(losses)
     return [{m: x.grad for m, x in h.items() if x.grad is not None} for h in leaves]
+
+
+def _loss(z: Tensor, r: Tensor, whole: Whole, total: Tensor, loss: Loss | None) -> Tensor:
+    """Return these samples' share of L_r for logits z [M, N, C]; for a loss that is given, the host waits for who has two."""
+    if loss is None:
+        return corrected_loss(z, r, whole.target, whole.present, total)
+    corrected, target = present_mean(z.to(r.dtype), whole.present) + r, whole.target
+    if whole.present is not None:
+        both = paired(whole.present)
+        corrected, target = corrected[both], target[both]
+    return mean_loss(corrected, target, 1, loss=loss) / total
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +14,7 @@ from mla_fast import head_loss
 from mla_fast.batch import Rows, row_totals, rows_by_modality, unpack_batch
 from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
+from mla_fast.loss import Loss, check_loss, mean_loss, record_seen
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.pull import pull_of
@@ -22,7 +22,12 @@ from mla_fast.wrapped import parameters_of
 
 
 def alternating_step(
-    model: MultimodalModel, optimizer: MLAOptimizer, batch: tuple[Any, ...], *, amp: torch.dtype | None = None
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    batch: tuple[Any, ...],
+    *,
+    amp: torch.dtype | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Train on one batch: every modality takes one step, as if one after another, but all encoders in one backward pass.
 
@@ -36,7 +41,7 @@ def alternating_step(
 
     model, optimizer: a ``MultimodalModel`` and the ``MLAOptimizer`` with its head. batch: ``(inputs, target)`` or ``(inputs,
     target, present)`` as for ``Trainer``, on the model's device. amp: dtype for autocast, bfloat16; float16 overflows without a
-    ``GradScaler``, which wants ``Trainer``'s step by step.
+    ``GradScaler``, which wants ``Trainer``'s step by step. loss: as for ``Trainer``, on the model's device.
 
     Returns the mean loss {modality: 0-d tensor} of those that had a row; over ranks, the mean of the ranks' is the mean of all.
     A modality with a single row that a BatchNorm in its encoder cannot train on takes no step (``diagnostics()`` counts them),
@@ -45,17 +50,18 @@ def alternating_step(
     class fails there, as in ``F.cross_entropy``.
     """
     check_belong(model, optimizer)
+    check_loss(loss, model)
     if not can_step_together(model):
         raise ValueError(
             "model: expected encoders and a head that share no parameter, and MultimodalModel's own forward; "
             "Trainer takes them one after another, which is right"
         )
-    inputs, target, present = unpack_batch(model, batch)
+    inputs, target, present = unpack_batch(model, batch, loss=loss)
     if target.device != optimizer.device:
         raise ValueError(f"target: expected on {optimizer.device} like the head, got {target.device}")
     rows = rows_by_modality(model, inputs, target, present)
     totals = row_totals(model.modalities, optimizer, [rows])
-    return steps_together(model, optimizer, rows, totals, amp)
+    return steps_together(model, optimizer, rows, totals, amp, loss)
 
 
 def steps_together(
@@ -64,26 +70,26 @@ def steps_together(
     rows: Mapping[str, Rows],
     totals: Mapping[str, float],
     amp: torch.dtype | None,
+    loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Take one step of each modality with one backward pass through all encoders; returns the mean losses."""
     optimizer.zero_grad()
     with autocast(optimizer, amp):
         features = features_of(model, optimizer, {m: rows[m] for m in totals})
-        pull = pull_of(model, optimizer, [features], [rows])
-    losses, outputs, gradients, flags = dict[str, Tensor](), [], [], []
-    head, plain = list(model.head.parameters()), plain_layer(model, optimizer)
+        pull = pull_of(model, optimizer, [features], [rows], loss)
+    losses, outputs, gradients, bad = dict[str, Tensor](), [], [], []
+    head, plain = list(model.head.parameters()), plain_layer(model, optimizer, loss)
     for modality in features:
         h = features[modality].detach().requires_grad_()
         try:
-            losses[modality] = _head_backward(model, optimizer, plain, modality, h, rows[modality], totals[modality], amp)
+            losses[modality] = _head_backward(model, optimizer, plain, modality, h, rows[modality], totals[modality], amp, loss)
         except LoneRowError as error:
             leave_out(optimizer, error)
             continue
         with torch.no_grad():
-            bad = optimizer.take_step(modality)
-        flags += [bad] if isinstance(bad, Tensor) else []
-        model.saw(modality, rows[modality].target, rows[modality].weights)
-        if bad is not True and features[modality].requires_grad:
+            bad.append(optimizer.take_step(modality))
+        record_seen(model, modality, rows[modality].target, rows[modality].weights, loss)
+        if bad[-1] is not True and features[modality].requires_grad:
             outputs.append(features[modality])
             gradients.append(h.grad if pull is None else pull.added(0, modality, h.grad))
         for p in head:
@@ -94,7 +100,7 @@ def steps_together(
         if pull is not None:
             pull.restore()
         if losses:
-            _step_encoders(optimizer, flags)
+            _step_encoders(optimizer, [flag for flag in bad if isinstance(flag, Tensor)])
     except BaseException:
         optimizer.zero_grad()  # what there is of this batch is not for another step to take
         raise
@@ -123,11 +129,12 @@ def leave_out(optimizer: MLAOptimizer, error: LoneRowError) -> None:
     optimizer.skipped["lone"] += 1
 
 
-def plain_layer(model: MultimodalModel, optimizer: MLAOptimizer) -> HeadLayer | None:
-    """Return the head's layer where it is all of the head and nobody watches it, so that autograd can be spared: with it every
-    modality's step takes the host longer, on a GPU by a tenth of a batch of 64 through ResNet-18s."""
+def plain_layer(model: MultimodalModel, optimizer: MLAOptimizer, loss: Loss | None) -> HeadLayer | None:
+    """Return the head's layer where it is all of the head, nobody watches it and no other loss than cross-entropy is given, so
+    that autograd can be spared: with it every modality's step takes the host longer, on a GPU by a tenth of a batch of 64 through
+    ResNet-18s."""
     layer = optimizer.layers[0]
-    if type(model).logits is not MultimodalModel.logits or "logits" in vars(model):
+    if loss is not None or type(model).logits is not MultimodalModel.logits or "logits" in vars(model):
         return None
     return layer if layer.module is model.head and head_loss.is_unobserved(layer) else None
 
@@ -141,18 +148,19 @@ def _head_backward(
     rows: Rows,
     total: float,
     amp: torch.dtype | None,
+    loss: Loss | None,
 ) -> Tensor:
     """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss."""
     if plain is not None and (head_loss.is_large(plain, len(rows.target)) or _as_it_is(plain, optimizer, features, rows, amp)):
         with torch.no_grad(), _weighted(optimizer, rows.weights), autocast(optimizer, amp):
-            loss, features.grad = head_loss.backward(plain, features.detach(), rows.target, total, rows.weights)
-        return loss
+            found, features.grad = head_loss.backward(plain, features.detach(), rows.target, total, rows.weights)
+        return found
     with torch.enable_grad(), _weighted(optimizer, rows.weights):
         with autocast(optimizer, amp):
             logits = model.logits(modality, features.clone())  # a head may change its inputs
-            loss = mean_loss(logits, rows.target, total, rows.weights)
-        torch.autograd.backward(loss)
-    return loss.detach()
+            found = mean_loss(logits, rows.target, total, rows.weights, loss)
+        torch.autograd.backward(found)
+    return found.detach()
 
 
 def _as_it_is(layer: HeadLayer, optimizer: MLAOptimizer, features: Tensor, rows: Rows, amp: torch.dtype | None) -> bool:
@@ -182,16 +190,6 @@ def _weighted(optimizer: MLAOptimizer, weights: Tensor | None) -> Iterator[None]
     finally:
         for layer in optimizer.layers:
             layer.features.weights = None
-
-
-def mean_loss(logits: Tensor, target: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
-    """Return these rows' share of the mean cross-entropy over `total` rows (eq. 2); with weights [n], their weighted sum."""
-    if weights is not None:
-        each = F.cross_entropy(logits, target, reduction="none")
-        return (each * weights.to(each.dtype)).sum()
-    if len(target) == total:
-        return F.cross_entropy(logits, target)
-    return F.cross_entropy(logits, target, reduction="sum") / total
 
 
 def autocast(optimizer: MLAOptimizer, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

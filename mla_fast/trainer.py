@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mla_fast.batch import row_totals, rows_by_modality, unpack_batch, unpack_unlabelled
@@ -18,6 +18,7 @@ from mla_fast.caller import warn
 from mla_fast.evaluate import evaluate
 from mla_fast.graph import GraphedStep
 from mla_fast.inputs import Inputs
+from mla_fast.loss import Loss, check_loss
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
@@ -52,6 +53,9 @@ class Trainer(Phases):
     Args:
         model, optimizer: what to train and the ``MLAOptimizer`` over its parameters, with its head. Where torch.distributed has
             several processes, ``mla_fast.distribute(model)``, and a loader with a share of every batch on each.
+        loss: a function of logits [n, C] and target [n, …] in place of cross-entropy, for other targets, too; moved to `device`.
+            It returns the mean of the rows that are there (``reduction="mean"``), which counts by their number beside others of
+            a step, also on other ranks. Several labels at once and regression need ``MultimodalModel(…, fusion="mean")``.
         scheduler: a learning-rate scheduler; ``ReduceLROnPlateau`` sees the mean training loss.
         scheduler_interval: when it steps, once an ``"epoch"``, or once a ``"batch"`` (or group of `accumulate` batches), as
             ``OneCycleLR`` and warm-up are meant.
@@ -78,6 +82,7 @@ class Trainer(Phases):
         model: MultimodalModel,
         optimizer: MLAOptimizer,
         *,
+        loss: Loss | None = None,
         scheduler: Any = None,
         scheduler_interval: str = "epoch",
         device: torch.device | str | None = None,
@@ -93,29 +98,28 @@ class Trainer(Phases):
         cuda_graph: bool = False,
     ):
         check_belong(model, optimizer)
+        check_loss(loss, model)
         check_scheduler(scheduler, scheduler_interval)
         check_trainer(model, optimizer, amp, scaler, accumulate, clip_norm, backward, callbacks)
-        self.model, self.optimizer = model, optimizer
-        self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
+        self.model, self.optimizer, self.scheduler, self.scheduler_interval = model, optimizer, scheduler, scheduler_interval
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self.loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
         self.seed, self.progress = seed, progress
         self.amp, self.scaler, self.accumulate, self.clip_norm = amp, scaler, accumulate, clip_norm
         self.backward, self.callbacks = backward, tuple(callbacks)
         self.in_turn = in_turn or bool(scaler or clip_norm or backward)
         self._graphed = self._graphed_step() if cuda_graph else None
-        self.epoch = 0
+        self.epoch, self._position = 0, Position()
         self.history: list[dict[str, Any]] = []
         self.additions: dict[str, int] = {}
         self.config: dict[str, Any] | None = None
-        self._position = Position()
 
     def _graphed_step(self) -> GraphedStep | None:
         """Return None, with a warning, where the settings leave nothing to capture."""
         given = {name: getattr(self, name) is not None for name in ("scaler", "clip_norm", "backward")}
         given |= {"accumulate": self.accumulate > 1, "in_turn": self.in_turn}
-        reason = obstacle_to_graphs(self.model, self.optimizer, given)
-        if reason is None:
-            return GraphedStep(self.model, self.optimizer, amp=self.amp)
+        if (reason := obstacle_to_graphs(self.model, self.optimizer, given)) is None:
+            return GraphedStep(self.model, self.optimizer, amp=self.amp, loss=self.loss)
         warn(f"cuda_graph: steps are taken eagerly: {reason}")
         return None
 
@@ -206,14 +210,15 @@ class Trainer(Phases):
             return self._graphed(group[0])
         if self._graphed is not None:
             self._graphed.say("the modalities come from loaders of their own")
-        batches = [unpack_batch(self.model, b, self.device) for b in group]
+        batches = [unpack_batch(self.model, b, self.device, self.loss) for b in group]
         rows = [rows_by_modality(self.model, *batch) for batch in batches]
         totals = row_totals(self.model.modalities, self.optimizer, rows)
         each_once = sum(map(len, rows)) == len({modality for r in rows for modality in r})
         if each_once and not self.in_turn and can_step_together(self.model):
             once = rows[0] if len(rows) == 1 else {modality: part for r in rows for modality, part in r.items()}
-            return steps_together(self.model, self.optimizer, once, totals, self.amp)
-        return steps_in_turn(self.model, self.optimizer, rows, totals, self.amp, self.scaler, self.clip_norm, self.backward)
+            return steps_together(self.model, self.optimizer, once, totals, self.amp, self.loss)
+        how = self.amp, self.scaler, self.clip_norm, self.backward, self.loss
+        return steps_in_turn(self.model, self.optimizer, rows, totals, *how)
 
     def evaluate(self, loader: Iterable[Any], *, use_test: bool = False) -> dict[str, Any]:
         """Return how good each modality is, over the samples that have it, and two ways of fusing, over those that have any.
@@ -228,14 +233,17 @@ class Trainer(Phases):
         of a batch (let it be large and shuffled: sorted samples are replaced by their like), for each modality and for what the
         ``"interaction"`` alone sees: whether modalities add up, or act on each other.
 
+        With a ``loss`` that is given, ``"loss"`` is its mean, of ``"fused"``, too. Of a target's probabilities
+        the largest is right; where it names no class, ``"samples"`` and ``"loss"`` are all there is.
+
         NaN for what no sample had. Logits that are NaN are wrong. Over the samples of all ranks, those included that a
         ``DistributedSampler`` gives twice.
         """
-        return evaluate(self.model, loader, self.device, self.optimizer.process_group, use_test)
+        return evaluate(self.model, loader, self.device, self.optimizer.process_group, use_test, self.loss)
 
     def predict(self, batch: Mapping[str, Inputs] | tuple[Any, ...]) -> Fused:
         """Return ``model.predict`` on the trainer's device for ``inputs``, ``(inputs, present)`` or a batch as in training."""
-        inputs, present = unpack_unlabelled(batch, self.device)
+        inputs, present = unpack_unlabelled(batch, self.device, self.loss)
         return self.model.predict(inputs, present)
 
     def save(self, path: str | Path, *, config: dict[str, Any] | None = None) -> None:

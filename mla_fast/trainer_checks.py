@@ -140,7 +140,7 @@ def said(losses: Mapping[str, float], history: Sequence[dict[str, Any]]) -> str:
     """Return what a progress bar says: the mean loss of the epoch so far, and the accuracy after the last one."""
     known = [loss for loss in losses.values() if loss == loss]
     parts = [f"loss {sum(known) / len(known):.3f}"] if known else []
-    if history and "validation" in history[-1]:
+    if history and "accuracy" in history[-1].get("validation", {}):
         parts.append(f"validation accuracy {100 * history[-1]['validation']['accuracy']['fused']:.1f} %")
     return ", ".join(parts)
 

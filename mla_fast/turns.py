@@ -13,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mla_fast import head_loss
 from mla_fast.batch import Rows
 from mla_fast.inputs import Inputs
+from mla_fast.loss import Loss, mean_loss, record_seen
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.pull import pull_of
-from mla_fast.step import autocast, can_step_together, features_of, leave_out, mean_loss, plain_layer
+from mla_fast.step import autocast, can_step_together, features_of, leave_out, plain_layer
 from mla_fast.wrapped import parameters_of
 
 
@@ -29,6 +30,7 @@ def steps_in_turn(
     scaler: torch.amp.GradScaler | None = None,
     clip_norm: float | None = None,
     backward: Callable[[Tensor], Any] | None = None,
+    loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Take one step of each modality after another (eq. 1), each over its rows of all `batches`; returns the mean losses."""
     if backward is None:
@@ -36,20 +38,20 @@ def steps_in_turn(
     losses: dict[str, Tensor] = {}
     optimizer.watch.alternates()
     optimizer.zero_grad()
-    together = _Together(model, optimizer, batches, totals, amp) if model.interaction is not None else None
+    together = _Together(model, optimizer, batches, totals, amp, loss) if model.interaction is not None else None
     for modality, total in totals.items():
         optimizer.zero_grad()
         if together is not None:
-            loss: Tensor | None = together.backward(modality, total, backward)
+            found: Tensor | None = together.backward(modality, total, backward)
         else:
             parts = [rows[modality] for rows in batches if modality in rows]
-            loss = _backward(model, optimizer, modality, parts, total, amp, backward)
-        if loss is not None:
-            losses[modality] = loss
+            found = _backward(model, optimizer, modality, parts, total, amp, backward, loss)
+        if found is not None:
+            losses[modality] = found
             _step(optimizer, modality, scaler, clip_norm)
             for rows in batches:
                 if modality in rows:
-                    model.saw(modality, rows[modality].target)
+                    record_seen(model, modality, rows[modality].target, None, loss)
     if together is not None:
         together.step_interaction(clip_norm)
     return losses
@@ -63,6 +65,7 @@ def _backward(
     total: float,
     amp: torch.dtype | None,
     backward: Callable[[Tensor], Any],
+    loss: Loss | None,
 ) -> Tensor | None:
     """Accumulate the gradients of a modality's rows; returns their mean loss, or None where there are none to train on."""
     if optimizer.process_group is None:
@@ -73,13 +76,13 @@ def _backward(
         try:
             with _unsynchronized(model, modality) if i < len(parts) - 1 else contextlib.nullcontext():
                 with autocast(optimizer, amp):
-                    loss = _loss(model, optimizer, modality, x, y, total)
-                backward(loss)
+                    found = _loss(model, optimizer, modality, x, y, total, loss)
+                backward(found)
         except LoneRowError as error:
             leave_out(optimizer, error)
             left_out += 1
             continue
-        sum_of_losses = loss.detach() if sum_of_losses is None else sum_of_losses + loss.detach()
+        sum_of_losses = found.detach() if sum_of_losses is None else sum_of_losses + found.detach()
     if sum_of_losses is not None and left_out:  # the mean is over the others
         share = total / (total - left_out)
         for p in _with_gradient(optimizer):
@@ -89,11 +92,19 @@ def _backward(
     return sum_of_losses
 
 
-def _loss(model: MultimodalModel, optimizer: MLAOptimizer, modality: str, inputs: Inputs, target: Tensor, total: float) -> Tensor:
+def _loss(
+    model: MultimodalModel,
+    optimizer: MLAOptimizer,
+    modality: str,
+    inputs: Inputs,
+    target: Tensor,
+    total: float,
+    loss: Loss | None,
+) -> Tensor:
     """Return these rows' share of the mean loss (eq. 2), of many logits without their being in memory whole."""
-    layer = plain_layer(model, optimizer)
+    layer = plain_layer(model, optimizer, loss)
     if layer is None or not head_loss.is_large(layer, total) or not can_step_together(model):
-        return mean_loss(model({modality: inputs})[modality], target, total)
+        return mean_loss(model({modality: inputs})[modality], target, total, loss=loss)
     return head_loss.loss(layer, model.features(modality, inputs), target, total)
 
 
@@ -127,13 +138,14 @@ class _Together:
         batches: Sequence[Mapping[str, Rows]],
         totals: Mapping[str, float],
         amp: torch.dtype | None,
+        loss: Loss | None,
     ):
-        self.model, self.optimizer, self.batches, self.amp = model, optimizer, batches, amp
+        self.model, self.optimizer, self.batches, self.amp, self.loss = model, optimizer, batches, amp, loss
         alone = optimizer.process_group is None  # or others wait for a rank that has no rows
         taken = [{m: rows[m] for m in totals if m in rows and (len(rows[m].target) or not alone)} for rows in batches]
         with autocast(optimizer, amp):
             self.features = [features_of(model, optimizer, rows) for rows in taken]
-            self.pull = pull_of(model, optimizer, self.features, batches)
+            self.pull = pull_of(model, optimizer, self.features, batches, loss)
         self.left_out = {m: sum(m in rows and m not in h for rows, h in zip(taken, self.features, strict=True)) for m in totals}
 
     def backward(self, modality: str, total: float, backward: Callable[[Tensor], Any]) -> Tensor | None:
@@ -145,7 +157,8 @@ class _Together:
                 try:
                     with autocast(self.optimizer, self.amp):
                         logits = self.model.logits(modality, h)
-                        losses.append(mean_loss(logits, rows[modality].target, total - self.left_out[modality]))
+                        over = total - self.left_out[modality]
+                        losses.append(mean_loss(logits, rows[modality].target, over, loss=self.loss))
                 except LoneRowError as error:
                     leave_out(self.optimizer, error)
                     continue

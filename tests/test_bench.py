@@ -294,13 +294,15 @@ def test_what_was_measured_is_drawn(tmp_path, monkeypatch):
     lines = [{**record, "provider": "ours", "median_us": us} for us in (9.0, 1.0)]
     lines += [{**record, "case": "rls s=16 C=6", "s": 16, "provider": "ours", "median_us": 2.0}]
     lines += [{**record, "case": "rls s=8 C=101", "C": 101, "provider": "ours", "median_us": 7.0}]
-    lines += [{**record, "case": "fusion", "op": "fusion", "s": None, "M": 2, "provider": "eager", "median_us": 3.0}]
+    fusion = {**record, "case": "fusion", "op": "fusion", "s": None, "M": 2}
+    lines += [{**fusion, "provider": name, "median_us": us} for name, us in (("eager b", 5.0), ("eager a", 3.0), ("ours", 2.0))]
+    lines += [{**fusion, "provider": "ours functional", "median_us": 0.1}, {**fusion, "provider": "rls eager", "median_us": 9.0}]
     lines += [{"case": "of an older file", "provider": "ours"}]
     source, picture = tmp_path / "results.jsonl", tmp_path / "pictures" / "out.png"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     records = list(timings(source).values())
-    assert plot.curves(records, "rls") == ("rls, C = 6", {"ours": [(8, 1.0), (16, 2.0)]})
-    assert plot.curves(records, "fusion") == ("fusion", {"eager": [(768, 3.0)]})
+    expected = {"rls s=8 C=6": {"ours": 1.0}, "rls s=16 C=6": {"ours": 2.0}, "rls s=8 C=101": {"ours": 7.0}}
+    assert plot.rows(records) == expected | {"fusion": {"eager": 3.0, "ours": 2.0}}
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["bench.throughput.plot", str(source), str(picture)])
     plot.main()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mla_fast import ops
+from mla_fast import cli_train, ops, threads
 from mla_fast.cli import main
 
 
@@ -210,3 +210,60 @@ def test_settings_of_the_training_loop(archive, tmp_path, capsys):
     assert saved["optimizer"]["mla"]["layers"][0]["step"] == 4 * 2 * 2  # epochs, modalities, half of 4 batches
     assert saved["config"] | {"amp": "bf16", "accumulate": 2, "clip_norm": 0.5} == saved["config"]
     assert main(["eval", str(tmp_path / "run" / "checkpoint.pt")]) == 0
+
+
+def test_threads_are_measured_said_and_kept(archive, tmp_path, capsys, monkeypatch):
+    chosen, used = 2, []
+    monkeypatch.setattr(threads, "_seconds", lambda model, inputs, count: {1: 0.01, 2: 0.02 if chosen == 1 else 0.001}[count])
+    fit = cli_train.Trainer.fit
+    monkeypatch.setattr(cli_train.Trainer, "fit", lambda *a, **k: used.append(torch.get_num_threads()) or fit(*a, **k))
+    torch.set_num_threads(2)
+    assert train(archive, tmp_path / "run") == 0
+    said = "threads: 2, since a batch takes 10.0 ms with 1 and 1.0 ms with 2; --threads chooses\n"
+    assert said in capsys.readouterr().out
+    assert "threads = 2\n" in (tmp_path / "run" / "run.toml").read_text()
+    chosen = 1
+    for more in (["--resume", "--epochs", "5"], ["--resume", "--epochs", "6", "--threads", "1"], ["--resume", "--epochs", "7"]):
+        assert train(archive, tmp_path / "run", *more) == 0
+        assert "threads:" not in capsys.readouterr().out
+    assert train(archive, tmp_path / "other") == 0
+    assert "threads: 1, since" in capsys.readouterr().out
+    assert used == [2, 2, 1, 1, 1] and torch.get_num_threads() == 2
+    evaluate, alone = ["eval", str(tmp_path / "run" / "checkpoint.pt"), "--device", "cpu"], []
+    tested = cli_train.Trainer.evaluate
+    monkeypatch.setattr(cli_train.Trainer, "evaluate", lambda *a, **k: alone.append(torch.get_num_threads()) or tested(*a, **k))
+    assert main(evaluate) == main([*evaluate, "--threads", "2"]) == 0
+    assert alone == [1, 2]
+
+
+def test_amp_in_eval_and_predict(archive, tmp_path, capsys):
+    assert train(archive, tmp_path / "run") == 0
+    checkpoint, tables = str(tmp_path / "run" / "checkpoint.pt"), []
+    for name, more in (("float.csv", []), ("bf16.csv", ["--amp", "bf16"])):
+        assert main(["eval", checkpoint, "--device", "cpu", *more]) == 0
+        assert main(["predict", checkpoint, str(archive), "--device", "cpu", "--output", str(tmp_path / name), *more]) == 0
+        rows = (tmp_path / name).read_text().splitlines()[1:]
+        tables.append(np.array([[float(cell) for cell in row.split(",")] for row in rows]))
+    assert not np.array_equal(*tables)
+    np.testing.assert_allclose(tables[1][:, 2:], tables[0][:, 2:], atol=0.05)
+
+
+def test_class_weights_and_label_smoothing(archive, tmp_path):
+    options = ["--class-weights", "balanced", "--label-smoothing", "0.1"]
+    assert train(archive, tmp_path / "run", *options) == 0
+    assert train(archive, tmp_path / "run", *options, "--resume", "--epochs", "5") == 0
+    config = json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]
+    where = ~np.isin(np.arange(90) % 5, (2, 4))
+    counts = np.bincount((np.arange(90) % 3)[where])
+    assert config["class_weights"] == pytest.approx((54 / (3 * counts)).tolist())
+    saved, plain = (tmp_path / name / "checkpoint.pt" for name in ("run", "plain"))
+    assert train(archive, tmp_path / "plain") == 0
+    losses = [torch.load(path, weights_only=True)["history"][3]["loss"]["sound"] for path in (saved, plain)]
+    assert losses[0] > losses[1]  # what a smoothed label costs, however sure the model is
+    assert main(["eval", str(saved), "--device", "cpu"]) == 0
+
+
+def test_a_class_that_is_not_in_training_has_a_weight():
+    from mla_fast.cli_train import balanced
+
+    assert balanced(torch.tensor([0, 0, 0, 2]), 4) == pytest.approx([4 / 6, 1.0, 2.0, 1.0])

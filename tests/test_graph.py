@@ -150,6 +150,18 @@ def assert_alike(model, optimizer, other, plain, **close):
         assert got["layers"][name] == pytest.approx(layer, rel=1e-4, nan_ok=True)
 
 
+def test_a_loss_that_is_given_is_captured_and_trained_on_eagerly_where_rows_are_missing(stand_in):
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    (step, *ours), plain = graphed_and_plain()
+    step.loss = loss
+    with pytest.warns(UserWarning, match="loss= is a mean over rows"):
+        for i in range(10):
+            b = batch(i, missing=i > 7)
+            torch.testing.assert_close(step(b), mla.alternating_step(*plain, b, loss=loss), rtol=1e-11, atol=1e-11)
+    assert_alike(*ours, *plain)
+    assert (stand_in.captures, stand_in.replays) == (1, 5)
+
+
 @pytest.mark.parametrize("make", [sgd, fused_sgd])
 @pytest.mark.parametrize("target", ["gradient", "update"])
 @pytest.mark.parametrize("projection", ["rls", "window", "none"])

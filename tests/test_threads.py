@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from helpers import assert_bitwise, make_inputs, noisy_model
 
-from mla_fast import ops
+from mla_fast import ops, threads
 from mla_fast.threads import one_thread
 
 SMALL = """
@@ -58,3 +59,31 @@ def test_the_core_imports_no_periphery():
     code = f"import sys, mla_fast; sys.exit(', '.join({periphery} & sys.modules.keys()) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def measured(monkeypatch, seconds, batch=None, count=2):
+    """What is chosen where a batch takes so many seconds, by number of threads."""
+    monkeypatch.setattr(threads, "_seconds", lambda model, inputs, count: seconds[count])
+    torch.set_num_threads(count)
+    return threads.measured(noisy_model(), batch or (make_inputs(), torch.zeros(6, dtype=torch.int64)))
+
+
+def test_a_small_model_takes_one_thread_unless_several_are_clearly_faster(monkeypatch):
+    assert measured(monkeypatch, {1: 0.002, 2: 0.007}) == (1, {1: 0.002, 2: 0.007})
+    assert measured(monkeypatch, {1: 0.010, 2: 0.009})[0] == 1
+    assert measured(monkeypatch, {1: 0.010, 2: 0.006})[0] == 2
+    assert measured(monkeypatch, {1: 0.100}) == (2, {})
+    assert measured(monkeypatch, {}, count=1) == (1, {})
+
+
+def test_measuring_moves_nothing():
+    model, present = noisy_model(), torch.ones(6, 3, dtype=torch.bool)
+    present[1:, 0] = False  # a lone row, which BatchNorm refuses
+    before, state = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    torch.set_num_threads(2)
+    chosen, seconds = threads.measured(model, (make_inputs(), torch.zeros(6, dtype=torch.int64), present))
+    assert set(seconds) == {1, 2} and chosen in seconds and torch.get_num_threads() == 2
+    assert_bitwise(dict(model.state_dict()), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.accuracy.balanced import TASKS, task
 from mla_fast.compare import missing_report, options
@@ -58,15 +59,31 @@ def plot(results: Path, path: Path) -> None:
     from bench import pictures
 
     shown = {name: missing_report.by_rate(runs) for name, runs in committed(results).items() if runs}
-    figure = pictures.new_figure(4.5 * len(shown) + 1.5, 4)
+    figure = pictures.new_figure(pictures.PAGE, 4.6)
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    styles = _styles(dict.fromkeys(method for values in shown.values() for method in values))
     for ax, (name, values) in zip(axes, shown.items(), strict=True):
-        for i, (method, rows) in enumerate(values.items()):
+        for method, rows in values.items():
             means = [100 * sum(seeds.values()) / len(seeds) for seeds in rows.values()]
-            ax.plot([100 * rate for rate in rows], means, "os^"[i // 10] + "-", ms=4, label=method)
+            ax.plot([100 * rate for rate in rows], means, ms=4, **styles[method])
         ax.set(title=name, xlabel="missing, %", ylabel="accuracy, %")
-    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    pictures.legend(figure, styles, 5)
     pictures.save(figure, path)
+
+
+def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return how a line of each method is drawn: MLA and what it is beside in their colours, thick, others thin, none alike."""
+    from bench import pictures
+
+    others = iter([(color, marker) for marker in "sv" for color in ("C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9")])
+    styles: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        if method.startswith(("MLA", *pictures.UNIMODAL)):
+            styles[method] = {**pictures.style(method), "marker": "^" if method == "QMF" else "o", "lw": 2.5}
+        else:
+            color, marker = next(others)
+            styles[method] = {"color": color, "marker": marker, "lw": 1}
+    return styles
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -62,7 +62,8 @@ def setting(
             raise ValueError(f"config: expected none for {source}, got {config!r}")
         return Setting(source, DEFAULT, BUILT_IN[source], **budget)
     if not Path(source).exists():
-        raise FileNotFoundError(f"data: expected {', '.join(BUILT_IN)} or an .npz, and there is no file {source}")
+        cure = "" if config is None else "; python -m bench.make_avdigits makes avdigits.npz of two public data sets"
+        raise FileNotFoundError(f"data: expected {', '.join(BUILT_IN)} or an .npz, and there is no file {source}{cure}")
     if config is not None:
         if config not in AVDIGITS:
             raise ValueError(f"config: expected one of {', '.join(AVDIGITS)}, got {config!r}")

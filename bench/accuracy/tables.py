@@ -6,6 +6,7 @@ import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import pictures
 from bench.records import Record
@@ -149,29 +150,39 @@ def spread(values: Sequence[float | None], scale: float = 100, digits: int = 1) 
 def draw_accuracy(found: Sequence[Record], path: Path) -> bool:
     """Fused accuracy: a panel for each task, and one over the rates where modalities are missing. False without matplotlib."""
     tasks, rates = complete(found), missing(found)
-    number = len(tasks) + len(rates)
-    columns = min(number, 3)
-    rows = -(-number // columns)
-    figure = pictures.new_figure(5 * columns, 4 * rows)
+    rows = -(-(len(tasks) + len(rates)) // 2)
+    figure = pictures.new_figure(pictures.PAGE, 3.7 * rows + 0.3)
     if figure is None:
         return False
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in panels[number:]:
-        axes.remove()
-    for axes, group in zip(panels, tasks, strict=False):
-        runs = {each[0]["method"]: [100 * run["accuracy"]["fused"] for run in each] for each in groups(group, ["method"])}
-        for place, values in enumerate(runs.values()):
-            axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
-            axes.plot(statistics.mean(values), place, "|", color="black", ms=14)
-        axes.set(title=title(group[0]), xlabel="fused accuracy, %; one point a seed", yticks=range(len(runs)), yticklabels=runs)
-        axes.invert_yaxis()
-    for axes, group in zip(panels[len(tasks) : number], rates, strict=True):
+    panels = list(figure.subplots(rows, 2, squeeze=False).flat)
+    names = list(dict.fromkeys(run["method"] for group in tasks for run in group))
+    for i, (axes, group) in enumerate(zip(panels, tasks, strict=False)):
+        _draw_task(axes, group, names)
+        axes.set(yticks=range(len(names)), yticklabels=names if i % 2 == 0 else [])
+    for axes, group in zip(panels[len(tasks) :], rates, strict=False):
         for runs in groups(group, ["method"]):
             means = {rate: statistics.mean(100 * r["accuracy"]["fused"] for r in each) for rate, each in _by(runs, "missing")}
-            axes.plot(means.keys(), means.values(), "o-", label=runs[0]["method"])
+            axes.plot(
+                means.keys(), means.values(), marker="o", ms=4, label=runs[0]["method"], **pictures.style(runs[0]["method"])
+            )
         axes.set(title=f"{group[0]['data']} {group[0]['config']}, some missing", xlabel="rate", ylabel="fused accuracy, %")
         axes.legend(fontsize=8)
+    for axes in panels[len(tasks) + len(rates) :]:
+        axes.remove()
+    pictures.families(figure)
     return pictures.save(figure, path)
+
+
+def _draw_task(axes: Any, group: Sequence[Record], names: Sequence[str]) -> None:
+    """Draw a point for each seed and a line at the mean, a row for each method."""
+    for runs in groups(group, ["method"]):
+        method, values = runs[0]["method"], [100 * run["accuracy"]["fused"] for run in runs]
+        place, color = names.index(method), pictures.FAMILIES[pictures.family(method)]
+        axes.plot(values, [place] * len(values), "o", color=color, alpha=0.5)
+        axes.plot(statistics.mean(values), place, "|", color="black", ms=14)
+    axes.set(title=title(group[0]), xlabel="fused accuracy, %; one point a seed")
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="y", alpha=0.3)
 
 
 def _by(runs: Sequence[Record], name: str) -> list[tuple[float, list[Record]]]:

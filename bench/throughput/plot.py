@@ -1,54 +1,51 @@
-"""Draws what was measured: ``python -m bench.throughput.plot results.jsonl out.png``. One panel per operator, µs over size."""
+"""Draws what was measured: ``python -m bench.throughput.plot results.jsonl out.png``. One row per case, µs of each way."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from bench.pictures import new_figure, save
+from bench.pictures import PAGE, legend, new_figure, save
 from bench.records import timings
 from bench.throughput.speed import best_threads
 
-PANELS = ("rls", "window", "fusion")
-COLOURS = {"ours": "tab:red", "eager": "tab:blue", "graph": "tab:cyan", "compile": "tab:green", "released": "tab:grey"}
+KINDS = {
+    "ours": {"color": "#1f6fb4", "marker": "o"},
+    "eager": {"color": "#c8621b", "marker": "D"},
+    "compile": {"color": "#3a8a4d", "marker": "s"},
+    "released": {"color": "#7d838c", "marker": "x"},
+}
+NAMES = {"eager": "best eager", "compile": "torch.compile", "released": "released arithmetic"}
 
 
-def curves(records: list[dict], op: str) -> tuple[str, dict[str, list[tuple[int, float]]]]:
-    """(what is shown, {provider: [(size, µs), …]}) of one panel: the sizes of the C (and M) that has most of them.
-
-    Size is s; for the fusion it is the number of logits, of all cases without a mask.
-    """
-    chosen = [r for r in records if r["op"] == op and not r["masked"]]
-    what = op
-    if op != "fusion" and chosen:
-        groups: dict[tuple, set[int]] = {}
-        for r in chosen:
-            groups.setdefault((r["C"], r["M"]), set()).add(r["s"])
-        C, M = max(groups, key=lambda group: (len(groups[group]), group == (101, 3), group[0] == 101))
-        chosen = [r for r in chosen if (r["C"], r["M"]) == (C, M)]
-        what += f", C = {C}" + ("" if M is None else f", M = {M}")
-    found: dict[str, list[tuple[int, float]]] = {}
-    for r in chosen:
-        size = r["s"] or r["M"] * r["N"] * r["C"]
-        found.setdefault(r["provider"], []).append((size, r["median_us"]))
-    return what, {name: sorted(points) for name, points in found.items()}
+def rows(records: list[dict]) -> dict[str, dict[str, float]]:
+    """{case: {kind: µs}} of the cases that have ours, the fastest of each kind, operator by operator."""
+    found: dict[str, dict[str, float]] = {}
+    for r in records:
+        kind = r["provider"] if r["provider"] == "ours" else r["provider"].split()[0]
+        if kind in KINDS and (kind == "ours") == (r["provider"] == "ours"):
+            times = found.setdefault(r["case"], {})
+            times[kind] = min(times.get(kind, float("inf")), r["median_us"])
+    order = list(dict.fromkeys(r["op"] for r in records))
+    ops = {r["case"]: order.index(r["op"]) for r in records}
+    return {case: found[case] for case in sorted(found, key=ops.__getitem__) if "ours" in found[case]}
 
 
 def draw(records: list[dict], path: Path) -> bool:
     """Writes the picture. Without matplotlib a line says so: False."""
-    figure = new_figure(15, 5)
+    found = rows(records)
+    figure = new_figure(PAGE, 1.2 + 0.26 * len(found))
     if figure is None:
         return False
-    for axes, op in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        what, found = curves(records, op)
-        for i, (name, points) in enumerate(found.items()):
-            kind = name.split()[0]
-            style = dict(color=COLOURS.get(kind, "tab:olive"), marker="osv^Dx*P"[i % 8], lw=2 if kind == "ours" else 1)
-            axes.plot(*zip(*points, strict=True), label=name, ms=4, **style)
-        axes.set(title=what, xlabel="logits" if op == "fusion" else "s", ylabel="µs", xscale="log", yscale="log")
-        axes.grid(alpha=0.3)
-        if found:
-            axes.legend(fontsize=7)
+    axes = figure.subplots()
+    for place, times in enumerate(found.values()):
+        axes.plot([min(times.values()), max(times.values())], [place] * 2, color="#d5d8dc", lw=1, zorder=1)
+        for kind, us in reversed(times.items()):
+            axes.plot(us, place, ls="", ms=6, zorder=2 + (kind == "ours"), **KINDS[kind])
+    axes.set(yticks=range(len(found)), yticklabels=found, xscale="log", xlabel="µs, on as many threads as suit it best")
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    legend(figure, {NAMES.get(kind, kind): {**how, "ls": ""} for kind, how in KINDS.items()}, len(KINDS))
     return save(figure, path)
 
 

@@ -255,7 +255,7 @@ def _row_table(found: Sequence[Record]) -> str:
 
 def draw(found: Sequence[Record], path: Path) -> bool:
     single = [record for record in found if "+" not in record["new"]]
-    figure = pictures.new_figure(10, 4)
+    figure = pictures.new_figure(pictures.PAGE, 3.8)
     if figure is None:
         return False
     named = [runs[0]["method"] for runs in tables.groups(single, ["method"])]
@@ -264,7 +264,7 @@ def draw(found: Sequence[Record], path: Path) -> bool:
             lost = [falls(run) for run in runs]
             axes.plot(lost, [place] * len(lost), "o", color="tab:blue", alpha=0.4)
             axes.plot(statistics.mean(lost), place, "|", color="black", ms=14)
-        axes.set(title=f"the new one has {classes} of the classes", xlabel="points that the old ones lose; one point a run")
+        axes.set(title=f"the new one has {classes} of the classes", xlabel="points lost by the old ones")
         axes.set(yticks=range(len(named)), yticklabels=named)
     return pictures.save(figure, path)
 

@@ -65,7 +65,7 @@ def table(found: Sequence[Record]) -> str:
 
 
 def draw(found: Sequence[Record], path: Path) -> bool:
-    figure = pictures.new_figure(10, 4)
+    figure = pictures.new_figure(pictures.PAGE, 3.8)
     if figure is None:
         return False
     names = {"gradient_kept": "‖GP‖/‖G‖", "P_norm": "‖P‖_F"}
@@ -74,7 +74,7 @@ def draw(found: Sequence[Record], path: Path) -> bool:
             means = [statistics.mean(values) for values in zip(*(run[name] for run in runs), strict=True)]
             axes.plot(runs[0]["steps"], means, "o-", ms=3, label=label(runs[0]))
         axes.set(title=title, xlabel="steps", xscale="log", yscale="log")
-        axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return pictures.save(figure, path)
 
 

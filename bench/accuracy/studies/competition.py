@@ -61,7 +61,7 @@ def _by_mu(runs: Sequence[Record]) -> dict[float, list[float]]:
 
 def draw(found: Sequence[Record], path: Path) -> bool:
     methods = tables.groups(found, ["method"])
-    figure = pictures.new_figure(4 * len(methods), 3.4)
+    figure = pictures.new_figure(pictures.PAGE, 2.8)
     if figure is None:
         return False
     panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
@@ -72,7 +72,8 @@ def draw(found: Sequence[Record], path: Path) -> bool:
         mus = list(_by_mu(runs))
         axes.set(title=runs[0]["method"], xlabel="μ", xticks=range(len(mus)), xticklabels=mus)
         axes.set(ylabel="initial scale", yticks=range(len(by_scale)), yticklabels=by_scale)
-    figure.colorbar(picture, ax=panels, label="share of (class, modality) pairs found")
+        axes.label_outer()
+    figure.colorbar(picture, ax=panels, label="share of pairs found")
     return pictures.save(figure, path)
 
 

@@ -96,16 +96,19 @@ def rise(record: Record) -> float:
 
 
 def draw(found: Sequence[Record], path: Path) -> bool:
-    figure = pictures.new_figure(7, 3.5)
+    figure = pictures.new_figure(pictures.PAGE, 3.5)
     if figure is None:
         return False
     axes = figure.subplots()
+    axes.set_xscale("symlog", linthresh=1e-3)  # before there are points, or the limits are a straight scale's
+    axes.axvline(0, color="black", lw=0.8)
     names = []
     for place, runs in enumerate(tables.groups(found, ["method", "bias"])):
-        axes.plot([rise(run) for run in runs], [place] * len(runs), "o", color="tab:blue", alpha=0.5)
+        axes.plot([rise(run) for run in runs], [place] * len(runs), "o", color=pictures.FAMILIES["MLA"], alpha=0.5)
         names.append(label(runs[0]))
     axes.set(yticks=range(len(names)), yticklabels=names, xlabel="rise of the first modality's loss; one point a run")
-    axes.set_xscale("symlog", linthresh=1e-3)
+    axes.grid(axis="y", alpha=0.3)
+    axes.margins(x=0.08)
     return pictures.save(figure, path)
 
 

@@ -26,6 +26,7 @@ from bench.records import Record
 from mla_fast.tables import markdown_table
 
 METHODS = ("Sum", "Concat", "Late fusion", "MLA none", "MLA rls", "MLA window")
+COLORS = "#1f6fb4", "#c8621b", "#3a8a4d", "#7d838c"  # of the modalities
 SHOWN = 200  # samples of each modality in the picture, at most
 
 
@@ -82,14 +83,19 @@ def table(found: Sequence[Record]) -> str:
 
 def draw(found: Sequence[Record], path: Path) -> bool:
     shown = [record for record in found if "points" in record]
-    figure = pictures.new_figure(3.2 * len(shown), 3.4)
+    columns = min(3, max(len(shown), 1))
+    rows = -(-len(shown) // columns)
+    figure = pictures.new_figure(pictures.PAGE, 2.9 * rows + 0.3)
     if figure is None:
         return False
-    for axes, record in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for modality, points in record["points"].items():
-            axes.plot(*zip(*points, strict=True), ".", ms=4, alpha=0.6, label=modality)
+    for axes, record in zip(figure.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
+        for color, points in zip(COLORS, record["points"].values(), strict=False):
+            axes.plot(*zip(*points, strict=True), ".", ms=4, alpha=0.6, color=color)
         axes.set(title=f"{record['method']}, gap {record['gap']:.2f}", xticks=[], yticks=[])
-        axes.legend(fontsize=8)
+    for axes in figure.axes[len(shown) :]:
+        axes.remove()
+    entries = {m: {"color": c, "marker": "o", "ls": ""} for m, c in zip(shown[0]["points"], COLORS, strict=False)}
+    pictures.legend(figure, entries, len(entries))
     return pictures.save(figure, path)
 
 

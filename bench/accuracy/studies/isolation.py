@@ -84,16 +84,18 @@ def table(found: Sequence[Record]) -> str:
 def draw(found: Sequence[Record], path: Path) -> bool:
     curves = moves(found)
     cases = sorted({case[1:] for case in curves})
-    figure = pictures.new_figure(5 * len(cases), 4)
+    figure = pictures.new_figure(pictures.PAGE, 3.8)
     if figure is None:
         return False
+    methods = list(dict.fromkeys(case[0] for case in curves))
     for axes, (mask, other) in zip(figure.subplots(1, len(cases), squeeze=False, sharey=True)[0], cases, strict=True):
-        for method in dict.fromkeys(case[0] for case in curves):
+        for method in methods:
             curve = curves[method, mask, other]
-            axes.plot([0, *curve], [0, *curve.values()], "o-", label=method)
-        axes.set(title=f"{other} alone", xlabel=f"share of {mask} masked in training", ylabel="points")
+            axes.plot([0, *curve], [0, *curve.values()], marker="o", ms=4, **pictures.style(method))
+        axes.set(title=f"{other} alone", xlabel=f"share of {mask} masked in training", ylabel="points it gains")
+        axes.label_outer()
         axes.axhspan(-2, 2, color="tab:grey", alpha=0.15)
-        axes.legend(fontsize=8)
+    pictures.legend(figure, {method: pictures.style(method) for method in methods}, len(methods))
     return pictures.save(figure, path)
 
 

@@ -1,0 +1,143 @@
+"""The loss of a modality's rows: eq. 2's cross-entropy, or a function of (logits, target) that is given in its place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mla_fast.inputs import describe
+from mla_fast.model import MultimodalModel
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+# Their outputs are no logits of classes that exclude each other, so there is no entropy to weigh modalities by.
+NO_CLASSES = (
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss),
+    *(nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.MultiLabelMarginLoss, nn.SoftMarginLoss),
+)
+
+
+def check_loss(loss: Any, model: MultimodalModel) -> None:
+    """Raise TypeError or ValueError unless `loss` is None or a function of (logits, target) that goes with the model's fusion."""
+    if loss is None:
+        return
+    if isinstance(loss, type) or not callable(loss):
+        raise TypeError(f"loss: expected a function of (logits, target), such as nn.CrossEntropyLoss(), got {loss!r}")
+    if (reduction := getattr(loss, "reduction", "mean")) != "mean":
+        raise ValueError(f'loss: expected reduction="mean", over the rows that it is given, got {reduction!r}')
+    if isinstance(loss, NO_CLASSES) and model.fusion == "entropy":
+        raise ValueError(
+            f'loss: {_name(loss)} expects MultimodalModel(…, fusion="mean"), since its outputs are no logits of classes that '
+            'exclude each other, got fusion="entropy"'
+        )
+
+
+def check_target(model: MultimodalModel, target: Any, loss: Loss | None) -> None:
+    """Raise TypeError or ValueError unless a batch's target suits the loss; values are looked at on the CPU alone."""
+    if loss is None:
+        if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
+            raise TypeError(f"target: expected int64 [N], got {describe(target)}")
+        if target.device.type == "cpu" and len(target) and (classes := model.classes) is not None:
+            low, high = map(int, target.aminmax())
+            if low < 0 or high >= classes:
+                raise ValueError(f"target: expected labels in 0 … {classes - 1}, got {low if low < 0 else high}")
+        return
+    if not isinstance(target, Tensor) or not target.dim():
+        raise TypeError(f"target: expected a tensor [N, …], got {describe(target)}")
+    if model.fusion == "entropy" and not (target.dtype == torch.int64 and target.dim() == 1):
+        _check_probabilities(target, model.classes)
+
+
+def _check_probabilities(target: Tensor, classes: int | None) -> None:
+    fits = target.is_floating_point() and target.dim() == 2 and classes in (None, target.shape[1])
+    if fits and target.device.type == "cpu":
+        fits = bool((target >= 0).all()) and bool(((target.double().sum(1) - 1).abs() < 1e-2).all())
+    if not fits:
+        expected = f"int64 [N], or probabilities [N, {classes or 'C'}] whose rows sum to 1"
+        cure = 'other outputs than classes need MultimodalModel(…, fusion="mean")'
+        raise ValueError(f"target: expected {expected}, got {describe(target)}; {cure}")
+
+
+def mean_loss(logits: Tensor, target: Tensor, total: float, weights: Tensor | None = None, loss: Loss | None = None) -> Tensor:
+    """Return these rows' share of the mean loss over `total` rows (eq. 2); with weights [n], their weighted sum.
+
+    A loss that is given takes no weights: the mean over these rows counts as many times as there are rows.
+    """
+    if loss is not None:
+        return given_loss(loss, logits, target) * (len(target) / total)
+    if weights is not None:
+        each = F.cross_entropy(logits, target, reduction="none")
+        return (each * weights.to(each.dtype)).sum()
+    if len(target) == total:
+        return F.cross_entropy(logits, target)
+    return F.cross_entropy(logits, target, reduction="sum") / total
+
+
+def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
+    """Return a loss that is given of logits [n, C] and target [n, …], 0-d; 0 of no rows.
+
+    A floating target is in the logits' dtype, float32 or wider; [n] beside one output is [n, 1], as elementwise losses need it.
+
+    Raises ValueError that names `target` where the loss does not take it, and `loss` where it returns something else.
+    """
+    if not len(target):
+        return logits.sum() * 0
+    if target.is_floating_point():
+        target = target.to(torch.promote_types(logits.dtype, torch.float32))
+        target = target[:, None] if target.dim() == 1 and logits.shape[1] == 1 else target
+    try:
+        found: Any = _called(loss, logits, target)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, UserWarning) as error:
+        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise  # it is what cannot be captured
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"target: expected one that {_name(loss)} takes beside logits {describe(logits)}, got {describe(target)}: {reason}"
+        ) from error
+    if not isinstance(found, Tensor) or found.dim() or not found.is_floating_point():
+        raise ValueError(f"loss: expected a floating 0-d tensor from {_name(loss)}, the mean over rows, got {describe(found)}")
+    return found
+
+
+def _called(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
+    if not target.is_floating_point() or target.shape == logits.shape:
+        return loss(logits, target)
+    with warnings.catch_warnings():  # torch broadcasts [n] over [n, C] and warns: nobody means that
+        warnings.filterwarnings("error", message="Using a target size")
+        return loss(logits, target)
+
+
+def labels_of(fusion: str, classes: int, target: Tensor, loss: Loss | None) -> Tensor | None:
+    """Return the class [n] of each row, the most probable one of probabilities; None where the target names none.
+
+    What a loss that is given may ignore, a label that is no class, becomes −1.
+    """
+    if loss is None:
+        return target
+    if target.dtype == torch.int64 and target.dim() == 1 and classes > 1:
+        return torch.where((target >= 0) & (target < classes), target, -1)
+    return target.argmax(1) if fusion == "entropy" else None
+
+
+def record_seen(model: MultimodalModel, modality: str, target: Tensor, weights: Tensor | None, loss: Loss | None) -> None:
+    """Record on which classes a modality was trained: with probabilities those that have any."""
+    classes = model.classes
+    labels = None if classes is None else labels_of(model.fusion, classes, target, loss)
+    if labels is None or classes is None:
+        return
+    if loss is None:
+        model.saw(modality, target, weights)
+    elif target.is_floating_point():
+        model.saw(modality, torch.arange(classes, device=target.device), (target > 0).any(0))
+    else:
+        model.saw(modality, labels.clamp(min=0), labels >= 0)
+
+
+def _name(loss: Any) -> str:
+    return getattr(loss, "__name__", type(loss).__name__)
