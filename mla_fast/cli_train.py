@@ -39,8 +39,8 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     rest, test_set = cli_data.split(dataset, config)
     train_set, validation_set = cli_data.hold_out(rest, config)
-    config["statistics"] = data.statistics(train_set, config["standardize"], config["layouts"])
-    cli_data.print_constant(train_set, config)
+    config["statistics"], constant = data.survey(train_set, config["standardize"], config["layouts"])
+    cli_data.print_constant(train_set, constant, config)
     parts = (train_set, test_set, *([] if validation_set is None else [validation_set]))
     train_set, test_set, *validation_sets = (data.apply_statistics(part, config["statistics"]) for part in parts)
     config = json.loads(json.dumps(config))  # as it is in a checkpoint
