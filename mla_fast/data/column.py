@@ -14,7 +14,7 @@ from torch import Tensor
 Array = NDArray[Any]
 Step = Callable[[Tensor, Tensor | None], Tensor]  # (x [N, …], which of its rows count, bool [N] or None for all) → x [N, …]
 Convert = Callable[[Array, Tensor | None, Tensor], Tensor]  # (rows as stored, which of them count, their numbers) → x [N, …]
-CHUNK = 2**22  # values at once where all rows are gone through: 32 MiB in float64
+CHUNK = 2**20  # values at once where all rows are gone through: 8 MiB in float64, which malloc keeps
 
 
 class Source(Protocol):
@@ -77,7 +77,7 @@ class Column:
         return Column(self.source, self.convert, self.here, self.rows, (*self.steps, step))
 
     def chunks(self, present: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield all rows [K, …] in turn, some 2^22 values at once; of rows that are not `present`, bool [N], none is read."""
+        """Yield all rows [K, …] in turn, some 2^20 values at once; of rows that are not `present`, bool [N], none is read."""
         rows = self.rows if present is None else self.rows[present]
         for part in rows.split(max(1, CHUNK // max(1, math.prod(self.source.shape[1:])))):
             if len(part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -154,17 +155,28 @@ def apply_statistics(dataset: MultimodalDataset, statistics: Mapping[str, Sequen
     """
     if any(modality not in statistics for modality in dataset.modalities):
         raise ValueError(f"statistics: expected those of {', '.join(dataset.modalities)}, got {', '.join(statistics) or 'none'}")
-    return dataset.then({m: partial(_standardized, modality=m, statistics=statistics[m]) for m in dataset.modalities})
+    return dataset.then({m: partial(_standardized, modality=m, statistics=_tensors(statistics[m])) for m in dataset.modalities})
 
 
-def _standardized(x: Tensor, here: Tensor | None, modality: str, statistics: Sequence[Any] | None) -> Tensor:
+def _tensors(statistics: Sequence[Any] | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Return mean and deviation in float64, and the base of integers."""
+    if statistics is None:
+        return None
+    mean, std = (torch.tensor(part, dtype=torch.float64) for part in statistics[:2])
+    return mean, std, torch.tensor(statistics[2]) if len(statistics) > 2 else None
+
+
+def _standardized(
+    x: Tensor, here: Tensor | None, modality: str, statistics: tuple[Tensor, Tensor, Tensor | None] | None
+) -> Tensor:
     if statistics is None:
         return x
-    mean, std = (torch.tensor(part, dtype=torch.float64) for part in statistics[:2])
-    base = torch.tensor(statistics[2]) if len(statistics) > 2 else None
+    mean, std, base = statistics
     if mean.dim() and (mean.dim() != x.dim() - 1 or any(k not in (1, n) for k, n in zip(mean.shape, x.shape[1:], strict=True))):
         raise ValueError(f"statistics[{modality!r}]: expected those of {list(x.shape[1:])}, got {list(mean.shape)}")
     z = ((_minus(x, base) - mean) / std).float()
+    if math.isfinite(z.sum()):  # as nearly always, and told much faster than of each value
+        return z
     lost = (z.isinf() & x.isfinite()).reshape(len(x), x[0].numel()).any(1)
     lost = lost if here is None else lost & here
     if lost.any():
