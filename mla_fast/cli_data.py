@@ -99,7 +99,7 @@ def available(config: dict[str, Any], *, missing_ok: bool = False) -> dict[str, 
     """Return the config with those of its modalities that are in the file of its data, where some were added from other files."""
     if not config.get("additions") and not missing_ok:
         return config
-    arrays, objects = open_arrays(config["data"])
+    arrays, objects = open_arrays(config["data"], config["modalities"])
     there = [name for name in config["modalities"] if name in {*arrays, *objects}]
     if not there and not missing_ok:
         names = ", ".join(map(repr, config["modalities"]))

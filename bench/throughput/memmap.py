@@ -3,7 +3,8 @@
 A folder of .npy arrays, two modalities of float32, is trained on as ``mla-fast train`` does, beside the same model on the same
 rows, standardised and held in memory. Each way has a process of its own, they take turns round after round, with the same model,
 batches and loader. Memory is that of the first: the largest VmRSS that the kernel has seen since the process began, mapped files
-included, and the largest RssAnon of those looked at after each round. Before it, the pass for the statistics is timed.
+included, and the largest RssAnon of those looked at after each round. Preparing is the pass for the statistics, of the other way
+reading all into memory.
 
 Files that were just written are in the page cache, as far as memory holds it; ``--cold`` has it forget them before each round.
 """
@@ -51,12 +52,9 @@ def write(folder: Path, gb: float, width: int) -> int:
     return N
 
 
-def opened(folder: Path) -> tuple[data.MultimodalDataset, float]:
-    """Return four fifths of the data, standardised when they are read, and the seconds that the statistics took."""
-    train, _ = data.random_split(data.load(folder, MODALITIES), 0.2, 0)
-    start = time.perf_counter()
-    found = data.survey(train, "feature", {m: "features" for m in MODALITIES})
-    return data.apply_statistics(train, found.statistics), time.perf_counter() - start
+def opened(folder: Path) -> data.MultimodalDataset:
+    """Return four fifths of the data, which are read when they are asked for."""
+    return data.random_split(data.load(folder, MODALITIES), 0.2, 0)[0]
 
 
 def held(dataset: data.MultimodalDataset) -> data.MultimodalDataset:
@@ -82,17 +80,22 @@ def memory() -> dict[str, float]:
 
 
 def worker(way: str, folder: Path, options: argparse.Namespace, pipe: Connection) -> None:
-    """Train as many batches as the other end asks for, and send the seconds and the memory."""
+    """Send the statistics, or take them over; train as many batches as the other end asks for, send the seconds and the memory."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    dataset, seconds = opened(folder)
-    dataset = held(dataset) if way == "memory" else dataset
+    dataset, start = opened(folder), time.perf_counter()
+    if way == "disk":
+        pipe.send(data.statistics(dataset, "feature", {m: "features" for m in MODALITIES}))
+        dataset = data.apply_statistics(dataset, pipe.recv())
+    else:
+        dataset = held(data.apply_statistics(dataset, pipe.recv()))
+    seconds = time.perf_counter() - start
     encoders = {m: encoder_for(x.shape[1:], FEATURES) for m, x in dataset.inputs.items()}
     model = mla.MultimodalModel(encoders, nn.Linear(FEATURES, CLASSES))
     sgd = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     optimizer = mla.MLAOptimizer(sgd, model.head, projection="window", target="update")
     batches = endless(data.loader(dataset, options.batch_size, shuffle=True, workers=options.workers))
-    pipe.send({"statistics_s": seconds, **memory()})
+    pipe.send({"prepared_s": seconds, **memory()})
     while count := pipe.recv():
         start = time.perf_counter()
         for _ in range(count):
@@ -112,9 +115,12 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     context, pipes, found = multiprocessing.get_context("spawn"), {}, {}
     for way in ("disk", "memory"):
         pipes[way], theirs = context.Pipe()
-        context.Process(target=worker, args=(way, folder, options, theirs), daemon=True).start()
+        context.Process(target=worker, args=(way, folder, options, theirs)).start()
+        theirs.close()  # so that each end sees it when the other is gone
+        found_statistics = pipes[way].recv() if way == "disk" else found_statistics
+        pipes[way].send(found_statistics)
         found[way] = [pipes[way].recv()]
-        print(f"{way}: ready, statistics in {found[way][0]['statistics_s']:.1f} s", flush=True)
+        print(f"{way}: ready in {found[way][0]['prepared_s']:.1f} s", flush=True)
     for i in range(options.rounds + 1):
         for way in random.sample(list(pipes), 2):
             if options.cold and way == "disk":
@@ -138,7 +144,7 @@ def record(way: str, answers: list[dict[str, float]], options: argparse.Namespac
         "samples_per_s": statistics.median(rates),
         "p20": fifths[0],
         "p80": fifths[-1],
-        "statistics_s": answers[0]["statistics_s"],
+        "prepared_s": answers[0]["prepared_s"],
         "peak_rss_mb": max(answer["VmHWM"] for answer in answers),
         "peak_rss_anon_mb": max(answer["RssAnon"] for answer in answers),
         "peak_rss_file_mb": max(answer["RssFile"] for answer in answers),

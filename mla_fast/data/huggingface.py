@@ -26,7 +26,7 @@ class SavedColumn:
         kind = _kind(dataset.features[name])
         exact = {"dtype": np.dtype(kind)} if np.dtype(kind).kind in "biuf" else {}  # or float64 would become float32
         self.rows = dataset.select_columns([name]).with_format("numpy", **exact)
-        first = self.read(np.zeros(min(1, len(dataset)), np.int64))
+        first = self.read(np.zeros(1, np.int64)) if len(dataset) else np.zeros(0)
         self.shape, self.dtype = (len(dataset), *first.shape[1:]), first.dtype
 
     @property
@@ -35,6 +35,8 @@ class SavedColumn:
 
     def read(self, rows: NDArray[np.int64]) -> Array:
         """Return rows int64 [K] as an array [K, …]."""
+        if not len(rows):
+            return np.empty((0, *self.shape[1:]), self.dtype)
         try:
             found: Array = np.asarray(self.rows[rows][self.name])
         except Exception as error:  # of damaged files and of lists that do not fit together pyarrow and NumPy say many things

@@ -18,6 +18,7 @@ from mla_fast.data.dataset import MultimodalDataset, listed
 from mla_fast.data.huggingface import is_saved, read_saved
 from mla_fast.data.labels import as_classes, as_strings
 from mla_fast.data.npy import read_folder
+from mla_fast.data.shards import read_shards, shard_paths
 
 # What arrays become that torch cannot compute with, or that are scaled; others keep their dtype.
 _DTYPES: dict[str, Any] = {
@@ -39,9 +40,11 @@ def load(
 ) -> MultimodalDataset:
     """Load a data set from the arrays `modalities` [N, ...] and `label` [N] of an ``.npz``, or of what is larger than memory.
 
-    path: an ``.npz``, which is held in memory; a folder of ``.npy`` files, whose names are those of the arrays; or a folder that
-        ``datasets.Dataset.save_to_disk`` has written. Of the folders the labels and other arrays [N] are held in memory, and
-        rows of the modalities are read when they are asked for: each of ``inputs`` is a ``Column``.
+    path: an ``.npz``, which is held in memory; a folder of ``.npy`` files, whose names are those of the arrays; a folder that
+        ``datasets.Dataset.save_to_disk`` has written; or WebDataset shards, a folder of ``.tar`` files or a pattern
+        ``NAME-{0000..0015}.tar``, of samples KEY.audio.npy, KEY.image.jpg, KEY.label.cls. Of all but the first, labels and other
+        arrays [N] are held in memory, and rows of the modalities are read when they are asked for: each of ``inputs`` is a
+        ``Column``. Shards have a field ``shard``, the name of each sample's, to split by.
 
     Of any byte and memory order. Floats and integers stay exact, so standardise before you train, which makes float32 of them:
     float16 becomes float32, long double float64, unsigned integers signed ones. Booleans become float32. uint8 (images,
@@ -75,12 +78,15 @@ def load_npz(
     return load(path, modalities, label, tokens=tokens, class_names=class_names)
 
 
-def open_arrays(path: str | Path) -> tuple[dict[str, Array | Source], list[str]]:
-    """Return all arrays, of a folder as sources of their rows, and the names of those of Python objects.
+def open_arrays(path: str | Path, wanted: Collection[str] = ()) -> tuple[dict[str, Array | Source], list[str]]:
+    """Return all arrays, those larger than memory as sources of their rows, and the names of those of Python objects.
 
-    Raises ValueError or FileNotFoundError, naming the file, for one that is damaged, and for a folder without any.
+    wanted: of shards, those that are asked for. Raises ValueError or FileNotFoundError, naming the file, for one that is damaged
+    or missing, and for a folder without any.
     """
     folder, arrays = Path(path), dict[str, Array | Source]()
+    if shards := shard_paths(folder):
+        return read_shards(shards, wanted), []
     if not folder.is_dir():
         held, objects = read_arrays(path)
         return arrays | held, objects
@@ -90,7 +96,8 @@ def open_arrays(path: str | Path) -> tuple[dict[str, Array | Source], list[str]]
     files, objects = read_folder(folder)
     if not files and not objects:
         there = listed(sorted(file.name for file in folder.iterdir()), 5) or "nothing"
-        raise ValueError(f"{path}: expected .npy files, or what datasets.Dataset.save_to_disk writes, got {there}")
+        expected = ".npy files, .tar shards or what datasets.Dataset.save_to_disk writes"
+        raise ValueError(f"{path}: expected {expected}, got {there}")
     return arrays | files, objects
 
 
@@ -104,7 +111,7 @@ def read_labelled(
 ) -> tuple[MultimodalDataset, dict[str, str]]:
     """Return what ``load`` does, and a description of each array that was asked for: dtype and shape in the file."""
     _check_names(path, modalities, label)
-    return _dataset(path, *open_arrays(path), modalities, label, tokens, class_names)
+    return _dataset(path, *open_arrays(path, {*modalities, label}), modalities, label, tokens, class_names)
 
 
 def read_unlabelled(
@@ -114,7 +121,7 @@ def read_unlabelled(
 
     All targets are 0. An array ``present`` may have a column for each of the `modalities`, whether the file has it or not.
     """
-    arrays, objects = open_arrays(path)
+    arrays, objects = open_arrays(path, modalities)
     here = [m for m in modalities if m in {*arrays, *objects}]
     if not here:
         raise ValueError(f"{path}: expected at least one of the arrays {listed(modalities)}, got {listed(list(arrays))}")
