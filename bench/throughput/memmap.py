@@ -31,9 +31,9 @@ from torch import nn
 import mla_fast as mla
 from bench.throughput.timing import write_jsonl
 from mla_fast import data
-from mla_fast.encoders import encoder_for
+from mla_fast.encoders import MLP
 
-MODALITIES, CLASSES, FEATURES, BLOCK = ("audio", "image"), 10, 64, 4096
+MODALITIES, CLASSES, BLOCK = ("audio", "image"), 10, 4096
 
 
 def write(folder: Path, gb: float, width: int) -> int:
@@ -74,13 +74,20 @@ def endless(loader: Any) -> Iterator[Any]:
 
 
 def memory() -> dict[str, float]:
-    """Return MiB of this process as the kernel says: VmRSS now and at its peak, and its parts."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM", "RssAnon", "RssFile")}
+    """Return MiB of this process and its workers as the kernel says: VmRSS at its peak and now, and the parts of the latter.
+
+    What a worker shares with the process that it was forked from counts twice.
+    """
+    total = dict.fromkeys(("VmHWM", "VmRSS", "RssAnon", "RssFile", "RssShmem"), 0.0)
+    for pid in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        for name in total:
+            total[name] += int(lines[name].split()[0]) / 1024
+    return total
 
 
 def worker(way: str, folder: Path, options: argparse.Namespace, pipe: Connection) -> None:
-    """Send the statistics, or take them over; train as many batches as the other end asks for, send the seconds and the memory."""
+    """Find statistics, or take them over; train as many batches as the other end asks for; send seconds and memory."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     dataset, start = opened(folder), time.perf_counter()
@@ -90,8 +97,9 @@ def worker(way: str, folder: Path, options: argparse.Namespace, pipe: Connection
     else:
         dataset = held(data.apply_statistics(dataset, pipe.recv()))
     seconds = time.perf_counter() - start
-    encoders = {m: encoder_for(x.shape[1:], FEATURES) for m, x in dataset.inputs.items()}
-    model = mla.MultimodalModel(encoders, nn.Linear(FEATURES, CLASSES))
+    s = options.features
+    encoders = {m: MLP(x.shape[1], s, (2 * s,)) for m, x in dataset.inputs.items()}
+    model = mla.MultimodalModel(encoders, nn.Linear(s, CLASSES))
     sgd = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     optimizer = mla.MLAOptimizer(sgd, model.head, projection="window", target="update")
     batches = endless(data.loader(dataset, options.batch_size, shuffle=True, workers=options.workers))
@@ -112,13 +120,13 @@ def forget(folder: Path) -> None:
 
 def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a record of each way: samples a second as median and percentiles over the rounds, and its memory."""
-    context, pipes, found = multiprocessing.get_context("spawn"), {}, {}
+    context, pipes, found, of_train = multiprocessing.get_context("spawn"), {}, {}, None
     for way in ("disk", "memory"):
         pipes[way], theirs = context.Pipe()
         context.Process(target=worker, args=(way, folder, options, theirs)).start()
         theirs.close()  # so that each end sees it when the other is gone
-        found_statistics = pipes[way].recv() if way == "disk" else found_statistics
-        pipes[way].send(found_statistics)
+        of_train = of_train or pipes[way].recv()
+        pipes[way].send(of_train)
         found[way] = [pipes[way].recv()]
         print(f"{way}: ready in {found[way][0]['prepared_s']:.1f} s", flush=True)
     for i in range(options.rounds + 1):
@@ -136,7 +144,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 def record(way: str, answers: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
     rates = [options.batches * options.batch_size / answer["s"] for answer in answers[1:]]
     fifths = statistics.quantiles(rates, n=5, method="inclusive")
-    names = ("gb", "width", "batch_size", "workers", "cold", "batches", "rounds", "threads")
+    names = ("gb", "width", "features", "batch_size", "workers", "cold", "batches", "rounds", "threads")
     return {
         "op": "memmap",
         "provider": way,
@@ -155,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="training on data larger than memory, beside data in memory")
     parser.add_argument("--gb", type=float, default=8.0, help="10^9 bytes of arrays")
     parser.add_argument("--width", type=int, default=2048, help="floats of a row of each modality")
+    parser.add_argument("--features", type=int, default=512, help="s: the encoders are MLPs of 2 s and s")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=100, help="of a turn")
     parser.add_argument("--rounds", type=int, default=15)

@@ -57,10 +57,10 @@ class NpyFile:
             return found
         to, width = _bytes(found), self.row_bytes
         begins = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-        ends = [*begins[1:].tolist(), len(rows)]
-        first = rows[begins]
-        for i in np.argsort(first).tolist():
-            self._read_into(to[int(begins[i]) * width : ends[i] * width], self.offset + int(first[i]) * width)
+        ends = [*begins[1:], len(rows)]
+        order = np.argsort(first := rows[begins])
+        for row, begin, end in np.stack([first, begins, ends], 1)[order].tolist():
+            self._read_into(to[begin * width : end * width], self.offset + row * width)
         return found
 
     def _read_into(self, to: memoryview, position: int) -> None:

@@ -174,7 +174,7 @@ def _standardized(
     mean, std, base = statistics
     if mean.dim() and (mean.dim() != x.dim() - 1 or any(k not in (1, n) for k, n in zip(mean.shape, x.shape[1:], strict=True))):
         raise ValueError(f"statistics[{modality!r}]: expected those of {list(x.shape[1:])}, got {list(mean.shape)}")
-    z = ((_minus(x, base) - mean) / std).float()
+    z = (_minus(x, base) - mean).div_(std).float()
     if math.isfinite(z.sum()):  # as nearly always, and told much faster than of each value
         return z
     lost = (z.isinf() & x.isfinite()).reshape(len(x), x[0].numel()).any(1)
