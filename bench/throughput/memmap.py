@@ -1,7 +1,7 @@
 """Training on data larger than memory: ``python -m bench.throughput.memmap [--gb 8] [--output out.jsonl]``.
 
-A folder of .npy arrays, two modalities of float32, is trained on as ``mla-fast train`` does, beside the same model on the same
-rows, standardised and held in memory. Each way has a process of its own, they take turns round after round, with the same model,
+A folder of .npy arrays, two modalities of float32, is trained on as ``mla-fast train`` does, beside the same model on rows of them
+that are standardised and held in memory: the first `--held-gb`, since the page cache needs room for the files. Each way has a process of its own, they take turns round after round, with the same model,
 batches and loader. Memory is that of the first: the largest VmRSS that the kernel has seen since the process began, mapped files
 included, and the largest RssAnon of those looked at after each round. Preparing is the pass for the statistics, of the other way
 reading all into memory.
@@ -95,7 +95,8 @@ def worker(way: str, folder: Path, options: argparse.Namespace, pipe: Connection
         pipe.send(data.statistics(dataset, "feature", {m: "features" for m in MODALITIES}))
         dataset = data.apply_statistics(dataset, pipe.recv())
     else:
-        dataset = held(data.apply_statistics(dataset, pipe.recv()))
+        some = dataset.subset(torch.arange(int(len(dataset) * min(1.0, options.held_gb / options.gb))))
+        dataset = held(data.apply_statistics(some, pipe.recv()))
     seconds = time.perf_counter() - start
     s = options.features
     encoders = {m: MLP(x.shape[1], s, (2 * s,)) for m, x in dataset.inputs.items()}
@@ -144,7 +145,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 def record(way: str, answers: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
     rates = [options.batches * options.batch_size / answer["s"] for answer in answers[1:]]
     fifths = statistics.quantiles(rates, n=5, method="inclusive")
-    names = ("gb", "width", "features", "batch_size", "workers", "cold", "batches", "rounds", "threads")
+    names = ("gb", "held_gb", "width", "features", "batch_size", "workers", "cold", "batches", "rounds", "threads")
     return {
         "op": "memmap",
         "provider": way,
@@ -162,6 +163,7 @@ def record(way: str, answers: list[dict[str, float]], options: argparse.Namespac
 def main() -> None:
     parser = argparse.ArgumentParser(description="training on data larger than memory, beside data in memory")
     parser.add_argument("--gb", type=float, default=8.0, help="10^9 bytes of arrays")
+    parser.add_argument("--held-gb", type=float, default=2.0, help="of them in memory, so that the page cache has room for all")
     parser.add_argument("--width", type=int, default=2048, help="floats of a row of each modality")
     parser.add_argument("--features", type=int, default=512, help="s: the encoders are MLPs of 2 s and s")
     parser.add_argument("--batch-size", type=int, default=64)
