@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from mla_fast import data
-from mla_fast.data.archive import read_arrays
 from mla_fast.data.dataset import listed
-from mla_fast.data.npz import read_npz, read_unlabelled
+from mla_fast.data.reading import open_arrays, read_labelled, read_unlabelled
 from mla_fast.data.standardization import feature_axis
 
 OTHERWISE = {"tokens": "features", "sequence": "image", "channels_last": "image"}
@@ -98,7 +99,7 @@ def available(config: dict[str, Any], *, missing_ok: bool = False) -> dict[str, 
     """Return the config with those of its modalities that are in the file of its data, where some were added from other files."""
     if not config.get("additions") and not missing_ok:
         return config
-    arrays, objects = read_arrays(config["data"])
+    arrays, objects = open_arrays(config["data"], config["modalities"])
     there = [name for name in config["modalities"] if name in {*arrays, *objects}]
     if not there and not missing_ok:
         names = ", ".join(map(repr, config["modalities"]))
@@ -111,7 +112,7 @@ def available(config: dict[str, Any], *, missing_ok: bool = False) -> dict[str, 
 def _read(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:
     tokens = [name for name, layout in config["layouts"].items() if layout == "tokens"]
     names = config.get("class_names")
-    return read_npz(config["data"], config["modalities"], config["label"], tokens=tokens, class_names=names)
+    return read_labelled(config["data"], config["modalities"], config["label"], tokens=tokens, class_names=names)
 
 
 def _masked(dataset: data.MultimodalDataset, config: dict[str, Any]) -> data.MultimodalDataset:
@@ -187,11 +188,9 @@ def _how(dataset: data.MultimodalDataset, array: str, name: str, config: dict[st
     return f"{how} (otherwise: --layout {name}={other})" if training and other is not None else how
 
 
-def print_constant(train: data.MultimodalDataset, config: dict[str, Any]) -> None:
-    """Print which features have one value in training, if they are standardised each by itself."""
-    if config["standardize"] != "feature":
-        return
-    for name, columns in data.constant_features(train, config["layouts"]).items():
+def print_constant(train: data.MultimodalDataset, constant: dict[str, list[int]], config: dict[str, Any]) -> None:
+    """Print which features have one value in training, as a survey has found."""
+    for name, columns in constant.items():
         kind = "channels" if train.inputs[name].dim() == 4 else "features"
         count = train.inputs[name].shape[feature_axis(train.inputs[name], config["layouts"][name]) or 0]
         print(f"note: {len(columns)} of {count} {kind} of {name!r} have one value in training: {listed(columns, 8)}")
@@ -200,7 +199,7 @@ def print_constant(train: data.MultimodalDataset, config: dict[str, Any]) -> Non
 def note_other_units(standardized: data.MultimodalDataset, config: dict[str, Any]) -> None:
     """Print a note for each modality with features so far from those in training that their units must differ."""
     for name in standardized.modalities:
-        rows = standardized.rows(name).double()
+        rows = next(standardized.chunks(name), torch.empty(0)).double()  # all that is in memory, else the first
         if config["statistics"][name] is None or config["standardize"] == "none" or not len(rows):
             continue
         axis = feature_axis(rows, config["layouts"][name]) if config["standardize"] == "feature" else None

@@ -40,8 +40,8 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     rest, test_set = cli_data.split(dataset, config)
     train_set, validation_set = cli_data.hold_out(rest, config)
-    config["statistics"] = data.statistics(train_set, config["standardize"], config["layouts"])
-    cli_data.print_constant(train_set, config)
+    config["statistics"], constant = data.survey(train_set, config["standardize"], config["layouts"])
+    cli_data.print_constant(train_set, constant, config)
     if config["class_weights"] == "balanced":
         config["class_weights"] = balanced(train_set.target, config["classes"])
     parts = (train_set, test_set, *([] if validation_set is None else [validation_set]))

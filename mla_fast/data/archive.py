@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mla_fast.data.dataset import Array
+from mla_fast.data.column import Array
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, Array], list[str]]:

@@ -1,17 +1,17 @@
-"""A multimodal data set in memory, and batches of it."""
+"""A multimodal data set, in memory or of rows that are read when they are asked for, and batches of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
-Array = NDArray[Any]
+from mla_fast.data.column import Array, Column, Step
+
 Index = int | slice | Sequence[int] | Tensor | Array
 Sample = tuple[dict[str, Tensor], Tensor] | tuple[dict[str, Tensor], Tensor, Tensor]
 
@@ -19,7 +19,7 @@ Sample = tuple[dict[str, Tensor], Tensor] | tuple[dict[str, Tensor], Tensor, Ten
 class MultimodalDataset(Dataset[Sample]):
     """Hold N samples, each with its modalities and its class.
 
-    inputs: {modality: tensor [N, ...]} of any dtype.
+    inputs: {modality: tensor [N, ...]} of any dtype, or a ``Column`` in place of one, whose rows are read from a file.
     target: classes [N] from 0, of any integer dtype; kept as int64.
     fields: {name: array [N, ...]}, anything else known about the samples, such as their speakers; ``split_where`` splits by them.
     present: bool [N, M], which modalities each sample has, in the order of `inputs`; None if every sample has all of them. Absent
@@ -31,7 +31,7 @@ class MultimodalDataset(Dataset[Sample]):
 
     def __init__(
         self,
-        inputs: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor | Column],
         target: Tensor,
         fields: Mapping[str, Array] | None = None,
         present: Tensor | None = None,
@@ -40,11 +40,11 @@ class MultimodalDataset(Dataset[Sample]):
         if not inputs:
             raise ValueError("inputs: expected at least one modality, got none")
         self.target = checked_target(target)
-        self.inputs = dict(inputs)
+        self.inputs: dict[str, Any] = dict(inputs)  # tensors, or Columns in their place
         self.fields = {name: np.asarray(column) for name, column in (fields or {}).items()}
         N = len(self.target)
         for modality, x in self.inputs.items():
-            if not isinstance(x, Tensor):
+            if not isinstance(x, (Tensor, Column)):
                 raise TypeError(f"inputs[{modality!r}]: expected a tensor [{N}, ...], got {type(x).__name__}")
         shapes = {f"inputs[{name!r}]": tuple(x.shape) for name, x in self.inputs.items()}
         shapes |= {f"fields[{name!r}]": column.shape for name, column in self.fields.items()}
@@ -97,17 +97,40 @@ class MultimodalDataset(Dataset[Sample]):
             raise ValueError("mask_or_indices: expected to select at least one sample, got none")
         fields = {name: column[rows.numpy()] for name, column in self.fields.items()}
         present = None if self.present is None else self.present[rows]
-        inputs = {m: x[rows] for m, x in self.inputs.items()}
+        inputs = {m: x.subset(rows) if isinstance(x, Column) else x[rows] for m, x in self.inputs.items()}
         return MultimodalDataset(inputs, self.target[rows], fields, present, self.class_names)
 
-    def with_inputs(self, inputs: Mapping[str, Tensor]) -> MultimodalDataset:
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Return samples, read in one go: what a DataLoader that collates asks for."""
+        inputs, *rest = self[indices]
+        return [({m: x[i] for m, x in inputs.items()}, *(part[i] for part in rest)) for i in range(len(indices))]  # type: ignore
+
+    def then(self, steps: Mapping[str, Step]) -> MultimodalDataset:
+        """Return the same samples after a function of (x, which rows count) for each modality, called now or when it is read."""
+        each = self.inputs.items()
+        return self.with_inputs({m: x.then(steps[m]) if isinstance(x, Column) else steps[m](x, self.has(m)) for m, x in each})
+
+    def with_inputs(self, inputs: Mapping[str, Tensor | Column]) -> MultimodalDataset:
         """Return the same samples with other inputs of the same modalities."""
         return MultimodalDataset(inputs, self.target, self.fields, self.present, self.class_names)
 
-    def rows(self, modality: str) -> Tensor:
-        """Return the inputs [K, ...] of the K samples that have `modality`."""
+    def has(self, modality: str) -> Tensor | None:
+        """Return which samples have `modality`, bool [N], None if all have."""
+        return None if self.present is None else self.present[:, self.modalities.index(modality)]
+
+    def chunks(self, modality: str) -> Iterator[Tensor]:
+        """Yield the inputs [K, ...] of the samples that have `modality`: all at once, or part by part where they are read."""
         x = self.inputs[modality]
-        return x if self.present is None else x[self.present[:, self.modalities.index(modality)]]
+        if isinstance(x, Column):
+            yield from x.chunks(self.has(modality))
+        else:
+            yield self.rows(modality)
+
+    def rows(self, modality: str) -> Tensor:
+        """Return the inputs [K, ...] of the K samples that have `modality`, in memory."""
+        x, here = self.inputs[modality], self.has(modality)
+        rows: Tensor = x[slice(None) if here is None else here]
+        return rows
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {list(x.shape[1:])}" for name, x in self.inputs.items())

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mla_fast.data.dataset import Array, checked_target, listed
+from mla_fast.data.column import Array
+from mla_fast.data.dataset import checked_target, listed
 
 
 def as_strings(array: Array, name: str) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,12 +33,13 @@ def find_layouts(dataset: MultimodalDataset, given: Mapping[str, str] | None = N
         raise ValueError(f"layout: expected modalities among {', '.join(dataset.modalities)}, got {', '.join(unknown)}")
     if wrong := [layout for layout in given.values() if layout not in LAYOUTS]:
         raise ValueError(f"layout: expected {', '.join(LAYOUTS)}, got {wrong[0]!r}")
-    return {m: given.get(m) or _find(m, dataset.rows(m)) for m in dataset.modalities}
+    return {m: given.get(m) or _find(dataset, m) for m in dataset.modalities}
 
 
-def _find(modality: str, x: Tensor) -> str:
+def _find(dataset: MultimodalDataset, modality: str) -> str:
+    x = dataset.inputs[modality]
     dim, choice = x.dim(), ""
-    if dim == 2 and x.shape[1] > 1 and is_integer(x) and x.dtype != torch.uint8 and len(x) and x.min() >= 0 and x.max() > 1:
+    if dim == 2 and x.shape[1] > 1 and is_integer(x.dtype) and _may_be_tokens(dataset, modality):
         choice = "tokens [N, T] (--layout {0}=tokens) or features [N, F] (--layout {0}=features)"
     if dim == 4 and looks_channels_last(x.shape[1:]):
         choice = "images [N, H, W, C] (--layout {0}=channels_last) or [N, C, H, W] (--layout {0}=image)"
@@ -56,8 +58,19 @@ def looks_channels_last(shape: Sequence[int]) -> bool:
     return last < min(first, second) or (last in (1, 3, 4) and first not in (1, 3, 4))
 
 
-def is_integer(x: Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+def is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _may_be_tokens(dataset: MultimodalDataset, modality: str) -> bool:
+    low, high = _extremes(dataset, modality) or (0, 0)
+    return dataset.inputs[modality].dtype != torch.uint8 and low >= 0 and high > 1
+
+
+def _extremes(dataset: MultimodalDataset, modality: str) -> tuple[int, int] | None:
+    """Return the lowest and highest of integers over the rows that are present, None without any."""
+    found = [x.aminmax() for x in dataset.chunks(modality) if x.numel()]
+    return (min(int(low) for low, _ in found), max(int(high) for _, high in found)) if found else None
 
 
 def arrange(dataset: MultimodalDataset, layouts: Mapping[str, str]) -> MultimodalDataset:
@@ -66,10 +79,10 @@ def arrange(dataset: MultimodalDataset, layouts: Mapping[str, str]) -> Multimoda
     Raises ValueError for a modality that does not have its layout's shape, or has no values, and for tokens that are not
     integers from 0.
     """
-    return dataset.with_inputs({m: _arranged(m, x, dataset.rows(m), layouts[m]) for m, x in dataset.inputs.items()})
+    return dataset.then({m: partial(_arranged, modality=m, layout=layouts[m]) for m in dataset.modalities})
 
 
-def _arranged(modality: str, x: Tensor, rows: Tensor, layout: str) -> Tensor:
+def _arranged(x: Tensor, here: Tensor | None, modality: str, layout: str) -> Tensor:
     shape, dims = LAYOUTS[layout]
     if x.dim() not in dims or 0 in x.shape[1:]:
         raise ValueError(f"{modality!r}: expected {shape} as {layout}, with at least one value, got {list(x.shape)}")
@@ -77,8 +90,9 @@ def _arranged(modality: str, x: Tensor, rows: Tensor, layout: str) -> Tensor:
         return x.movedim(3, 1).contiguous()
     if layout != "tokens":
         return x.unsqueeze(1) if x.dim() == 1 else x
-    if not is_integer(x):
+    if not is_integer(x.dtype):
         raise ValueError(f"{modality!r}: expected integers as tokens, got {x.dtype}")
+    rows = x if here is None else x[here]
     if len(rows) and (rows.min() < 0 or rows.max() >= MAX_VOCABULARY):
         low, high = int(rows.min()), int(rows.max())
         raise ValueError(
@@ -88,6 +102,6 @@ def _arranged(modality: str, x: Tensor, rows: Tensor, layout: str) -> Tensor:
 
 
 def vocabulary(dataset: MultimodalDataset, layouts: Mapping[str, str]) -> dict[str, int]:
-    """Return the highest token plus one of each modality of tokens, over the rows that are present."""
+    """Return the highest token plus one of each modality of tokens, over the rows that are present, all of which are read."""
     tokens = [m for m in dataset.modalities if layouts[m] == "tokens"]
-    return {m: int(rows.max()) + 1 if len(rows := dataset.rows(m)) else 1 for m in tokens}
+    return {m: (_extremes(dataset, m) or (0, 0))[1] + 1 for m in tokens}

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from mla_fast.data.column import Column
 from mla_fast.data.dataset import MultimodalDataset
 from mla_fast.data.layout import is_integer
 
 PER = ("feature", "array", "none")
 Statistics = dict[str, tuple[Any, ...] | None]
+
+
+class Survey(NamedTuple):
+    """What one reading of the training samples finds: their ``statistics`` and ``constant_features``."""
+
+    statistics: Statistics
+    constant: dict[str, list[int]]
 
 
 def statistics(dataset: MultimodalDataset, per: str = "feature", layouts: Mapping[str, str] | None = None) -> Statistics:
@@ -23,22 +35,43 @@ def statistics(dataset: MultimodalDataset, per: str = "feature", layouts: Mappin
     layouts: {modality: layout}, as ``find_layouts`` returns; without, 2 and 4 axes are features and images. Tokens get None.
 
     Integers have a third entry, the base that the mean is relative to: they are subtracted exactly, whatever their size.
-    A column with one value has this as its mean and a deviation of 1, and a modality without samples (0, 1).
+    A column with one value has this as its mean and a deviation of 1, and a modality without samples (0, 1). What is read when it
+    is asked for is gone through once, part by part, in float64, with a progress bar on a terminal.
 
     Raises ValueError where float64 does not hold the mean or the deviation.
     """
+    return survey(dataset, per, layouts).statistics
+
+
+def survey(dataset: MultimodalDataset, per: str = "feature", layouts: Mapping[str, str] | None = None) -> Survey:
+    """Return ``statistics`` and, with per "feature", the features that have one value, of one reading."""
     if per not in PER:
         raise ValueError(f"per: expected one of {', '.join(PER)}, got {per!r}")
-    result: Statistics = {}
+    found: Survey = Survey({}, {})
     for modality in dataset.modalities:
-        x, layout = dataset.rows(modality), (layouts or {}).get(modality)
-        if layout == "tokens":
-            result[modality] = None
-        elif per == "none" or not x.numel():
-            result[modality] = (0.0, 1.0)
-        else:
-            result[modality] = _moments(modality, x, _reduced(x, layout) if per == "feature" else None)
-    return result
+        layout, x = (layouts or {}).get(modality), dataset.inputs[modality]
+        if layout == "tokens" or per == "none":
+            found.statistics[modality] = None if layout == "tokens" else (0.0, 1.0)
+            continue
+        reduced = _reduced(x, layout) if per == "feature" else None
+        moments = _moments_of(dataset, modality, reduced)
+        found.statistics[modality] = (0.0, 1.0) if moments is None else moments.statistics(modality, reduced)
+        if reduced is not None and moments is not None and (columns := moments.constant().flatten().nonzero()[:, 0].tolist()):
+            found.constant[modality] = columns
+    return found
+
+
+def _moments_of(dataset: MultimodalDataset, modality: str, reduced: list[int] | None) -> Moments | None:
+    """Return the moments of all samples that have a modality, None without any."""
+    moments, total = None, len(dataset) if dataset.present is None else int(dataset.has(modality).sum())  # type: ignore
+    hidden = None if isinstance(dataset.inputs[modality], Column) else True  # None: where the output is not a terminal
+    with tqdm(desc=f"statistics of {modality}", total=total, unit=" samples", leave=False, disable=hidden) as bar:
+        for x in dataset.chunks(modality):
+            if x.numel():
+                part = Moments.of(x, reduced)
+                moments = part if moments is None else moments.merge(part)
+            bar.update(len(x))
+    return moments
 
 
 def feature_axis(x: Tensor, layout: str | None = None) -> int | None:
@@ -52,26 +85,55 @@ def _reduced(x: Tensor, layout: str | None) -> list[int] | None:
     return None if axis is None else [i for i in range(x.dim()) if i != axis]
 
 
-def _moments(modality: str, x: Tensor, reduced: list[int] | None) -> tuple[Any, ...]:
-    low = x.amin(reduced or (), keepdim=True)
-    constant = low == x.amax(reduced or (), keepdim=True)
-    base = low.long() if is_integer(x) else None
-    shifted = _minus(x, base)
-    mean = shifted.mean(reduced, keepdim=True).where(~constant, _minus(low, base))
-    std = shifted.std(reduced, correction=0, keepdim=True).where(~constant, 1)
-    if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
-        raise ValueError(
-            f"inputs[{modality!r}]: expected values whose mean and deviation float64 holds, got up to {x.abs().max()}"
-        )
-    parts = (mean, std) if base is None else (mean, std, base)
-    return tuple(part.item() if reduced is None else part[0].tolist() for part in parts)
+@dataclass(frozen=True)
+class Moments:
+    """Hold number, least, largest, mean and variance of values, in float64; of integers relative to `base`, their least."""
+
+    count: int
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    variance: Tensor
+    base: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, reduced: list[int] | None) -> Moments:
+        low, high = x.amin(reduced or (), keepdim=True), x.amax(reduced or (), keepdim=True)
+        base = low.long() if is_integer(x.dtype) else None
+        shifted = _minus(x, base)
+        mean, variance = shifted.mean(reduced, keepdim=True), shifted.var(reduced, correction=0, keepdim=True)
+        return cls(x.numel() // low.numel(), low, high, mean, variance, base)
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of both (Chan, Golub and LeVeque, 1979)."""
+        low, high = self.low.minimum(other.low), self.high.maximum(other.high)
+        base = None if self.base is None else low.long()
+        means = [of.mean if base is None else of.mean + _minus(of.base, base) for of in (self, other)]  # type: ignore
+        N, between = self.count + other.count, means[1] - means[0]
+        share = other.count / N
+        mean = means[0] + between * share
+        variance = self.variance * (1 - share) + other.variance * share + between.square() * (share * (1 - share))
+        return Moments(N, low, high, mean, variance, base)
+
+    def constant(self) -> Tensor:
+        return self.low == self.high
+
+    def statistics(self, modality: str, reduced: list[int] | None) -> tuple[Any, ...]:
+        """Return (mean, standard deviation), of integers with the base, as numbers or as lists where some axis is left."""
+        mean = self.mean.where(~self.constant(), _minus(self.low, self.base))
+        std = self.variance.sqrt().where(~self.constant(), 1)
+        if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+            largest = max(float(self.high.max()), -float(self.low.min()))
+            raise ValueError(f"inputs[{modality!r}]: expected values whose mean and deviation float64 holds, got up to {largest}")
+        parts = (mean, std) if self.base is None else (mean, std, self.base)
+        return tuple(part.item() if reduced is None else part[0].tolist() for part in parts)
 
 
 def _minus(x: Tensor, base: Tensor | None) -> Tensor:
     """Return x − base in float64, of integers with one rounding: float64 holds the differences of both halves of their bits."""
     if base is None:
         return x.double()
-    if not is_integer(x):
+    if not is_integer(x.dtype):
         return x.double() - base
     x, half = x.long(), 2**32
     return ((x >> 32) - (base >> 32)).double() * half + ((x & (half - 1)) - (base & (half - 1))).double()
@@ -79,18 +141,13 @@ def _minus(x: Tensor, base: Tensor | None) -> Tensor:
 
 def constant_features(dataset: MultimodalDataset, layouts: Mapping[str, str]) -> dict[str, list[int]]:
     """Return the features, or channels, of each modality that have one value in all samples; modalities without any left out."""
-    found: dict[str, list[int]] = {}
-    for modality in dataset.modalities:
-        x, layout = dataset.rows(modality), layouts[modality]
-        reduced = _reduced(x, layout)
-        if layout != "tokens" and reduced is not None and x.numel():
-            columns = (x.amin(reduced) == x.amax(reduced)).nonzero()[:, 0].tolist()
-            found |= {modality: columns} if columns else {}
-    return found
+    return survey(dataset, "feature", layouts).constant
 
 
 def apply_statistics(dataset: MultimodalDataset, statistics: Mapping[str, Sequence[Any] | None]) -> MultimodalDataset:
     """Return a new data set with each modality minus its mean, divided by its deviation, in float64, and then as float32.
+
+    What is read when it is asked for is standardised then.
 
     statistics: as ``statistics`` returns, or as JSON has kept it. What has None, such as tokens, stays as it is.
 
@@ -98,19 +155,28 @@ def apply_statistics(dataset: MultimodalDataset, statistics: Mapping[str, Sequen
     """
     if any(modality not in statistics for modality in dataset.modalities):
         raise ValueError(f"statistics: expected those of {', '.join(dataset.modalities)}, got {', '.join(statistics) or 'none'}")
-    columns = [None] * len(dataset.modalities) if dataset.present is None else list(dataset.present.T)
-    each = zip(dataset.inputs.items(), columns, strict=True)
-    return dataset.with_inputs({m: _standardized(m, x, here, statistics[m]) for (m, x), here in each})
+    return dataset.then({m: partial(_standardized, modality=m, statistics=_tensors(statistics[m])) for m in dataset.modalities})
 
 
-def _standardized(modality: str, x: Tensor, here: Tensor | None, statistics: Sequence[Any] | None) -> Tensor:
+def _tensors(statistics: Sequence[Any] | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Return mean and deviation in float64, and the base of integers."""
+    if statistics is None:
+        return None
+    mean, std = (torch.tensor(part, dtype=torch.float64) for part in statistics[:2])
+    return mean, std, torch.tensor(statistics[2]) if len(statistics) > 2 else None
+
+
+def _standardized(
+    x: Tensor, here: Tensor | None, modality: str, statistics: tuple[Tensor, Tensor, Tensor | None] | None
+) -> Tensor:
     if statistics is None:
         return x
-    mean, std = (torch.tensor(part, dtype=torch.float64) for part in statistics[:2])
-    base = torch.tensor(statistics[2]) if len(statistics) > 2 else None
+    mean, std, base = statistics
     if mean.dim() and (mean.dim() != x.dim() - 1 or any(k not in (1, n) for k, n in zip(mean.shape, x.shape[1:], strict=True))):
         raise ValueError(f"statistics[{modality!r}]: expected those of {list(x.shape[1:])}, got {list(mean.shape)}")
-    z = ((_minus(x, base) - mean) / std).float()
+    z = (_minus(x, base) - mean).div_(std).float()
+    if math.isfinite(z.sum()):  # as nearly always, and told much faster than of each value
+        return z
     lost = (z.isinf() & x.isfinite()).reshape(len(x), x[0].numel()).any(1)
     lost = lost if here is None else lost & here
     if lost.any():

@@ -1,9 +1,10 @@
-"""Multimodal data sets from NumPy ``.npz`` files."""
+"""Multimodal data sets from named arrays: those of an ``.npz`` in memory, others where they are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import torch
 from torch import Tensor
 
 from mla_fast.data.archive import read_arrays
-from mla_fast.data.dataset import Array, MultimodalDataset, listed
+from mla_fast.data.column import Array, Column, Source
+from mla_fast.data.dataset import MultimodalDataset, listed
+from mla_fast.data.huggingface import is_saved, read_saved
 from mla_fast.data.labels import as_classes, as_strings
+from mla_fast.data.npy import read_folder
+from mla_fast.data.shards import read_shards, shard_paths
 
 # What arrays become that torch cannot compute with, or that are scaled; others keep their dtype.
 _DTYPES: dict[str, Any] = {
@@ -25,7 +30,7 @@ _DTYPES: dict[str, Any] = {
 _DTYPES |= {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
 
 
-def load_npz(
+def load(
     path: str | Path,
     modalities: Sequence[str],
     label: str = "label",
@@ -33,7 +38,13 @@ def load_npz(
     tokens: Collection[str] = (),
     class_names: Sequence[str] | None = None,
 ) -> MultimodalDataset:
-    """Load a data set from the arrays `modalities` [N, ...] and `label` [N] of a NumPy ``.npz`` file.
+    """Load a data set from the arrays `modalities` [N, ...] and `label` [N] of an ``.npz``, or of what is larger than memory.
+
+    path: an ``.npz``, which is held in memory; a folder of ``.npy`` files, whose names are those of the arrays; a folder that
+        ``datasets.Dataset.save_to_disk`` has written; or WebDataset shards, a folder of ``.tar`` files or a pattern
+        ``NAME-{0000..0015}.tar``, of samples KEY.audio.npy, KEY.image.jpg, KEY.label.cls. Of all but the first, labels and other
+        arrays [N] are held in memory, and rows of the modalities are read when they are asked for: each of ``inputs`` is a
+        ``Column``. Shards have a field ``shard``, the name of each sample's, to split by.
 
     Of any byte and memory order. Floats and integers stay exact, so standardise before you train, which makes float32 of them:
     float16 becomes float32, long double float64, unsigned integers signed ones. Booleans become float32. uint8 (images,
@@ -43,17 +54,54 @@ def load_npz(
 
     An array ``present``, bool [N, M], becomes the mask of present modalities. Its columns are named by the array ``modalities``,
     strings or bytes [M], if the file has one, and are otherwise those of the argument `modalities` in order. Other arrays
-    [N, ...] become fields, bytes among them strings. Arrays of Python objects are never loaded: those that are not asked for
-    are left out.
+    [N, ...], of folders [N], become fields, bytes among them strings. Arrays of Python objects are never loaded: those that are
+    not asked for are left out.
 
     Raises FileNotFoundError; and ValueError, naming the path and the array, for a file that is not an ``.npz`` or is damaged, a
-    missing array, arrays of different N, a modality that is not of real numbers, not finite or beyond int64, and labels, names
-    or a mask of another kind or shape.
+    folder without arrays, a missing array, arrays of different N, a modality that is not of real numbers, not finite or beyond
+    int64 (of a folder, when its row is read), and labels, names or a mask of another kind or shape.
     """
-    return read_npz(path, modalities, label, tokens=tokens, class_names=class_names)[0]
+    return read_labelled(path, modalities, label, tokens=tokens, class_names=class_names)[0]
 
 
-def read_npz(
+def load_npz(
+    path: str | Path,
+    modalities: Sequence[str],
+    label: str = "label",
+    *,
+    tokens: Collection[str] = (),
+    class_names: Sequence[str] | None = None,
+) -> MultimodalDataset:
+    """Load a data set from an ``.npz``, as ``load`` does; raise ValueError for what is held anywhere else than in memory."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: expected an .npz, which is held in memory, got a folder")
+    return load(path, modalities, label, tokens=tokens, class_names=class_names)
+
+
+def open_arrays(path: str | Path, wanted: Collection[str] = ()) -> tuple[dict[str, Array | Source], list[str]]:
+    """Return all arrays, those larger than memory as sources of their rows, and the names of those of Python objects.
+
+    wanted: of shards, those that are asked for. Raises ValueError or FileNotFoundError, naming the file, for one that is damaged
+    or missing, and for a folder without any.
+    """
+    folder, arrays = Path(path), dict[str, Array | Source]()
+    if shards := shard_paths(folder):
+        return read_shards(shards, wanted), []
+    if not folder.is_dir():
+        held, objects = read_arrays(path)
+        return arrays | held, objects
+    if is_saved(folder):
+        columns, objects = read_saved(folder)
+        return arrays | columns, objects
+    files, objects = read_folder(folder)
+    if not files and not objects:
+        there = listed(sorted(file.name for file in folder.iterdir()), 5) or "nothing"
+        expected = ".npy files, .tar shards or what datasets.Dataset.save_to_disk writes"
+        raise ValueError(f"{path}: expected {expected}, got {there}")
+    return arrays | files, objects
+
+
+def read_labelled(
     path: str | Path,
     modalities: Sequence[str],
     label: str = "label",
@@ -61,31 +109,32 @@ def read_npz(
     tokens: Collection[str] = (),
     class_names: Sequence[str] | None = None,
 ) -> tuple[MultimodalDataset, dict[str, str]]:
-    """Return what ``load_npz`` does, and a description of each array that was asked for: dtype and shape in the file."""
+    """Return what ``load`` does, and a description of each array that was asked for: dtype and shape in the file."""
     _check_names(path, modalities, label)
-    return _dataset(path, *read_arrays(path), modalities, label, tokens, class_names)
+    return _dataset(path, *open_arrays(path, {*modalities, label}), modalities, label, tokens, class_names)
 
 
 def read_unlabelled(
     path: str | Path, modalities: Sequence[str], *, tokens: Collection[str] = ()
 ) -> tuple[MultimodalDataset, dict[str, str]]:
-    """Return the samples of a file that needs no labels, with those of the `modalities` that it has; otherwise as ``read_npz``.
+    """Return samples that need no labels, with those of the `modalities` that the file has; otherwise as ``read_labelled``.
 
     All targets are 0. An array ``present`` may have a column for each of the `modalities`, whether the file has it or not.
     """
-    arrays, objects = read_arrays(path)
+    arrays, objects = open_arrays(path, modalities)
     here = [m for m in modalities if m in {*arrays, *objects}]
     if not here:
         raise ValueError(f"{path}: expected at least one of the arrays {listed(modalities)}, got {listed(list(arrays))}")
     label, first = "target", arrays.get(here[0])
     while label in {*arrays, *objects, *here}:
         label += "_"
-    arrays[label] = np.zeros(first.shape[0] if first is not None and first.ndim else 0, np.int64)
-    if not len(arrays[label]) and first is not None:
+    N = first.shape[0] if first is not None and first.ndim else 0
+    arrays[label] = np.zeros(N, np.int64)
+    if not N and first is not None:
         raise ValueError(f"{path}: expected arrays of one length N ≥ 1, got {here[0]} {list(first.shape)}")
     mask = arrays.get("present")
     if mask is not None and "modalities" not in arrays and mask.shape[1:] == (len(modalities),):
-        arrays["present"] = mask[:, [m in here for m in modalities]]
+        arrays["present"] = np.asarray(mask)[:, [m in here for m in modalities]]
     dataset, described = _dataset(path, arrays, objects, here, label, tokens, None)
     del described[label]
     return dataset, described
@@ -93,7 +142,7 @@ def read_unlabelled(
 
 def _dataset(
     path: str | Path,
-    arrays: dict[str, Array],
+    arrays: dict[str, Array | Source],
     objects: Sequence[str],
     modalities: Sequence[str],
     label: str,
@@ -113,13 +162,15 @@ def _dataset(
         shapes = ", ".join(f"{key} {list(arrays[key].shape)}" for key in wanted)
         raise ValueError(f"{path}: expected arrays of one length N in the first dimension, got {shapes}")
     described = {key: f"{arrays[key].dtype} {list(arrays[key].shape)}" for key in (*wanted, *names) if key in arrays}
-    columns = {key: arrays.pop(key, None) for key in names}
+    columns = {key: np.asarray(arrays.pop(key)) for key in names if key in arrays}
     mask = columns.get("present")
     present = None if mask is None else _columns(path, mask, columns.get("modalities"), N, modalities)
     here = [None] * len(modalities) if present is None else list(present.T)
-    inputs = {m: _as_tensor(f"{path}: {m!r}", arrays[m], column, m in tokens) for m, column in zip(modalities, here, strict=True)}
-    target, class_names = as_classes(arrays[label], f"{path}: {label!r}", class_names)
-    fields = {key: _as_field(key, a) for key, a in arrays.items() if key not in wanted and a.shape[:1] == (N,)}
+    inputs = {m: _modality(f"{path}: {m!r}", arrays[m], column, m in tokens) for m, column in zip(modalities, here, strict=True)}
+    named = getattr(arrays[label], "class_names", None) if class_names is None else class_names
+    target, class_names = as_classes(np.asarray(arrays[label]), f"{path}: {label!r}", named)
+    others = {key: a for key, a in arrays.items() if key not in wanted and a.shape[:1] == (N,)}
+    fields = {key: _as_field(key, np.asarray(a)) for key, a in others.items() if isinstance(a, np.ndarray) or a.ndim == 1}
     return MultimodalDataset(inputs, target, fields, present, class_names), described
 
 
@@ -154,8 +205,18 @@ def _columns(path: str | Path, mask: Array, stored: Array | None, N: int, modali
     return torch.from_numpy(mask[:, [names.index(m) for m in modalities]])
 
 
-def _as_tensor(name: str, array: Array, present: Tensor | None, as_tokens: bool) -> Tensor:
-    """Return numbers [N, ...] that torch computes with; rows that are not `present` may hold anything of the dtype."""
+def _modality(name: str, array: Array | Source, present: Tensor | None, as_tokens: bool) -> Tensor | Column:
+    """Return numbers [N, ...] that torch computes with; of a source, when they are asked for."""
+    if isinstance(array, np.ndarray):
+        return _as_tensor(array, present, None, name=name, as_tokens=as_tokens)
+    return Column(array, partial(_as_tensor, name=name, as_tokens=as_tokens), present)
+
+
+def _as_tensor(array: Array, present: Tensor | None, rows: Tensor | None, *, name: str, as_tokens: bool) -> Tensor:
+    """Return numbers [N, ...] that torch computes with; rows that are not `present` may hold anything of the dtype.
+
+    rows: their numbers in the file, where these are not 0, 1, ….
+    """
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name}: expected numbers, got dtype {array.dtype}")
     here = np.ones(len(array), dtype=bool) if present is None else present.numpy()
@@ -165,9 +226,11 @@ def _as_tensor(name: str, array: Array, present: Tensor | None, as_tokens: bool)
     dtype = np.int64 if as_tokens and array.dtype == np.uint8 else _DTYPES.get(native.name, native)
     with np.errstate(over="ignore"):  # of long doubles, which are infinite then
         x = torch.from_numpy(np.ascontiguousarray(array, dtype))
-    finite = x.isfinite().reshape(len(x), math.prod(x.shape[1:])).all(1).numpy()
-    if (lost := np.flatnonzero(~finite & here)).size:
-        raise ValueError(f"{name}: expected finite values, row {lost[0]} has others")
+    if x.is_floating_point() and not math.isfinite(x.sum()):  # or all values are finite, which is told much faster
+        finite = x.isfinite().reshape(len(x), math.prod(x.shape[1:])).all(1).numpy()
+        if (lost := np.flatnonzero(~finite & here)).size:
+            number = lost[0] if rows is None else rows[lost[0]]
+            raise ValueError(f"{name}: expected finite values, row {number} has others")
     return x.div_(255) if array.dtype == np.uint8 and not as_tokens else x
 
 
