@@ -175,10 +175,10 @@ def row_totals(
     group = optimizer.process_group
     if group is None:
         return {modality: count for modality, count in rows_of.items() if count}
-    having = [sum(m in rows for rows in batches) for m in rows_of]
-    each = zip(rows_of.values(), having, (n * n for n in having), strict=True)
-    numbers = torch.tensor([(*numbers, not batches, failure is not None) for numbers in each], dtype=torch.float64)
-    totals, having, squares, (ended, *_), (failed, *_) = all_reduce_sum(numbers, group, optimizer.device).T.tolist()
+    M, having = len(rows_of), [sum(m in rows for rows in batches) for m in rows_of]
+    own = [*rows_of.values(), *having, *(n * n for n in having), not batches, failure is not None]
+    *counts, ended, failed = all_reduce_sum(torch.tensor(own, dtype=torch.float64), group, optimizer.device).tolist()
+    totals, having, squares = counts[:M], counts[M : 2 * M], counts[2 * M :]
     if failed:
         exchange(None, group, failure)
     _, size = rank_and_size(group)

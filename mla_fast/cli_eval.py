@@ -15,7 +15,7 @@ from mla_fast import cli_data, data, ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_output import device
 from mla_fast.cli_result import print_result
-from mla_fast.cli_train import build, described, is_complete, shuffled
+from mla_fast.cli_train import build, check_alike, described, is_complete, shuffled
 from mla_fast.compare.records import replace
 from mla_fast.evaluate import evaluate as evaluate_model
 from mla_fast.features import world
@@ -26,7 +26,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a checkpoint on the part held out of its data, or on all or a part of other data."""
     with ranks.together():
         trainer, config, test_set, seen_before = _read(arguments)
-    ranks.check_alike(config["data"], {"samples": len(test_set), **{k: v for k, v in config.items() if k != "data"}})
+    check_alike(config, test_set)
     batches = ranks.share(shuffled(test_set), ranks.EveryOther)
     result = evaluate_model(trainer.model, batches, trainer.device, world(), use_test=True)
     print_result(result, config.get("class_names"), is_complete(test_set))

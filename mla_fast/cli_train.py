@@ -41,9 +41,16 @@ def train(arguments: argparse.Namespace) -> None:
     with ranks.together():
         train_set, test_set, *validation_sets = _read(config)
     config = json.loads(json.dumps(config))  # as it is in a checkpoint
-    ranks.check_alike(arguments.data, {"samples": len(train_set), **{k: v for k, v in config.items() if k != "data"}})
+    check_alike(config, train_set, test_set, *validation_sets)
     trainer = build(config, device(arguments.device))
     carry_out(trainer, config, arguments, train_set, test_set, validation_sets)
+
+
+def check_alike(config: dict[str, Any], *parts: data.MultimodalDataset) -> None:
+    """Raise RankError, which names what differs, unless all ranks have the same settings and data, wherever they lie."""
+    masks = [None if part.present is None else ranks.digest(part.present) for part in parts]
+    facts = {"samples": [len(part) for part in parts], "labels": [ranks.digest(part.target) for part in parts], "present": masks}
+    ranks.check_alike(config["data"], {**{name: value for name, value in config.items() if name != "data"}, **facts})
 
 
 def _read(config: dict[str, Any]) -> list[data.MultimodalDataset]:

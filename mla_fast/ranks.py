@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from mla_fast.distributed import RankError, exchange, rank_and_size
@@ -123,6 +125,11 @@ def check_alike(source: Any, facts: Mapping[str, Any]) -> None:
         if (other := told[rank].get(name)) != value:
             here, there = (text if text is None or len(text) < 80 else f"{text[:77]}…" for text in (value, other))
             raise RankError(f"{source}: expected the same {name} on every rank, got {here} on rank 0 and {there} on rank {rank}")
+
+
+def digest(values: Tensor) -> str:
+    """Return what tells these values from others."""
+    return hashlib.sha256(values.contiguous().numpy()).hexdigest()[:12]
 
 
 def check_batch_size(size: int) -> None:
