@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mla_fast.distributed import all_reduce_sum, rank_and_size
+from mla_fast.distributed import all_reduce_sum, exchange, rank_and_size
 from mla_fast.inputs import Inputs, describe, leaves, sample_counts, to_device, tree_map
 from mla_fast.loss import Loss, check_target
 from mla_fast.model import MultimodalModel
@@ -139,11 +140,28 @@ def rows_by_modality(model: MultimodalModel, inputs: dict[str, Inputs], target: 
     return BatchRows(rows, Whole(target, plan.present, plan))
 
 
-def row_totals(modalities: tuple[str, ...], optimizer: MLAOptimizer, batches: Sequence[Mapping[str, Rows]]) -> dict[str, float]:
+@contextlib.contextmanager
+def told_to_all(modalities: tuple[str, ...], optimizer: MLAOptimizer) -> Iterator[None]:
+    """Make an error inside of it one on every rank: the others, who count their rows, hear of it there."""
+    try:
+        yield
+    except Exception as error:
+        if optimizer.process_group is not None:
+            row_totals(modalities, optimizer, [], error)
+        raise
+
+
+def row_totals(
+    modalities: tuple[str, ...],
+    optimizer: MLAOptimizer,
+    batches: Sequence[Mapping[str, Rows]],
+    failure: Exception | None = None,
+) -> dict[str, float]:
     """Return how many rows each modality's mean loss is over, without the modalities that have none.
 
     With several ranks the rows of all, divided by the ranks, since DistributedDataParallel takes the gradients' mean; a rank that
-    has none takes part all the same. So the ranks must have as many batches with each modality: a rank that has ended gives none.
+    has none takes part all the same. So the ranks must have as many batches with each modality: a rank that has ended gives none,
+    and one that cannot read its batches the failure, which is then raised on all.
     The host waits for the counts, once a batch: what the ranks do next depends on them.
     """
     rows_of = dict.fromkeys(modalities, 0)
@@ -153,10 +171,12 @@ def row_totals(modalities: tuple[str, ...], optimizer: MLAOptimizer, batches: Se
     group = optimizer.process_group
     if group is None:
         return {modality: count for modality, count in rows_of.items() if count}
-    having = [sum(m in rows for rows in batches) for m in rows_of]
-    each = zip(rows_of.values(), having, (n * n for n in having), strict=True)
-    numbers = torch.tensor([(*numbers, not batches) for numbers in each], dtype=torch.float64)
-    totals, having, squares, (ended, *_) = all_reduce_sum(numbers, group, optimizer.device).T.tolist()
+    M, having = len(rows_of), [sum(m in rows for rows in batches) for m in rows_of]
+    own = [*rows_of.values(), *having, *(n * n for n in having), not batches, failure is not None]
+    *counts, ended, failed = all_reduce_sum(torch.tensor(own, dtype=torch.float64), group, optimizer.device).tolist()
+    totals, having, squares = counts[:M], counts[M : 2 * M], counts[2 * M :]
+    if failed:
+        exchange(None, group, failure)
     _, size = rank_and_size(group)
     if ended not in (0, size):
         raise ValueError(f"loader: expected as many batches on every rank, but {ended:.0f} of {size} have come to their end")

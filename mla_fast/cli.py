@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mla_fast import cli_config, cli_features, cli_paper, cli_study, data, environment, ops
+from mla_fast import cli_config, cli_features, cli_paper, cli_study, data, environment, ops, ranks
 from mla_fast.cli_encoders import pairs
 from mla_fast.cli_eval import evaluate, predict
 from mla_fast.cli_train import train
@@ -23,8 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     typed = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace(name=next(iter(typed), ""))
     try:
-        arguments = _parse(typed)
-        arguments.command(arguments)
+        with ranks.silent_but_first():
+            arguments = _parse(typed)
+            with ranks.joined(arguments.name, getattr(arguments, "device", "cpu")):
+                arguments.command(arguments)
     except (ValueError, TypeError, OSError, ImportError, ops.BackendError) as error:
         print(f"mla-fast {arguments.name}: error: {error}", file=sys.stderr)
         return 2

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from mla_fast import cli_data, data
+from mla_fast import cli_data, data, ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_output import device
 from mla_fast.cli_result import print_result
-from mla_fast.cli_train import build, described, is_complete, shuffled
+from mla_fast.cli_train import build, check_alike, described, is_complete, shuffled
 from mla_fast.compare.records import replace
+from mla_fast.evaluate import evaluate as evaluate_model
+from mla_fast.features import world
 from mla_fast.step import autocast
 from mla_fast.threads import limited
 from mla_fast.trainer import Trainer
@@ -25,6 +27,20 @@ from mla_fast.trainer import Trainer
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Evaluate a checkpoint on the part held out of its data, or on all or a part of other data."""
+    with ranks.together():
+        trainer, config, test_set, seen_before = _read(arguments)
+    check_alike(config, test_set)
+    batches = ranks.share(shuffled(test_set), ranks.EveryOther)
+    with _as_asked(trainer, config, arguments):
+        result = evaluate_model(trainer.model, batches, trainer.device, world(), use_test=True, loss=trainer.loss)
+    print_result(result, config.get("class_names"), is_complete(test_set))
+    for name, value in ({} if seen_before else config.get("before", {})).items():
+        after = f", {100 * result['accuracy'][name]:.1f} % here" if name in result["accuracy"] else ""
+        print(f"{name} had {100 * value:.1f} % before {config['additions'][-1]['modality']} was added{after}")
+
+
+def _read(arguments: argparse.Namespace) -> tuple[Trainer, dict[str, Any], data.MultimodalDataset, bool]:
+    """Return the trainer of a checkpoint, its config, what to evaluate on, and whether some of that was trained on before."""
     saved = read_checkpoint(arguments.checkpoint)
     config = described(saved["config"], arguments.checkpoint)
     if arguments.data is not None and arguments.data.resolve() == Path(config["data"]):
@@ -47,13 +63,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _, dataset = cli_data.split(dataset, there)
     test_set = data.apply_statistics(dataset, {name: config["statistics"][name] for name in dataset.modalities})
     cli_data.note_other_units(test_set, config)
-    trainer = _trained(config, saved, arguments.device)
-    with _as_asked(trainer, config, arguments):
-        result = trainer.evaluate(shuffled(test_set), use_test=True)
-    print_result(result, config.get("class_names"), is_complete(test_set))
-    for name, value in ({} if seen_before else config.get("before", {})).items():
-        after = f", {100 * result['accuracy'][name]:.1f} % here" if name in result["accuracy"] else ""
-        print(f"{name} had {100 * value:.1f} % before {config['additions'][-1]['modality']} was added{after}")
+    return _trained(config, saved, arguments.device), config, test_set, seen_before
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -84,7 +94,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
 
 def _trained(config: dict[str, Any], saved: dict[str, Any], device_name: str) -> Trainer:
-    trainer = build(config, device(device_name))
+    trainer = build(config, device(device_name), alone=True)
     trainer.model.load_state_dict(saved["model"])
     return trainer
 

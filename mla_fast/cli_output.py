@@ -12,19 +12,33 @@ from typing import Any
 
 import torch
 
+from mla_fast import ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_config import write_options
 from mla_fast.cli_report import write_report
 from mla_fast.cli_result import notes, print_result
+from mla_fast.distributed import load_portable_state_dict
 from mla_fast.trainer import Trainer
 from mla_fast.trainer_checks import best_epoch
 
 FILES = ("checkpoint.pt", "best.pt", "metrics.json", "run.toml", "report.html")
+MARKER = ".launch"  # of torchrun's
 MONITOR = "validation/accuracy/fused"
 
 
 def check_output(arguments: argparse.Namespace) -> None:
-    """Raise FileExistsError if --output has a run that nobody has said what to do with."""
+    """Raise FileExistsError if --output has a run that nobody has said what to do with, RankError if ranks do not share it.
+
+    What torchrun has restarted goes on from its checkpoint, as with --resume, or begins anew if it has not come to one.
+    """
+    ranks.check_shared(arguments.output)
+    if ranks.has_restarted(arguments.output / MARKER):
+        arguments.resume = ranks.from_first((arguments.output / "checkpoint.pt").exists)
+        arguments.overwrite = not arguments.resume
+    ranks.from_first(lambda: _check_free(arguments))
+
+
+def _check_free(arguments: argparse.Namespace) -> None:
     there = [name for name in ("checkpoint.pt", "metrics.json") if (arguments.output / name).exists()]
     if there and not (arguments.resume or arguments.overwrite):
         choice = "--resume continues that run, --overwrite begins anew and deletes it"
@@ -33,11 +47,16 @@ def check_output(arguments: argparse.Namespace) -> None:
 
 def begin(arguments: argparse.Namespace, trainer: Trainer, epochs: int) -> None:
     """Remove the run that --overwrite gives up, write run.toml, and have a line printed after each epoch."""
+    ranks.from_first(lambda: _write_first(arguments))
+    trainer.callbacks = (*trainer.callbacks, EpochLines(epochs))
+
+
+def _write_first(arguments: argparse.Namespace) -> None:
     if arguments.overwrite:
         for path in (*(arguments.output / name for name in FILES), *arguments.output.glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
     write_options(arguments, arguments.output / "run.toml")
-    trainer.callbacks = (*trainer.callbacks, EpochLines(epochs))
+    ranks.mark(arguments.output / MARKER)
 
 
 class EpochLines:
@@ -68,8 +87,11 @@ class KeepBest:
 
     def after_resume(self) -> None:
         """Write the best epoch's where a run ended between its checkpoint and this."""
-        if self.trainer.history and not (self.path.exists() and self._epoch() == 1 + best_epoch(self.trainer.history, MONITOR)):
+        if self.trainer.history and not ranks.from_first(self._is_there):
             self(self.trainer.history[-1])
+
+    def _is_there(self) -> bool:
+        return self.path.exists() and self._epoch() == 1 + best_epoch(self.trainer.history, MONITOR)
 
     def _epoch(self) -> int:
         epoch: int = read_checkpoint(self.path)["epoch"]
@@ -78,19 +100,22 @@ class KeepBest:
     def load(self) -> int:
         """Give the model the best epoch's parameters; return the epoch."""
         saved = read_checkpoint(self.path)
-        self.trainer.model.load_state_dict(saved["model"])
+        load_portable_state_dict(self.trainer.model, saved["model"])
         epoch: int = saved["epoch"]
         return epoch
 
 
 def finish(output: Path, trainer: Trainer, test: Any, *, complete: bool, best: KeepBest | None = None) -> None:
-    """Evaluate on the test part, write metrics.json and report.html, and print what is in them.
+    """Evaluate on the test part, write metrics.json and report.html, and print what is in them; of several ranks the first does.
 
-    test: a loader; complete: none of its samples lacks a modality; best: evaluate the best epoch, not the last.
+    test: a loader, of all samples on every rank; complete: none of them lacks a modality; best: evaluate the best epoch, not the
+    last.
     """
     head, config = trainer.optimizer.diagnostics(), trainer.config or {}
     epoch = best.load() if best is not None else trainer.epoch
-    result = trainer.evaluate(test, use_test=True)
+    result = trainer.evaluate(ranks.share(test, ranks.EveryOther), use_test=True)
+    if not ranks.is_first():
+        return
     metrics = {"config": trainer.config, "history": trainer.history, "epoch": epoch, "test": result, "head": head}
     (output / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=2))
     if best is not None:
@@ -113,7 +138,7 @@ def finish(output: Path, trainer: Trainer, test: Any, *, complete: bool, best: K
 def device(name: str) -> torch.device:
     """Return the device that --device names; raise ValueError where torch cannot use it."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

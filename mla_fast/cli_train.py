@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mla_fast import cli_data, data
+from mla_fast import cli_data, data, ranks
 from mla_fast.callbacks import TensorBoard
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_encoders import make_encoders
 from mla_fast.cli_output import KeepBest, begin, check_output, device, finish
+from mla_fast.distributed import distribute
 from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
@@ -28,16 +29,36 @@ def train(arguments: argparse.Namespace) -> None:
     if (arguments.add is None) != (arguments.start is None):
         raise ValueError("--add: expected together with --from, the checkpoint of the run to add to")
     if arguments.add is not None:
+        if ranks.several():
+            raise ValueError("--add: expected one process: start it without torchrun")
         from mla_fast.cli_add import add  # which builds on this module
 
         return add(arguments)
     if not arguments.modalities:
         raise ValueError("--modalities: expected names of arrays in the .npz, as audio,image, got none")
+    ranks.check_batch_size(arguments.batch_size)
     check_output(arguments)
     config = _config(arguments)
+    with ranks.together():
+        train_set, test_set, *validation_sets = _read(config)
+    config = json.loads(json.dumps(config))  # as it is in a checkpoint
+    check_alike(config, train_set, test_set, *validation_sets)
+    trainer = build(config, device(arguments.device))
+    carry_out(trainer, config, arguments, train_set, test_set, validation_sets)
+
+
+def check_alike(config: dict[str, Any], *parts: data.MultimodalDataset) -> None:
+    """Raise RankError, which names what differs, unless all ranks have the same settings and data, wherever they lie."""
+    masks = [None if part.present is None else ranks.digest(part.present) for part in parts]
+    facts = {"samples": [len(part) for part in parts], "labels": [ranks.digest(part.target) for part in parts], "present": masks}
+    ranks.check_alike(config["data"], {**{name: value for name, value in config.items() if name != "data"}, **facts})
+
+
+def _read(config: dict[str, Any]) -> list[data.MultimodalDataset]:
+    """Return the parts to train on, to test on and, if asked for, to validate on; what the data say goes into the config."""
     dataset, arrays = cli_data.read_for_training(config)
     cli_data.print_reading(dataset, arrays, config, training=True)
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(config["seed"])
     rest, test_set = cli_data.split(dataset, config)
     train_set, validation_set = cli_data.hold_out(rest, config)
     config["statistics"], constant = data.survey(train_set, config["standardize"], config["layouts"])
@@ -45,10 +66,7 @@ def train(arguments: argparse.Namespace) -> None:
     if config["class_weights"] == "balanced":
         config["class_weights"] = balanced(train_set.target, config["classes"])
     parts = (train_set, test_set, *([] if validation_set is None else [validation_set]))
-    train_set, test_set, *validation_sets = (data.apply_statistics(part, config["statistics"]) for part in parts)
-    config = json.loads(json.dumps(config))  # as it is in a checkpoint
-    trainer = build(config, device(arguments.device))
-    carry_out(trainer, config, arguments, train_set, test_set, validation_sets)
+    return [data.apply_statistics(part, config["statistics"]) for part in parts]
 
 
 def carry_out(
@@ -63,19 +81,22 @@ def carry_out(
     """Train, resuming a run if asked for, until the epochs of the config are done since `since`, and write the results."""
     checkpoint, best = arguments.output / "checkpoint.pt", KeepBest(trainer, arguments.output) if validation_sets else None
     config["threads"] = arguments.threads
-    if arguments.resume:
-        _resume(trainer, checkpoint, config, best)
-    elif arguments.threads is None:
+    with ranks.together():
+        between = arguments.resume and _resume(trainer, checkpoint, config)
+    if best is not None and between:
+        best.after_resume()
+    if not arguments.resume and arguments.threads is None:
         config["threads"] = _threads(trainer, train_set[: config["batch_size"]])
     arguments.threads = config["threads"]  # of run.toml, too: their number may change the last bits of what comes out
     trainer.config, epochs = config, since + config["epochs"]
-    trainer.callbacks = (*([] if best is None else [best]), *([TensorBoard(arguments.output)] if arguments.tensorboard else []))
+    board = [TensorBoard(arguments.output)] if arguments.tensorboard and ranks.is_first() else []
+    trainer.callbacks = (*([] if best is None else [best]), *board)
     begin(arguments, trainer, epochs)
     how = {"checkpoint": checkpoint, "checkpoint_every": arguments.checkpoint_every, "patience": arguments.patience}
-    validation = data.loader(validation_sets[0], 1024) if validation_sets else None
+    validation = ranks.share(data.loader(validation_sets[0], 1024), ranks.EveryOther) if validation_sets else None
     batches = data.loader(train_set, config["batch_size"], shuffle=True, workers=arguments.workers)
     with limited(config["threads"]):
-        trainer.fit(batches, epochs, validation=validation, **how)
+        trainer.fit(ranks.share(batches, ranks.ShareOfBatches), epochs, validation=validation, **how)
         finish(arguments.output, trainer, shuffled(test_set), complete=is_complete(test_set), best=best)
 
 
@@ -87,8 +108,8 @@ def _threads(trainer: Trainer, batch: Any) -> int | None:
     return chosen if trainer.device.type == "cpu" else None
 
 
-def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any], best: KeepBest | None) -> None:
-    """Continue a run, to more epochs if asked for.
+def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any]) -> bool:
+    """Continue a run, to more epochs if asked for; returns whether it stands between epochs.
 
     Raises FileNotFoundError if there is none, and ValueError if its settings differ, or for fewer epochs than are done.
     """
@@ -109,13 +130,12 @@ def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any], best: Ke
     if saved["epoch"] - since > config["epochs"]:
         raise ValueError(f"--epochs: expected at least the {saved['epoch'] - since} epochs that are done, got {config['epochs']}")
     trainer.resume(checkpoint)
-    if best is not None and not saved["batches"]:
-        best.after_resume()
     left = since + config["epochs"] - trainer.epoch
     print(f"continuing after {trainer.epoch} epochs" if left else f"all {trainer.epoch} epochs are done: nothing left to train")
     if left and config["epochs"] != before["epochs"]:
         fell = sorted(trainer.scheduler.milestones)[0]
         print(f"the learning rate goes on as in that run of {before['epochs']} epochs: a tenth from epoch {since + fell + 1} on")
+    return not saved["batches"]
 
 
 def _but_epochs(name: str, value: Any) -> Any:
@@ -152,18 +172,23 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def build(config: dict[str, Any], device: torch.device) -> Trainer:
-    """Return the trainer that a config describes, of initial parameters, with the modalities that were added in their order."""
+def build(config: dict[str, Any], device: torch.device, *, alone: bool = False) -> Trainer:
+    """Return the trainer that a config describes, of initial parameters, with the modalities that were added in their order.
+
+    alone: to evaluate, where no rank waits for another.
+    """
     later = config.get("additions", [])
     added, classes = [of["modality"] for of in later], config["classes"] - sum(of["classes"] for of in later)
     encoders, features = make_encoders(config, [name for name in config["encoders"] if name not in added])
     head, rank = nn.Linear(features, classes), config.get("interaction", 0)
     beside = Interaction(features, classes, list(encoders), rank) if rank else None
     model = MultimodalModel(encoders, head, interaction=beside).to(device)
+    model = distribute(model) if ranks.several() and not alone else model
     sgd = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"])
-    optimizer = MLAOptimizer(sgd, model.head, **config["head"])
+    optimizer = MLAOptimizer(sgd, model.head, process_group=None if alone else "auto", **config["head"])
     amp = torch.bfloat16 if config["amp"] == "bf16" else None
     how = {"amp": amp, "accumulate": config["accumulate"], "clip_norm": config["clip_norm"], "loss": _loss(config)}
+    how["progress"] = ranks.is_first()
     trainer = Trainer(model, optimizer, scheduler=_scheduler(optimizer, config["epochs"]), seed=config["seed"], **how)
     for addition in later:
         add_to(trainer, config, addition)

@@ -13,6 +13,10 @@ from mla_fast.head import is_sharded
 from mla_fast.model import MultimodalModel
 
 
+class RankError(ValueError):
+    """Raised on every rank where another one has failed, or where they disagree."""
+
+
 def distribute(model: MultimodalModel, **settings: Any) -> MultimodalModel:
     """Wrap every encoder and the head in a ``DistributedDataParallel`` of its own, built with `settings`; return the new model.
 
@@ -98,3 +102,18 @@ def all_gather_object(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def exchange(value: Any, group: dist.ProcessGroup | None, failure: Exception | None = None) -> list[Any]:
+    """Return the `value` of every rank; raise the `failure` of a rank there, and RankError with its rank and text on the others.
+
+    A rank that has failed comes here, too, so that nobody waits for it.
+    """
+    said = None if failure is None else str(failure) or type(failure).__name__
+    found = all_gather_object((value, said), group)
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in enumerate(found):
+        if text is not None:
+            raise RankError(f"rank {rank}: {text}")
+    return [value for value, _ in found]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mla_fast.batch import unpack_batch
-from mla_fast.distributed import all_gather_object, all_reduce_sum
+from mla_fast.distributed import all_reduce_sum, exchange, rank_and_size
 from mla_fast.fusing import fuse
 from mla_fast.inputs import Inputs
 from mla_fast.loss import Loss, given_loss, labels_of
@@ -87,11 +87,15 @@ def evaluate(
     loss: Loss | None = None,
 ) -> dict[str, Any]:
     """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`."""
-    found = _Found(model, use_test, loss)
-    for batch in loader:
-        found.add(*unpack_batch(model, batch, device, loss))
+    found, failure = _Found(model, use_test, loss), None
+    rank, size = rank_and_size(group)
+    try:
+        for i, batch in enumerate(loader):
+            found.add(i * size + rank, *unpack_batch(model, batch, device, loss))
+    except Exception as error:  # for all of them
+        failure = error
+    samples, tallies = _of_all_ranks(found, group, failure)
     losses = found.loss.over_ranks([*model.modalities, *(() if loss is None else ("fused",))], group, device)
-    samples, tallies = _of_all_ranks(found, group)
     names = [name for name in (*model.modalities, "average", "fused", "without_interaction") if name in tallies]
     fused = tallies.get("fused", Tally(1))
     report: dict[str, Any] = {"samples": samples, "loss": losses.means()}
@@ -122,10 +126,9 @@ class _Found:
         self.model, self.use_test, self.given = model, use_test, loss
         self.samples, self.loss = 0, Sums()
         self.tallies: dict[str | Without, Tally] = {}
-        self._generator = torch.Generator().manual_seed(0)
 
-    def add(self, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> None:
-        """Count a batch."""
+    def add(self, number: int, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> None:
+        """Count a batch; `number`: which one of all ranks' together, since it is permuted alike however many ranks there are."""
         model, N = self.model, len(target)
         here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else model.columns(present, inputs)
         plan = dispatch(here, tuple(inputs))
@@ -141,7 +144,7 @@ class _Found:
         if model.interaction is not None:
             together["without_interaction"] = fused.logits
         if self.use_test and N > 1:
-            together |= _permuted(model, features, fused, plan, seen, self._generator)
+            together |= _permuted(model, features, fused, plan, seen, torch.Generator().manual_seed(number))
         self.samples += N
         for i, (modality, z, y) in enumerate(zip(inputs, parts, targets, strict=True)):
             self._add_loss(modality, z, y)
@@ -155,9 +158,9 @@ class _Found:
 
     def _add_loss(self, name: str, logits: Tensor, target: Tensor) -> None:
         if self.given is None:
-            self.loss.add(name, F.cross_entropy(logits, target, reduction="sum"), len(target))
+            self.loss.add(name, F.cross_entropy(logits, target, reduction="sum").double(), len(target))
         else:
-            self.loss.add(name, given_loss(self.given, logits, target) * len(target), len(target))
+            self.loss.add(name, given_loss(self.given, logits, target).double() * len(target), len(target))
 
     def _count(self, name: str | Without, logits: Tensor, target: Tensor, counted: Tensor | None = None) -> None:
         labels = labels_of(self.model.fusion, logits.shape[1], target, self.given)
@@ -194,11 +197,13 @@ def _permuted(
     return found
 
 
-def _of_all_ranks(found: _Found, group: dist.ProcessGroup | None) -> tuple[int, dict[str | Without, Tally]]:
+def _of_all_ranks(
+    found: _Found, group: dist.ProcessGroup | None, failure: Exception | None
+) -> tuple[int, dict[str | Without, Tally]]:
     """Return the number of samples and what all ranks have counted together, some of which may have seen nothing."""
     together: dict[str | Without, Tally] = {}
     counts = {name: tally.counts.cpu() for name, tally in found.tallies.items()}
-    ranks = all_gather_object((found.samples, counts), group)
+    ranks = exchange((found.samples, counts), group, failure)
     for _, of_rank in ranks:
         for name, part in of_rank.items():
             together.setdefault(name, Tally(part.shape[1])).counts += part

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from mla_fast.distributed import all_gather_object, load_portable_state_dict, portable_state_dict, rank_and_size, without_compile
+from mla_fast.distributed import (
+    all_gather_object,
+    exchange,
+    load_portable_state_dict,
+    portable_state_dict,
+    rank_and_size,
+    without_compile,
+)
 from mla_fast.growing import SEEN
 from mla_fast.modality_dict import parameter_prefix
 from mla_fast.model import MultimodalModel
@@ -48,9 +55,7 @@ class Run:
                 write_checkpoint(path, payload)
             except (OSError, TypeError) as error:
                 failure = error
-        failure = all_gather_object(failure, group)[0]  # and it is there for all of them, or for none
-        if failure is not None:
-            raise failure
+        exchange(None, group, failure)  # it is there for all of them, or for none
 
     def load(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Continue from a checkpoint. Returns it, and this rank's own part; CheckpointError, and nothing changes, if it does not
@@ -76,7 +81,7 @@ class Run:
         load_portable_state_dict(self.model, own | saved["model"])
         kept = {name: mask for name, mask in self.model.seen.state_dict().items() if name in later}
         self.model.seen.load_state_dict(kept | saved.get("seen", {}))
-        return saved, saved["ranks"][rank] if rank < len(saved["ranks"]) and not later else None
+        return saved, None if later else saved["ranks"][rank % len(saved["ranks"])]
 
     def _added_since(self, path: str | Path, saved: Mapping[str, Any]) -> list[str]:
         """Return the modalities that were added to the model and not yet to the checkpoint's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mla_fast.batch import row_totals, rows_by_modality, unpack_batch, unpack_unlabelled
+from mla_fast.batch import row_totals, rows_by_modality, told_to_all, unpack_batch, unpack_unlabelled
 from mla_fast.caller import warn
 from mla_fast.evaluate import evaluate
 from mla_fast.graph import GraphedStep
@@ -174,7 +175,8 @@ class Trainer(Phases):
         """Train on what is left of the epoch; returns its batches, all taken."""
         self.model.train()
         position = self._position
-        batches = position.begin(loader, self.epoch, self.model.modalities)
+        with self._told_to_all():
+            batches = position.begin(loader, self.epoch, self.model.modalities)
         at_once = self.accumulate * (len(loader) if isinstance(loader, Mapping) else 1)
         try:
             total = None if isinstance(loader, Mapping) else len(loader)  # type: ignore[arg-type]
@@ -189,7 +191,7 @@ class Trainer(Phases):
             disable=None if self.progress else True,  # None: where the output is not a terminal
         )
         with bar:
-            while group := list(itertools.islice(batches, at_once)):
+            while group := self._next(batches, at_once):
                 for modality, loss in self._train_on(group).items():
                     position.losses.add(modality, loss if modality in position.losses else loss.double())
                 if self.scheduler is not None and self.scheduler_interval == "batch":
@@ -204,14 +206,22 @@ class Trainer(Phases):
             self._share_seen()
         return batches
 
+    def _next(self, batches: Replayable, count: int) -> list[tuple[Any, ...]]:
+        with self._told_to_all():
+            return list(itertools.islice(batches, count))
+
+    def _told_to_all(self) -> contextlib.AbstractContextManager[None]:
+        return told_to_all(self.model.modalities, self.optimizer)
+
     def _train_on(self, group: list[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Take one step of each modality; returns the mean losses."""
         if self._graphed is not None and len(group) == 1:
             return self._graphed(group[0])
         if self._graphed is not None:
             self._graphed.say("the modalities come from loaders of their own")
-        batches = [unpack_batch(self.model, b, self.device, self.loss) for b in group]
-        rows = [rows_by_modality(self.model, *batch) for batch in batches]
+        with self._told_to_all():
+            batches = [unpack_batch(self.model, b, self.device, self.loss) for b in group]
+            rows = [rows_by_modality(self.model, *batch) for batch in batches]
         totals = row_totals(self.model.modalities, self.optimizer, rows)
         each_once = sum(map(len, rows)) == len({modality for r in rows for modality in r})
         if each_once and not self.in_turn and can_step_together(self.model):

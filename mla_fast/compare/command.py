@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mla_fast import ranks
 from mla_fast.compare import options, report
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import select, trials
@@ -34,20 +35,23 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--missing", type=options.rates, default=[], help='also test with modalities missing, as "0.1:0.7"')
     p.add_argument("--protocol", choices=PROTOCOLS, help="take modalities away in training, too, by this protocol: Table 2")
     p.add_argument("--epochs", type=options.positive, default=20, help="passes over each modality (default: 20)")
-    p.add_argument("--jobs", type=options.positive, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    p.add_argument("--jobs", type=options.positive, default=_cores(), help="processes, of each rank (default: one a core)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--config", type=Path, help="settings as TOML, such as the run.toml of another run; options override them")
     p.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the results; what is done is kept")
     p.set_defaults(command=compare)
 
 
+def _cores() -> int:
+    return max((os.cpu_count() or 1) // ranks.on_this_machine(), 1)
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Run what is not done yet, and write runs.jsonl, results.csv and report.html to the output folder."""
-    check_installed()
-    check_device(arguments.device)
-    if Path(arguments.data).exists():
-        arguments.data = str(Path(arguments.data).resolve())
-    task = load_task(arguments.data, arguments.modalities, arguments.label, arguments.group)
+    with ranks.together():
+        task = _load(arguments)
+        said = {"methods": arguments.methods, "seeds": arguments.seeds, "trials": arguments.trials, "missing": arguments.missing}
+    ranks.check_alike("compare", {"data": task.identity, **said, "epochs": arguments.epochs, "protocol": arguments.protocol})
     if arguments.protocol is not None:
         if not arguments.missing:
             raise ValueError("protocol: expected --missing beside it, as 0.1:0.7:0.1, got none")
@@ -66,6 +70,14 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"\nwrote {arguments.output / 'report.html'}, results.csv, runs.jsonl and run.toml")
 
 
+def _load(arguments: argparse.Namespace) -> Task:
+    check_installed()
+    check_device(arguments.device)
+    if Path(arguments.data).exists():
+        arguments.data = str(Path(arguments.data).resolve())
+    return load_task(arguments.data, arguments.modalities, arguments.label, arguments.group)
+
+
 def compare_methods(
     task: Task, names: list[str], seeds: list[int], count: int, budget: Budget, arguments: argparse.Namespace, **data: Any
 ) -> str:
@@ -73,16 +85,16 @@ def compare_methods(
     for name in names:
         trials(name, count)
     settings = settings_of(task, budget, arguments.missing, arguments.device, **data)
-    digest = begin(arguments, settings)
+    digest = ranks.from_first(lambda: begin(arguments, settings))
     rates = tuple(arguments.missing)
     jobs = [
-        Job(task, name, seed, trial, budget, rates, arguments.device, digest)
+        Job(task, name, seed, trial, budget, rates, ranks.device_name(arguments.device), digest)
         for seed in seeds
         for name in names
         for trial in range(count)
     ]
     found = run_all(jobs, arguments.output, arguments.jobs)
-    return report.write(found, {**settings, "trials": count}, arguments.output)
+    return report.write(found, {**settings, "trials": count}, arguments.output) if ranks.is_first() else ""
 
 
 def check_installed() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_fast import data
+from mla_fast import data, ranks
 from mla_fast.compare import missing_report
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import MISSING, TABLE_2, find, select, trials
@@ -92,13 +92,14 @@ def compare_missing(task: Task, arguments: argparse.Namespace, budget: Budget, *
     budget = replace(budget, features=WIDTH, hidden=(WIDTH, WIDTH))
     # Rates are not among the settings: more of them may be asked for later.
     settings = settings_of(task, budget, [], arguments.device, protocol=arguments.protocol, **names)
-    digest = begin(arguments, settings)
+    digest = ranks.from_first(lambda: begin(arguments, settings))
+    device = ranks.device_name(arguments.device)
     jobs = [
-        Job(masked(task, rate, arguments.protocol), name, seed, trial, budget, (), arguments.device, digest, rate)
+        Job(masked(task, rate, arguments.protocol), name, seed, trial, budget, (), device, digest, rate)
         for seed in arguments.seeds
         for rate in arguments.missing
         for name in methods
         for trial in range(arguments.trials)
     ]
     found: list[Record] = run_all(jobs, arguments.output, arguments.jobs)
-    return missing_report.write(found, {**settings, "trials": arguments.trials}, arguments.output)
+    return missing_report.write(found, {**settings, "trials": arguments.trials}, arguments.output) if ranks.is_first() else ""

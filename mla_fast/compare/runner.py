@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mla_fast import ranks
 from mla_fast.cli_config import write_options
 from mla_fast.compare import records
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.records import Record
 from mla_fast.compare.run import NAMES, Job, run
+from mla_fast.compare.spread import spread
 from mla_fast.compare.task import Task
 
 
@@ -74,15 +78,17 @@ def _say(text: str) -> None:
 def run_all(jobs: Sequence[Job], folder: Path, processes: int, say: Callable[[str], None] = _say) -> list[Record]:
     """Run what the folder does not have, add each run to ``runs.jsonl`` as soon as it is done, and return all in order.
 
-    A run that fails stops the others; what is done is kept.
+    A run that fails stops the others; what is done is kept. Of several ranks each takes the next run that nobody has taken, in
+    `processes` of its own, and the first writes them all; the others return none.
     """
-    done = finished(folder, jobs[0].settings)
+    done = ranks.from_first(lambda: finished(folder, jobs[0].settings))
     wanted = [tuple(getattr(job, name) for name in NAMES) for job in jobs]
     left = [job for job, name in zip(jobs, wanted, strict=True) if name not in done]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are done already")
     started = time.perf_counter()
-    for count, record in enumerate(_results(left, processes), 1):
+    results = spread(left, functools.partial(_results, processes=processes)) if ranks.several() else _results(left, processes)
+    for count, record in enumerate(results, 1):
         records.append(folder / "runs.jsonl", record)
         done[records.key(record, NAMES)] = record
         remaining = (time.perf_counter() - started) / count * (len(left) - count)
@@ -90,18 +96,24 @@ def run_all(jobs: Sequence[Job], folder: Path, processes: int, say: Callable[[st
         what += f", {100 * record['rate']:.0f} % missing" if record.get("rate") is not None else ""
         reached = f"validation {100 * record['validation']['accuracy']:.1f} %, {record['cost']['seconds']:.1f} s"
         say(f"[{count}/{len(left)}] {what}: {reached}; {_duration(remaining)} left")
-    return [done[name] for name in wanted]
+    return [done[name] for name in wanted] if ranks.is_first() else []
 
 
-def _results(jobs: Sequence[Job], processes: int) -> Iterator[Record]:
-    if processes == 1:
+def _results(jobs: Iterable[Job], processes: int) -> Iterator[Record]:
+    """Yield the results of jobs, each of which is taken when a process is free for it."""
+    if processes == 1 and not ranks.several():  # a run has no part in what the ranks agree on
         yield from map(run, jobs)
         return
     context = torch.multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+    coming = iter(jobs)
+    running = {pool.submit(run, job) for job in itertools.islice(coming, processes)}
     try:
-        for future in as_completed([pool.submit(run, job) for job in jobs]):
-            yield future.result()
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(run, job) for job in itertools.islice(coming, len(done))}
+            for future in done:
+                yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
