@@ -51,7 +51,7 @@ def check_alike(config: dict[str, Any], *parts: data.MultimodalDataset) -> None:
     """Raise RankError, which names what differs, unless all ranks have the same settings and data, wherever they lie."""
     masks = [None if part.present is None else ranks.digest(part.present) for part in parts]
     facts = {"samples": [len(part) for part in parts], "labels": [ranks.digest(part.target) for part in parts], "present": masks}
-    ranks.check_alike(config["data"], {**{name: value for name, value in config.items() if name != "data"}, **facts})
+    ranks.check_alike(config["data"], {**facts, **{name: value for name, value in config.items() if name != "data"}})
 
 
 def _read(config: dict[str, Any]) -> list[data.MultimodalDataset]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Sampler
 
 from mla_fast.distributed import RankError, exchange, rank_and_size
@@ -65,7 +66,10 @@ def joined(command: str, device: str) -> Iterator[None]:
     if command not in COMMANDS:
         raise ValueError(f"{command}: expected one process, got {launched()}: start it without torchrun")
     backend = _backend(device)
-    dist.init_process_group(backend, timeout=LONGEST if command == "compare" else None)
+    store, rank, size = next(rendezvous("env://"))
+    if on_this_machine() == size:  # the agent's store may be that of the ranks before, whose addresses nobody answers at
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST if command == "compare" else None)
     try:
         yield
     finally:

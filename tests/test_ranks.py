@@ -148,7 +148,7 @@ def test_bad_input_is_an_error_on_all_ranks_that_names_it(archive, tmp_path):
         (
             "fewer samples",
             {key: x[:80] for key, x in arrays.items()},
-            ("expected the same samples on every rank, got 54", "on rank 1"),
+            ("expected the same samples on every rank, got [54, 36]", "on rank 1"),
         ),
         ("another shape", {**arrays, "sound": np.zeros((90, 8), np.float32)}, ("expected the same encoders", "on rank 1")),
         ("other values", {**arrays, "sound": arrays["sound"] + 1}, ("expected the same statistics", "on rank 1")),
@@ -159,9 +159,9 @@ def test_bad_input_is_an_error_on_all_ranks_that_names_it(archive, tmp_path):
         found = run_command([good, command(other, tmp_path / "run")], tmp_path)
         refused(found, *texts)
         assert not (tmp_path / "run" / "run.toml").exists(), name
-    found = run_command([good, command(tmp_path / "nowhere.npz", tmp_path / "run"), good], tmp_path)
+    found = run_command([good, command(tmp_path / "nowhere.npz", tmp_path / "run")], tmp_path)
     refused(found, "nowhere.npz")
-    assert "rank 1: " in found[0][2] and "rank 1: " in found[2][2]
+    assert "rank 1: " in found[0][2]
     refused(run_command([good, command(archive, tmp_path / "elsewhere")], tmp_path), "--output: expected a folder that all ranks")
     refused(run_command([good, [*good, "--lr", "0.5"]], tmp_path), "expected the same lr on every rank, got 0.03 on rank 0")
     for size in ("1", "15"):
@@ -243,9 +243,9 @@ def test_a_comparison_is_spread_over_ranks(tmp_path):
     pytest.importorskip("sklearn"), pytest.importorskip("scipy"), pytest.importorskip("torchmetrics")
     argv = ["compare", "--data", "competition", "--methods", "Concat,MLA none", "--trials", 1, "--epochs", 1, "--jobs", 1]
     argv += ["--output", tmp_path / "runs"]
-    found = run_command([[*argv, "--seeds", "0"]] * 2, tmp_path)
+    found = run_command([[*argv, "--seeds", "0"]] * 2, tmp_path, timeout=240)
     assert statuses(found) == [0, 0] and "[2/2]" in found[0][1] and found[1][1:] == ("", "")
-    found = run_command([[*argv, "--seeds", "0,1"]] * 2, tmp_path)
+    found = run_command([[*argv, "--seeds", "0,1"]] * 2, tmp_path, timeout=240)
     assert statuses(found) == [0, 0] and "2 of 4 runs are done already" in found[0][1]
     runs = [json.loads(line) for line in (tmp_path / "runs" / "runs.jsonl").read_text().splitlines()]
     assert sorted((run["method"], run["seed"]) for run in runs) == [(m, s) for m in ("Concat", "MLA none") for s in (0, 1)]
