@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from bench import first_screen, pictures, records
-from bench.accuracy import missing, tables
+from bench.accuracy import balanced, missing, tables
 from bench.accuracy.__main__ import STUDIES
 from bench.accuracy.studies import adding
 from bench.throughput import gpu, plot, speed
@@ -39,6 +39,7 @@ def parts() -> dict[str, str]:
         "summary": tables.summary(tasks),
         "modalities": "\n\n".join(map(tables.by_modality, tasks)),
         "missing": "\n\n".join(map(tables.by_rate, tables.missing(found))),
+        **balanced.parts(RESULTS),
         **missing.parts(RESULTS),
         "ablation": "\n\n".join(map(tables.ablation, tasks)),
         "adding summary": adding.summary(records.read(RESULTS / "adding.jsonl")),

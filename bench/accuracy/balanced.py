@@ -4,7 +4,7 @@
 
 Each task is a folder with runs.jsonl, results.csv and report.html; what is done is not run again. The tasks are those of
 ``bench.accuracy``, whose training part is split once more, by speaker in B, for a part to choose epochs and hyperparameters on.
-``--show`` prints the tables of a folder without running anything.
+``bench/results/balanced-*.jsonl`` are such runs. ``--show`` prints the tables of a folder without running anything.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.accuracy.settings import setting
 from mla_fast.compare import options
 from mla_fast.compare.command import check_installed, compare_methods
+from mla_fast.compare.findings import findings
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import select
+from mla_fast.compare.records import Record, read
 from mla_fast.compare.report import ranking_table, sort
 from mla_fast.compare.run import NAMES
 from mla_fast.compare.statistics import by_method, choose
@@ -42,20 +44,33 @@ def task(name: str, path: Path) -> tuple[Task, int]:
     return Task(name, identity, found.prepare, group, per="array"), found.epochs
 
 
-def tables(folder: Path) -> str:
-    """The rankings of all tasks in a folder."""
-    from bench.records import read
-
+def tables(found: dict[str, list[Record]]) -> str:
+    """The rankings of all tasks that have records."""
     parts = []
-    for name in TASKS:
-        found = read(folder / name.replace(" ", "-") / "runs.jsonl")
-        if found:
-            (_, *header), rows = ranking_table(sort(by_method(choose(found))))
-            trials, seeds = (len({record[key] for record in found}) for key in (NAMES[2], NAMES[1]))
+    for name, runs in found.items():
+        if runs:
+            (_, *header), rows = ranking_table(sort(by_method(choose(runs))))
+            trials, seeds = (len({record[key] for record in runs}) for key in (NAMES[2], NAMES[1]))
             parts.append(markdown_table([f"{name}, {seeds} seeds, {trials} trials", *header], rows))
     if not parts:
-        raise ValueError(f"show: expected a folder with results of bench.accuracy.balanced, got {folder}")
+        raise ValueError("show: expected a folder with results of bench.accuracy.balanced, got none")
     return "\n\n".join(parts)
+
+
+def readings(found: dict[str, list[Record]]) -> str:
+    """What the numbers of each task say."""
+    return "\n".join(f"- {name}: {' '.join(findings(sort(by_method(choose(runs)))))}" for name, runs in found.items() if runs)
+
+
+def committed(results: Path, kind: str, names: Iterable[str]) -> dict[str, list[Record]]:
+    """The records of tasks of these names in bench/results."""
+    return {name: read(results / f"{kind}-{name.replace(' ', '-')}.jsonl") for name in names}
+
+
+def parts(results: Path) -> dict[str, str]:
+    """What the report says of the records in a folder, by the names of its template."""
+    found = committed(results, "balanced", TASKS)
+    return {"balanced": tables(found), "balanced reading": readings(found)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,13 +87,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--show", type=Path, help="only print the tables of this folder")
     arguments = parser.parse_args(argv)
     try:
-        print(tables(arguments.show) if arguments.show else everything(arguments))
+        if not arguments.show:
+            everything(arguments)
+        folder = arguments.show or arguments.output
+        found = {name: read(folder / name.replace(" ", "-") / "runs.jsonl") for name in TASKS}
+        print(f"{tables(found)}\n\n{readings(found)}")
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"bench.accuracy.balanced: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def everything(arguments: argparse.Namespace) -> str:
+def everything(arguments: argparse.Namespace) -> None:
     check_installed()
     for name, (config, _) in TASKS.items():
         if config is not None and arguments.data is None:
@@ -90,7 +109,6 @@ def everything(arguments: argparse.Namespace) -> str:
         methods, _ = select(arguments.methods, len(modalities))
         budget = Budget(epochs=arguments.epochs or epochs)
         compare_methods(each, methods, arguments.seeds, arguments.trials, budget, here, modalities=list(modalities))
-    return tables(arguments.output)
 
 
 if __name__ == "__main__":

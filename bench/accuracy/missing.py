@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.accuracy.balanced import TASKS, task
+from bench.accuracy.balanced import TASKS, committed, task
 from mla_fast.compare import missing_report, options
 from mla_fast.compare.command import check_installed
 from mla_fast.compare.learners import Budget
@@ -44,21 +44,16 @@ def readings(found: dict[str, list[Record]]) -> str:
 
 def parts(results: Path) -> dict[str, str]:
     """What the report says of the records in a folder, by the names of its template."""
-    found = committed(results)
+    found = committed(results, "missing", NAMES)
     long = missing_report.table(read(results / "missing-long.jsonl"), "digits, 100 epochs, 1 seed")
     return {"table 2": tables(found), "table 2 reading": readings(found), "table 2 long": long}
-
-
-def committed(results: Path) -> dict[str, list[Record]]:
-    """The records of each task in bench/results."""
-    return {name: read(results / f"missing-{name.replace(' ', '-')}.jsonl") for name in NAMES}
 
 
 def plot(results: Path, path: Path) -> None:
     """Draw accuracy over the rate of missing modalities, one panel for each task, a line for each method."""
     from bench import pictures
 
-    shown = {name: missing_report.by_rate(runs) for name, runs in committed(results).items() if runs}
+    shown = {name: missing_report.by_rate(runs) for name, runs in committed(results, "missing", NAMES).items() if runs}
     figure = pictures.new_figure(pictures.PAGE, 4.6)
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     styles = _styles(dict.fromkeys(method for values in shown.values() for method in values))
