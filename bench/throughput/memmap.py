@@ -2,7 +2,7 @@
 
 A folder of .npy arrays, two modalities of float32, is trained on as ``mla-fast train`` does, beside the same model on some of
 their rows, standardised and held in memory: `--held-gb`, since the page cache needs room for the files. Each way has a process of
-its own, they take turns round after round, with the same model, batch size and loader. Memory is that of a process and its workers:
+its own, they take turns round after round, with the same model, batch size and loader. Memory is of a process and its workers:
 the largest VmRSS that the kernel has seen, mapped files included, and the largest RssAnon of those looked at after each round.
 Preparing is the pass for the statistics, and of the other way reading its rows.
 

@@ -144,7 +144,7 @@ def costs(
 
 def formulas() -> None:
     """Print the table of docs/scale.md."""
-    print("| s | C | GPUs | head | projection: head | rls | window | x̄ | head's gradient | encoders' | memory of the head |")
+    print("| s | C | GPUs | head's rows | head | rls | window | x̄ | for the head | encoders | memory of the head |")
     print("|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
     for s, C, ranks, sharded in (
         (512, 1000, 1, False),
