@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_reading_commands(commands: Any) -> None:
     p = commands.add_parser("eval", help="evaluate a checkpoint written by train")
     p.add_argument("checkpoint", type=Path)
-    p.add_argument("--data", type=Path, help="another .npz with the same arrays (default: the one it was trained on)")
+    p.add_argument("--data", type=Path, help="other data with the same arrays (default: the one it was trained on)")
     part = p.add_mutually_exclusive_group()
     part.add_argument("--test-where", help="another part to evaluate on, as speaker=2,4")
     part.add_argument("--all", action="store_true", help="evaluate on every row")
@@ -159,7 +159,7 @@ def _add_reading_commands(commands: Any) -> None:
 
     p = commands.add_parser("predict", help="write what a checkpoint written by train predicts for an .npz, as a CSV")
     p.add_argument("checkpoint", type=Path)
-    p.add_argument("file", type=Path, help="an .npz with the arrays that were trained on, or some of them; no labels are needed")
+    p.add_argument("file", type=Path, help="data with the arrays that were trained on, or some of them; no labels are needed")
     help = "a row for each sample: class, probabilities, weight of each modality (default: predictions.csv)"
     p.add_argument("--output", type=Path, default=Path("predictions.csv"), help=help)
     p.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
@@ -174,7 +174,12 @@ def _add_device_options(p: argparse.ArgumentParser) -> None:
 
 
 def _add_data_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--data", type=Path, required=True, help="the .npz")
+    p.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="an .npz, or larger than memory: a folder of .npy, tar shards, what datasets saved",
+    )
     p.add_argument("--modalities", type=_names, default=[], help="names of its arrays [N, …], as audio,image")
     p.add_argument("--add", metavar="NAME", help="an array to add to the modalities of another run, whose data may be gone")
     p.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="of that run: its model and projection go on")
@@ -227,7 +232,7 @@ def _add_run_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", type=Path, help="settings as TOML, such as the run.toml of another run; options override them")
     p.add_argument("--device", default="auto")
     p.add_argument("--threads", type=_positive(int), help=THREADS)
-    help = "processes that load batches (default: 0, which is fastest for data in memory)"
+    help = "processes that load batches (default: 0, which is fastest for data in memory or in the page cache)"
     p.add_argument("--workers", type=_count, default=0, help=help)
     p.add_argument("--output", type=Path, default=Path("runs/mla"), help="folder of the run (default: runs/mla)")
     p.add_argument("--checkpoint-every", type=_positive(int), help="also write it after this many batches (default: each epoch)")

@@ -1,10 +1,10 @@
 """Training on data larger than memory: ``python -m bench.throughput.memmap [--gb 8] [--output out.jsonl]``.
 
-A folder of .npy arrays, two modalities of float32, is trained on as ``mla-fast train`` does, beside the same model on rows of
-them that are standardised and held in memory, the first `--held-gb`, since the page cache needs room for the files. Each way
-has a process of its own, they take turns round after round, with the same model, batches and loader. Memory is that of the
-first: the largest VmRSS that the kernel has seen since the process began, mapped files included, and the largest RssAnon of
-those looked at after each round. Preparing is the pass for the statistics, of the other way reading all into memory.
+A folder of .npy arrays, two modalities of float32, is trained on as ``mla-fast train`` does, beside the same model on some of
+their rows, standardised and held in memory: `--held-gb`, since the page cache needs room for the files. Each way has a process of
+its own, they take turns round after round, with the same model, batch size and loader. Memory is of a process and its workers:
+the largest VmRSS that the kernel has seen, mapped files included, and the largest RssAnon of those looked at after each round.
+Preparing is the pass for the statistics, and of the other way reading its rows.
 
 Files that were just written are in the page cache, as far as memory holds it; ``--cold`` has it forget them before each round.
 """

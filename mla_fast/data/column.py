@@ -54,9 +54,11 @@ class Column:
         self.shape, self.dtype = torch.Size((len(self.rows), *example.shape[1:])), example.dtype
 
     def dim(self) -> int:
+        """Return the number of axes."""
         return len(self.shape)
 
     def numel(self) -> int:
+        """Return the number of values."""
         return self.shape.numel()
 
     def __len__(self) -> int:
