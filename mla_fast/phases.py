@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from mla_fast.batch import told_to_all
 from mla_fast.distributed import all_gather_object
 from mla_fast.inputs import Inputs
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.random_state import Replayable
 from mla_fast.resume import Position
 from mla_fast.trainer_checks import check_scheduler
 
@@ -75,6 +79,13 @@ class Phases:
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         check_scheduler(self.scheduler, self.scheduler_interval)
         self._position = Position()
+
+    def _next(self, batches: Replayable, count: int) -> list[tuple[Any, ...]]:
+        with self._told_to_all():
+            return list(itertools.islice(batches, count))
+
+    def _told_to_all(self) -> contextlib.AbstractContextManager[None]:
+        return told_to_all(self.model.modalities, self.optimizer)
 
     def _mean_losses(self) -> dict[str, float]:
         losses = self._position.losses

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mla_fast.batch import row_totals, rows_by_modality, told_to_all, unpack_batch, unpack_unlabelled
+from mla_fast.batch import row_totals, rows_by_modality, unpack_batch, unpack_unlabelled
 from mla_fast.caller import warn
 from mla_fast.evaluate import evaluate
 from mla_fast.graph import GraphedStep
@@ -205,13 +203,6 @@ class Trainer(Phases):
             row_totals(self.model.modalities, self.optimizer, [])  # the others must have come to their end, too
             self._share_seen()
         return batches
-
-    def _next(self, batches: Replayable, count: int) -> list[tuple[Any, ...]]:
-        with self._told_to_all():
-            return list(itertools.islice(batches, count))
-
-    def _told_to_all(self) -> contextlib.AbstractContextManager[None]:
-        return told_to_all(self.model.modalities, self.optimizer)
 
     def _train_on(self, group: list[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Take one step of each modality; returns the mean losses."""
