@@ -13,6 +13,7 @@ from mla_fast import cli_config, cli_features, cli_paper, cli_study, data, envir
 from mla_fast.cli_encoders import pairs
 from mla_fast.cli_eval import evaluate, predict
 from mla_fast.cli_train import train
+from mla_fast.compare import options
 from mla_fast.compare.command import add_parser as add_compare
 from mla_fast.data.standardization import PER
 from mla_fast.settings import BIASES, PROJECTIONS, TARGETS
@@ -68,13 +69,6 @@ def env(arguments: argparse.Namespace) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _layouts(text: str) -> dict[str, str]:
-    pairs = [(name.strip(), layout.strip()) for name, _, layout in (pair.rpartition("=") for pair in text.split(","))]
-    if not all(name and layout in data.LAYOUTS for name, layout in pairs):
-        raise argparse.ArgumentTypeError(f"expected NAME=LAYOUT with a layout of {', '.join(data.LAYOUTS)}, got {text!r}")
-    return dict(pairs)
 
 
 def _positive(kind: type) -> Any:
@@ -184,7 +178,7 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--add", metavar="NAME", help="an array to add to the modalities of another run, whose data may be gone")
     p.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="of that run: its model and projection go on")
     layouts = ", ".join(f"{layout} ({shape})" for layout, (shape, _) in data.LAYOUTS.items())
-    p.add_argument("--layout", type=_layouts, default={}, help=f"how to read them, as text=tokens,image=image: {layouts}")
+    p.add_argument("--layout", type=options.layouts, default={}, help=f"how to read them, as text=tokens,image=image: {layouts}")
     help = "by a mean and deviation of each feature or channel (the default), of each array, or not at all"
     p.add_argument("--standardize", choices=PER, default="feature", help=help)
     p.add_argument("--label", default="label", help="name of the labels: whole numbers, booleans or names (default: label)")

@@ -22,6 +22,7 @@ from mla_fast.compare.records import append, read
 from mla_fast.compare.run import Job, run, train_to_best_epoch
 from mla_fast.compare.statistics import choose
 from mla_fast.compare.task import Task, hold_out, load_task
+from mla_fast.encoders import MeanEmbedding
 from tests.helpers import exhaustive
 
 SMALL = Budget(epochs=2, batch_size=32, features=8)
@@ -249,6 +250,30 @@ def test_refuses_data_that_cannot_be_judged(tmp_path, capsys):
     assert "data: expected enough samples for a" in capsys.readouterr().err
     assert command(tmp_path, "--data", tmp_path / "none.npz", "--modalities", "a,b") == 2
     assert "data: expected digits, competition or an .npz" in capsys.readouterr().err
+
+
+def test_arrays_are_read_as_train_reads_them(tmp_path, capsys):
+    label = np.arange(90) % 3
+    words = np.stack([label + 1, 5 + np.arange(90) % 2, np.zeros_like(label)], 1)
+    np.savez(
+        tmp_path / "x.npz", words=words, picture=np.eye(3, dtype=np.float32)[label][:, None, :, None].repeat(4, 3), label=label
+    )
+    options = ["compare", "--data", str(tmp_path / "x.npz"), "--modalities", "words,picture", "--seeds", "0", "--trials", "1"]
+    options += ["--epochs", "2", "--jobs", "1", "--methods", "Concat,MLA window", "--missing", "0.3"]
+    assert cli.main([*options, "--output", str(tmp_path / "a")]) == 2
+    assert "may be tokens" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert cli.main([*options, "--output", str(tmp_path / "a"), "--layout", "words=tokens"]) == 0
+    task = load_task(str(tmp_path / "x.npz"), ["words", "picture"], layouts={"words": "tokens"})
+    assert task.layouts == {"words": "tokens", "picture": "image"} and task.vocabulary == {"words": 7}
+    train = task.parts(0)[0]
+    assert train.inputs["words"].dtype == torch.int64 and train.inputs["words"].min() == 0  # not standardised
+    assert (
+        type(make_learner("Sum", {}, *task.parts(0)[:2], SMALL, 0, encoder=task.encoder).model.encoders["words"]) is MeanEmbedding
+    )
+    assert cli.main([*options, "--output", str(tmp_path / "a"), "--layout", "words=features"]) == 2
+    assert "layout" in capsys.readouterr().err
+    assert cli.main([*options, "--output", str(tmp_path / "b"), "--layout", "words=tokens", "--protocol", "cpm"]) == 2
+    assert "got tokens of 'words'" in capsys.readouterr().err
 
 
 def test_refuses_results_of_other_data_or_settings_and_keeps_them(tmp_path, capsys):

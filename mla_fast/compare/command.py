@@ -28,6 +28,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--data", required=True, help="digits, competition, or an .npz with an array for each modality and a label")
     p.add_argument("--modalities", type=options.names, default=[], help="names of its arrays, as audio,image")
     p.add_argument("--label", default="label", help="name of the labels (default: label)")
+    p.add_argument("--layout", type=options.layouts, default={}, help="how to read arrays, as for train: text=tokens,image=image")
     p.add_argument("--group", help="an array whose values are each in one part only, as speaker")
     p.add_argument("--methods", type=options.names, default=["all"], help="all, or names separated by commas")
     p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2, 3, 4], help='as "0-4" or "0,2": a split and a run each')
@@ -55,7 +56,11 @@ def compare(arguments: argparse.Namespace) -> None:
     if arguments.protocol is not None:
         if not arguments.missing:
             raise ValueError("protocol: expected --missing beside it, as 0.1:0.7:0.1, got none")
-        arrays = {"modalities": list(task.split(arguments.seeds[0])[0].modalities), "label": arguments.label}
+        arrays = {
+            "modalities": list(task.split(arguments.seeds[0])[0].modalities),
+            "label": arguments.label,
+            **_layout(arguments),
+        }
         print(compare_missing(task, arguments, Budget(epochs=arguments.epochs), **arrays))
         print(f"\nwrote {arguments.output / 'report.html'}, table.md, runs.jsonl and run.toml")
         return
@@ -64,10 +69,14 @@ def compare(arguments: argparse.Namespace) -> None:
     names, left_out = select(arguments.methods, len(modalities))
     for name in left_out:
         print(f"{name} is left out: it is not defined for {len(modalities)} modalities")
-    data = {"modalities": list(modalities), "label": arguments.label}
+    data = {"modalities": list(modalities), "label": arguments.label, **_layout(arguments)}
     budget = Budget(epochs=arguments.epochs)
     print(compare_methods(task, names, arguments.seeds, arguments.trials, budget, arguments, **data))
     print(f"\nwrote {arguments.output / 'report.html'}, results.csv, runs.jsonl and run.toml")
+
+
+def _layout(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"layout": arguments.layout} if arguments.layout else {}
 
 
 def _load(arguments: argparse.Namespace) -> Task:
@@ -75,7 +84,7 @@ def _load(arguments: argparse.Namespace) -> Task:
     check_device(arguments.device)
     if Path(arguments.data).exists():
         arguments.data = str(Path(arguments.data).resolve())
-    return load_task(arguments.data, arguments.modalities, arguments.label, arguments.group)
+    return load_task(arguments.data, arguments.modalities, arguments.label, arguments.group, arguments.layout)
 
 
 def compare_methods(

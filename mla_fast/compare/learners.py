@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -164,10 +164,12 @@ def make_learner(
     seed: int,
     device: str = "cpu",
     full: dict[str, Tensor] | None = None,
+    encoder: Callable[[str, Sequence[int], int], nn.Module] | None = None,
 ) -> Learner:
     """Return a method ready to be trained; options: of a trial, ``lr_factor`` and ``weight_decay`` among them.
 
-    full: the training inputs with nothing masked, for methods that declare that they need them.
+    encoder: (modality, shape of a sample, width of features) → its encoder, by default that of its shape. full: the training
+    inputs with nothing masked, for methods that declare that they need them.
     """
     own = dict(options)
     budget = dataclasses.replace(budget, lr=budget.lr * own.pop("lr_factor", 1.0))
@@ -175,7 +177,7 @@ def make_learner(
     torch.manual_seed(seed)  # the encoders are drawn first of all, and so are the same for every method
     if method.model is not None and issubclass(method.model, (MissingModel, FittedModel)):
         return _missing_learner(method.model, own, train, held_out, budget, seed, decay, device, full)
-    encoders = {modality: _encoder(x.shape[1:], budget) for modality, x in train.inputs.items()}
+    encoders = {modality: _encoder(modality, x.shape[1:], budget, encoder) for modality, x in train.inputs.items()}
     if method.model is not None:
         make: Callable[..., JointModel] = method.model
         joint = make(encoders, budget.features, train.classes, **own).to(device)
@@ -187,8 +189,12 @@ def make_learner(
     return MLALearner(model, settings, train, budget, seed, decay)
 
 
-def _encoder(shape: torch.Size, budget: Budget) -> nn.Module:
-    return encoder_for(shape, budget.features) if budget.hidden is None else MLP(shape[0], budget.features, budget.hidden)
+def _encoder(
+    modality: str, shape: Sequence[int], budget: Budget, make: Callable[[str, Sequence[int], int], nn.Module] | None
+) -> nn.Module:
+    if budget.hidden is not None:
+        return MLP(shape[0], budget.features, budget.hidden)
+    return encoder_for(shape, budget.features) if make is None else make(modality, shape, budget.features)
 
 
 def _missing_learner(

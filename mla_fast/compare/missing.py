@@ -65,7 +65,7 @@ def _hide(part: MultimodalDataset) -> MultimodalDataset:
 
 def masked(task: Task, rate: float, protocol: str) -> MaskedTask:
     """Return a task with modalities taken away at `rate`."""
-    return MaskedTask(task.name, task.identity, task.prepare, task.group, task.per, rate, protocol)
+    return MaskedTask(task.name, task.identity, task.prepare, task.group, task.per, rate=rate, protocol=protocol)
 
 
 def choose_methods(names: Sequence[str], task: Task, seed: int) -> list[str]:
@@ -89,6 +89,8 @@ def compare_missing(task: Task, arguments: argparse.Namespace, budget: Budget, *
     methods = choose_methods(arguments.methods, task, arguments.seeds[0])
     for name in methods:
         trials(name, arguments.trials)
+    if tokens := [name for name, layout in (task.layouts or {}).items() if layout == "tokens"]:
+        raise ValueError(f"protocol: expected arrays of numbers, which a vector of zeros stands for, got tokens of {tokens[0]!r}")
     budget = replace(budget, features=WIDTH, hidden=(WIDTH, WIDTH))
     # Rates are not among the settings: more of them may be asked for later.
     settings = settings_of(task, budget, [], arguments.device, protocol=arguments.protocol, **names)

@@ -1,9 +1,11 @@
-"""Options of a command that are lists: seeds, rates of missing modalities, names."""
+"""Options of a command that are lists: seeds, rates of missing modalities, names, layouts."""
 
 from __future__ import annotations
 
 import argparse
 import math
+
+from mla_fast import data
 
 
 def seeds(text: str) -> list[int]:
@@ -44,3 +46,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def layouts(text: str) -> dict[str, str]:
+    """Return {"text": "tokens"} for ``"text=tokens"``."""
+    pairs = [(name.strip(), layout.strip()) for name, _, layout in (pair.rpartition("=") for pair in text.split(","))]
+    if not all(name and layout in data.LAYOUTS for name, layout in pairs):
+        raise argparse.ArgumentTypeError(f"expected NAME=LAYOUT with a layout of {', '.join(data.LAYOUTS)}, got {text!r}")
+    return dict(pairs)

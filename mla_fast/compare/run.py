@@ -47,7 +47,8 @@ def run(job: Job) -> Record:
     warm_up(job.device)
     memory = Memory(job.device)
     started = time.perf_counter()
-    learner = make_learner(job.method, options, train, validation, job.budget, job.seed, job.device, job.task.full(job.seed))
+    full, encoder = job.task.full(job.seed), job.task.encoder
+    learner = make_learner(job.method, options, train, validation, job.budget, job.seed, job.device, full, encoder)
     before = time.perf_counter() - started
     epoch, chosen = train_to_best_epoch(learner, validation)
     seconds, peak = time.perf_counter() - started, memory.peak()

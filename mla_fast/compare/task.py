@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from mla_fast import data
 from mla_fast.data import MultimodalDataset
+from mla_fast.encoders import encoder_for
 
 HELD_OUT = 0.25  # of the samples or groups for testing, and of what remains for validation
 Two = tuple[MultimodalDataset, MultimodalDataset]
@@ -24,7 +27,8 @@ class Task:
     """Data that is split anew for every seed.
 
     name: in reports; identity: what tells these data from others; prepare: seed → (the rest, test); group: a field of the data
-    whose values are each in a single part; per: how to standardise, as for ``data.standardize``.
+    whose values are each in a single part; per: how to standardise, as for ``data.standardize``; layouts, vocabulary: of the
+    modalities, as ``data.find_layouts`` and ``data.vocabulary`` return them, None for the layouts that shapes leave no doubt of.
     """
 
     name: str
@@ -32,6 +36,8 @@ class Task:
     prepare: Callable[[int], Two]
     group: str | None = None
     per: str = "feature"
+    layouts: Mapping[str, str] | None = None
+    vocabulary: Mapping[str, int] | None = None
 
     def parts(self, seed: int) -> Three:
         """Return (train, validation, test), standardised by train.
@@ -39,8 +45,13 @@ class Task:
         Raises ValueError where a part would be empty, or a class is missing from train.
         """
         train, validation, test = self.split(seed)
-        (train, validation, test), _ = data.standardize(train, validation, test, per=self.per)
+        (train, validation, test), _ = data.standardize(train, validation, test, per=self.per, layouts=self.layouts)
         return train, validation, test
+
+    def encoder(self, modality: str, shape: Sequence[int], features: int) -> nn.Module:
+        """Return a new encoder for samples of this shape."""
+        layout, size = (self.layouts or {}).get(modality), (self.vocabulary or {}).get(modality)
+        return encoder_for(shape, features, layout, size)
 
     def full(self, seed: int) -> dict[str, torch.Tensor] | None:
         """Return the inputs of the training part with nothing masked, where something is."""
@@ -85,33 +96,48 @@ def group_column(dataset: MultimodalDataset, group: str) -> np.typing.NDArray[np
     return np.unique(column, return_inverse=True)[1].astype(np.int64)
 
 
-def load_task(source: str, modalities: Sequence[str] = (), label: str = "label", group: str | None = None) -> Task:
+def load_task(
+    source: str,
+    modalities: Sequence[str] = (),
+    label: str = "label",
+    group: str | None = None,
+    layouts: Mapping[str, str] | None = None,
+) -> Task:
     """Return the task of ``"digits"``, ``"competition"`` or an .npz with arrays of these names.
+
+    layouts: {modality: layout} of those that dtype and shape leave in doubt, as for ``data.find_layouts``.
 
     Raises FileNotFoundError, or ValueError that names the argument: fewer than two modalities, a group of two values or one.
     """
     if source in BUILT_IN:
-        if group is not None:
-            raise ValueError(f"group: expected none for {source}, got {group!r}")
+        for name, value in (("group", group), ("layout", layouts)):
+            if value:
+                raise ValueError(f"{name}: expected none for {source}, got {value!r}")
         return Task(source, source, partial(_built_in, source, tuple(modalities)))
     if not Path(source).exists():
         raise FileNotFoundError(f"data: expected {', '.join(BUILT_IN)} or an .npz, and there is no file {source}")
     if len(modalities) < 2:
         raise ValueError(f"modalities: expected at least two names of arrays in {source}, got {', '.join(modalities) or 'none'}")
-    whole = _load(source, tuple(modalities), label)
+    file = (source, tuple(modalities), label, tuple(sorted((layouts or {}).items())))
+    whole, found = _load(*file)
     if group is not None and (values := int(group_column(whole, group).max()) + 1) < 3:
         raise ValueError(f"group: expected at least three values of {group!r}, to train, to choose and to test on, got {values}")
     digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
-    return Task(Path(source).stem, digest, partial(_from_file, source, tuple(modalities), label, group), group)
+    prepare = partial(_from_file, file, group)
+    return Task(Path(source).stem, digest, prepare, group, layouts=found, vocabulary=data.vocabulary(whole, found))
 
 
 @lru_cache(1)
-def _load(path: str, modalities: tuple[str, ...], label: str) -> MultimodalDataset:
-    return data.load_npz(path, modalities, label)
+def _load(
+    path: str, modalities: tuple[str, ...], label: str, layouts: tuple[tuple[str, str], ...]
+) -> tuple[MultimodalDataset, dict[str, str]]:
+    whole = data.load_npz(path, modalities, label)
+    found = data.find_layouts(whole, dict(layouts))
+    return data.arrange(whole, found), found
 
 
-def _from_file(path: str, modalities: tuple[str, ...], label: str, group: str | None, seed: int) -> Two:
-    return hold_out(_load(path, modalities, label), group, seed, "test")
+def _from_file(file: tuple[Any, ...], group: str | None, seed: int) -> Two:
+    return hold_out(_load(*file)[0], group, seed, "test")
 
 
 def _built_in(name: str, modalities: tuple[str, ...], seed: int) -> Two:
