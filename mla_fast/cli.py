@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(typed: list[str]) -> argparse.Namespace:
     """Parse a command line after the options of its --config, which it overrides."""
     path = cli_config.config_path(typed)
-    if typed[:1] in (["train"], ["compare"]) and cli_paper.is_meant(typed[1:]):
-        typed = [{"train": "paper", "compare": "study"}[typed[0]], *typed[1:]]
+    typed = _in_full(typed)
     if path is None:
         return _parser().parse_args(typed)
     try:
@@ -50,6 +49,13 @@ def _parse(typed: list[str]) -> argparse.Namespace:
         if stop.code:
             print(f"note: the settings of {path} were read as options, too", file=sys.stderr)
         raise
+
+
+def _in_full(typed: list[str]) -> list[str]:
+    """Return the command line with the parser's name for ``train SET`` and ``compare SET``."""
+    if typed[:1] in (["train"], ["compare"]) and cli_paper.is_meant(typed[1:]):
+        return [{"train": "paper", "compare": "study"}[typed[0]], *typed[1:]]
+    return typed
 
 
 def demo(arguments: argparse.Namespace) -> None:

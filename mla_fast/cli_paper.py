@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mla_fast import cli_output, datasets
+from mla_fast import cli_output, datasets, ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_encoders import check_names, one_width, own_encoder, pairs, width_of
 from mla_fast.data.dataset import listed
@@ -135,6 +135,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train as the paper does, evaluate on the test part after the last epoch, and write checkpoint.pt and metrics.json."""
+    ranks.check_alone("train SET ROOT")
     cli_output.check_output(arguments)
     settings = settings_of(arguments)
     data = {"train": make_dataset(arguments, settings, "train")}
@@ -145,6 +146,7 @@ def train(arguments: argparse.Namespace) -> None:
     trainer = _trainer(arguments, settings, data["train"])
     checkpoint = arguments.output / "checkpoint.pt"
     trainer.config = {**settings, "dataset": arguments.dataset, "class_names": data["train"].class_names}
+    trainer.config["identity"] = {part: each.identity() for part, each in data.items()}
     if arguments.resume:
         _resume(trainer, checkpoint)
     cli_output.begin(arguments, trainer, arguments.epochs)
@@ -237,6 +239,8 @@ def _resume(trainer: Trainer, checkpoint: Path) -> None:
     before, config = read_checkpoint(checkpoint)["config"], json.loads(json.dumps(trainer.config))
     for name, value in config.items():
         saved = (before or {}).get(name, PAPER.get(name))
+        if name == "identity" and saved != value:
+            raise ValueError("--resume: expected the data of the saved run, got others")
         if name not in ("epochs", "workers", "cache") and saved != value:
             raise ValueError(f"--resume: expected the saved run's {name}, {saved}, got {value}")
     trainer.resume(checkpoint)

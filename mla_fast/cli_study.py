@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mla_fast import cli_output, cli_paper, datasets
+from mla_fast import cli_output, cli_paper, datasets, ranks
 from mla_fast.cli_config import write_options
 from mla_fast.compare import options, records, study, study_report
 from mla_fast.compare.published import STUDIES, Study, find_study
@@ -45,6 +45,7 @@ def _settings(text: str) -> list[str]:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Run what is not done yet, each run to runs.jsonl as it is done, and write table.md."""
+    ranks.check_alone("compare SET ROOT --study")
     what = find_study(arguments.study, arguments.dataset)
     settings = cli_paper.settings_of(arguments)
     device = cli_output.device(arguments.device)
@@ -55,8 +56,11 @@ def compare(arguments: argparse.Namespace) -> None:
     jobs = study.jobs(
         _methods(what, arguments.methods, len(modalities)), arguments.settings, arguments.seeds, _masks(what, modalities)
     )
-    samples = {part: len(each) for part, each in data.items()}
-    common = {"data": arguments.dataset, "study": arguments.study, "samples": samples}
+    common = {
+        "data": arguments.dataset,
+        "study": arguments.study,
+        "identity": {name: part.identity() for name, part in data.items()},
+    }
     digest = claim(arguments.output, common | {name: settings[name] for name in COMMON})
     path = arguments.output / "runs.jsonl"
     done = {records.key(r, study.Job._fields): r for r in records.read(path)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mla_fast import cli_data, data, ranks
@@ -217,7 +218,18 @@ def _loss(config: dict[str, Any]) -> nn.CrossEntropyLoss | None:
     if weights is None and not config.get("label_smoothing"):
         return None
     weight = None if weights is None else torch.tensor(weights)
-    return nn.CrossEntropyLoss(weight, label_smoothing=config.get("label_smoothing") or 0.0)
+    return RowsMean(weight, label_smoothing=config.get("label_smoothing") or 0.0)
+
+
+class RowsMean(nn.CrossEntropyLoss):
+    """Cross-entropy whose weighted rows are divided by their number, not by their weights.
+
+    So parts of a batch, in ranks or accumulated, add up to the loss of the whole; weights with a mean of one keep its scale.
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses = F.cross_entropy(input, target, self.weight, reduction="none", label_smoothing=self.label_smoothing)
+        return losses.mean()
 
 
 def _scheduler(optimizer: MLAOptimizer, epochs: int) -> torch.optim.lr_scheduler.MultiStepLR:

@@ -45,11 +45,14 @@ RUN_BY = {
     "pip install -e": "Makefile",
     "mla-fast env": "tests/test_cli.py",
     "mla-fast train": f"tests/test_commands.py::{RUN}",
+    "mla-fast train crema-d": "tests/test_cli_paper.py",
+    "mla-fast train iemocap": "tests/test_cli_paper.py",
+    "mla-fast train clip-food101": "tests/test_cli_study.py",
+    "mla-fast compare crema-d": "tests/test_cli_study.py",
     "mla-fast predict": f"tests/test_commands.py::{RUN}",
     "mla-fast eval": f"tests/test_commands.py::{RUN}",
     "mla-fast compare": "tests/test_commands.py::test_the_readmes_comparisons_run",
     "mla-fast prepare": "tests/test_cli_paper.py",
-    "mla-fast paper": "tests/test_cli_paper.py",
     "mla-fast features": "tests/test_iemocap_features.py",
     "python -m bench.throughput": "tests/test_bench.py",
     "python -m bench.throughput.roofline": "tests/test_commands.py::test_the_roofline_is_printed",
@@ -61,6 +64,7 @@ RUN_BY = {
     "python -m bench.make_avdigits": "tests/test_make_avdigits.py",
     "python plain_loop.py": "tests/test_examples.py",
     "torchrun --nproc-per-node 2 data_parallel.py": "tests/test_examples.py",
+    "torchrun --nproc-per-node 4 -m mla_fast train": "tests/test_ranks.py",
     ".ci/run": ".github/workflows/ci.yml",
 }
 # What nothing runs, and why.
@@ -68,6 +72,7 @@ NOT_RUN = {
     "pip install mla_fast[": "the extras of a package that is not on PyPI yet; that they exist is checked here",
     "python -m bench.throughput.tune": "rewrites kernels/launch.json on a GPU; tests/test_bench.py has its problems and choices",
     "make tune": "the same",
+    "pip install PySide6-WebEngine": "optional, and large; .ci/run does it where it can, for tests/test_pages.py",
     "make results": "nine minutes on a quiet machine, into bench/results; its parts are those of make bench",
 }
 
@@ -93,6 +98,7 @@ def options_of(parser):
 
 def check_mla_fast(words, whole):
     parsers = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    words = [words[0], *cli._in_full(words[1:])]
     assert words[1] in parsers
     given = [word.split("=")[0] for word in words if word.startswith("--")]
     assert set(given) <= options_of(parsers[words[1]]), words
@@ -134,6 +140,8 @@ def check_pip(words, whole):
 
 
 def check_file(words, whole):
+    if "-m" in words:
+        return check_mla_fast(["mla-fast", *words[words.index("-m") + 2 :]], whole)
     assert any((ROOT / folder / words[-1]).exists() for folder in (".", "examples"))
 
 
@@ -193,7 +201,7 @@ def run_in(folder, monkeypatch, names):
     write("iemocap.npz", ("audio", "text", "image"), 4, "session")
     ran = []
     for words, whole in (param.values for param in COMMANDS):
-        if words[0] == "mla-fast" and whole and words[1] in names:
+        if words[0] == "mla-fast" and whole and words[1] in names and cli._in_full(words[1:]) == words[1:]:
             more = [*SHORT.get(words[1], ()), *(METHODS["--protocol" in words] if words[1] == "compare" else ())]
             assert cli.main([*words[1:], *more]) == 0, words
             ran.append(words[1])
