@@ -140,8 +140,8 @@ def unpack_unlabelled(
     sample_counts(inputs)
     present = rest[-1] if rest else None
     if len(rest) == 1 and present is not None:
-        of_classes = present.dim() == 1 and (present.dtype != torch.bool or loss is not None)
-        if of_classes or (present.dtype != torch.bool and loss is not None):
+        unlike = (present.dtype != torch.bool) + (present.dim() == 1)  # of what bool [N, M] is
+        if unlike == 2 or (unlike and loss is not None):
             present = None  # it is the target
     there = {modality: to_device(x, device) for modality, x in inputs.items()}
     return there, present.to(device) if isinstance(present, Tensor) else present

@@ -87,8 +87,8 @@ def mean_loss(logits: Tensor, target: Tensor, total: float, weights: Tensor | No
 def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
     """Return a loss that is given of logits [n, C] and target [n, …], 0-d; 0 of no rows.
 
-    A floating target is in the logits' dtype, float32 or wider, and so is any target of a loss that compares outputs with numbers;
-    [n] beside one output is [n, 1], except for losses of classes.
+    A floating target is in the logits' dtype, float32 or wider, and so is any of a loss that compares outputs with numbers; [n]
+    beside one output is [n, 1], except for losses of classes.
 
     Raises ValueError that names `target` where the loss does not take it, and `loss` where it returns something else.
     """

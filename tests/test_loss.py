@@ -257,9 +257,9 @@ NUMBERS = (nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.Pois
 def test_whole_numbers_beside_one_output_are_numbers(loss, dtype):
     found = []
     for to in (dtype, torch.float64):
-        kind = Kind(loss, lambda g, N: torch.randint(2, (N,), generator=g).to(dtype).to(to), None, "mean", outputs=1)
+        kind = Kind(loss, lambda g, N: torch.randint(2, (N,), generator=g), None, "mean", outputs=1)
         model, optimizer = make(kind)
-        data = batches(kind, count=2)
+        data = [(inputs, target.to(to)) for inputs, target in batches(kind, count=2)]
         trainer = mla.Trainer(model, optimizer, loss=loss, progress=False)
         history = trainer.fit(data, epochs=1)
         found.append((everything(model, optimizer), history[0]["loss"], trainer.evaluate(data)["loss"]))
