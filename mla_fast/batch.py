@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mla_fast.distributed import all_reduce_sum, exchange, rank_and_size
 from mla_fast.inputs import Inputs, describe, leaves, sample_counts, to_device, tree_map
-from mla_fast.loss import Loss, check_target
+from mla_fast.loss import Loss, check_target, counted_rows
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.optimizer import MLAOptimizer
@@ -96,7 +96,10 @@ class Batch:
 def unpack_batch(
     model: MultimodalModel, batch: Any, device: torch.device | None = None, loss: Loss | None = None
 ) -> tuple[dict[str, Inputs], Tensor, Tensor | None]:
-    """Return (inputs, target, present), on `device` if it is given; TypeError or ValueError says what is wrong with the batch."""
+    """Return (inputs, target, present), on `device` if it is given, without the samples that the loss ignores.
+
+    TypeError or ValueError says what is wrong with the batch.
+    """
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[0], Mapping):
         raise TypeError(f"batch: expected (inputs: dict, target) or (inputs, target, present), got {describe(batch)}")
     inputs, target, present = batch if len(batch) == 3 else (*batch, None)
@@ -108,10 +111,23 @@ def unpack_batch(
             raise ValueError(f"inputs[{modality!r}]: expected {len(target)} samples to match target, got {N}")
     if present is not None:
         model.columns(present, inputs)
+    if (counted := counted_rows(target, loss)) is not None:
+        inputs, target, present = _only(counted, dict(inputs), target, present)
     if device is None:
         return dict(inputs), target, present
     there = Batch(dict(inputs), present, target).to(device)
     return there.inputs, there.target, there.present
+
+
+def _only(
+    counted: Tensor, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None
+) -> tuple[dict[str, Inputs], Tensor, Tensor | None]:
+    index = counted.nonzero()[:, 0]
+
+    def of(x: Inputs) -> Inputs:
+        return tree_map(lambda t: t.index_select(0, index.to(t.device)), x)
+
+    return {m: of(x) for m, x in inputs.items()}, target[index], None if present is None else present[index.to(present.device)]
 
 
 def unpack_unlabelled(
@@ -123,8 +139,10 @@ def unpack_unlabelled(
         raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {describe(batch)}")
     sample_counts(inputs)
     present = rest[-1] if rest else None
-    if len(rest) == 1 and present is not None and present.dtype != torch.bool and (present.dim() == 1 or loss is not None):
-        present = None  # it is the target
+    if len(rest) == 1 and present is not None:
+        unlike = (present.dtype != torch.bool) + (present.dim() == 1)  # of what bool [N, M] is
+        if unlike == 2 or (unlike and loss is not None):
+            present = None  # it is the target
     there = {modality: to_device(x, device) for modality, x in inputs.items()}
     return there, present.to(device) if isinstance(present, Tensor) else present
 

@@ -130,6 +130,8 @@ class _Found:
     def add(self, number: int, inputs: dict[str, Inputs], target: Tensor, present: Tensor | None) -> None:
         """Count a batch; `number`: which one of all ranks' together, since it is permuted alike however many ranks there are."""
         model, N = self.model, len(target)
+        if not N and self.given is not None:  # it ignores all of them
+            return
         here = target.new_ones(N, len(inputs), dtype=torch.bool) if present is None else model.columns(present, inputs)
         plan = dispatch(here, tuple(inputs))
         features = model.packed_features(inputs, None if present is None else plan)

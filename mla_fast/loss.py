@@ -19,6 +19,11 @@ NO_CLASSES = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss),
     *(nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, nn.MultiLabelMarginLoss, nn.SoftMarginLoss),
 )
+# What of these compares each output with a number, as functions.
+ELEMENTWISE = (
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss),
+    *(F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss, F.soft_margin_loss),
+)
 
 
 def check_loss(loss: Any, model: MultimodalModel) -> None:
@@ -48,6 +53,8 @@ def check_target(model: MultimodalModel, target: Any, loss: Loss | None) -> None
         return
     if not isinstance(target, Tensor) or not target.dim():
         raise TypeError(f"target: expected a tensor [N, …], got {describe(target)}")
+    if target.dtype == torch.bool and target.dim() > 1:  # ``predict`` could not tell it from `present`
+        raise TypeError(f"target: expected floating of 0 and 1, as by target.float(), got {describe(target)}")
     if model.fusion == "entropy" and not (target.dtype == torch.int64 and target.dim() == 1):
         _check_probabilities(target, model.classes)
 
@@ -80,16 +87,21 @@ def mean_loss(logits: Tensor, target: Tensor, total: float, weights: Tensor | No
 def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
     """Return a loss that is given of logits [n, C] and target [n, …], 0-d; 0 of no rows.
 
-    A floating target is in the logits' dtype, float32 or wider; [n] beside one output is [n, 1], as elementwise losses need it.
+    A floating target is in the logits' dtype, float32 or wider, and so is any of a loss that compares outputs with numbers; [n]
+    beside one output is [n, 1], except for losses of classes.
 
     Raises ValueError that names `target` where the loss does not take it, and `loss` where it returns something else.
     """
     if not len(target):
         return logits.sum() * 0
-    if target.is_floating_point():
+    elementwise = _is_elementwise(loss)
+    if target.is_floating_point() or elementwise:
         target = target.to(torch.promote_types(logits.dtype, torch.float32))
-        target = target[:, None] if target.dim() == 1 and logits.shape[1] == 1 else target
+    if target.dim() == 1 and logits.shape[1] == 1 and ignored_label(loss) is None:
+        target = target[:, None]
     try:
+        if elementwise and target.shape != logits.shape:
+            raise ValueError("the target size has to be that of the logits")
         found: Any = _called(loss, logits, target)
     except torch.OutOfMemoryError:
         raise
@@ -106,11 +118,32 @@ def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _called(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
-    if not target.is_floating_point() or target.shape == logits.shape:
+    if target.shape == logits.shape:
         return loss(logits, target)
     with warnings.catch_warnings():  # torch broadcasts [n] over [n, C] and warns: nobody means that
         warnings.filterwarnings("error", message="Using a target size")
         return loss(logits, target)
+
+
+def _is_elementwise(loss: Loss) -> bool:
+    of_numbers = isinstance(loss, NO_CLASSES) and not isinstance(loss, nn.MultiLabelMarginLoss)
+    return of_numbers or getattr(loss, "func", loss) in ELEMENTWISE
+
+
+def ignored_label(loss: Loss | None) -> int | None:
+    """Return the label that a loss of classes ignores: its ``ignore_index``, also of torch's function and a partial of it."""
+    default = -100 if getattr(loss, "func", loss) in (F.cross_entropy, F.nll_loss) else None
+    found = getattr(loss, "ignore_index", getattr(loss, "keywords", {}).get("ignore_index", default))
+    return found if isinstance(found, int) else None
+
+
+def counted_rows(target: Tensor, loss: Loss | None) -> Tensor | None:
+    """Return bool [N] of the rows that the loss does not ignore, or None where it ignores none; waits for the target's device."""
+    label = ignored_label(loss)
+    if label is None or target.dtype != torch.int64 or target.dim() != 1:
+        return None
+    counted = target != label
+    return None if bool(counted.all()) else counted
 
 
 def labels_of(fusion: str, classes: int, target: Tensor, loss: Loss | None) -> Tensor | None:

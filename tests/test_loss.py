@@ -249,6 +249,79 @@ def test_ignored_labels_are_trained_on_and_counted_nowhere():
     assert report["accuracy"] == trainer.evaluate([(part, target[3:])])["accuracy"]
 
 
+NUMBERS = (nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.PoissonNLLLoss(), nn.BCEWithLogitsLoss())
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.bool), ids=str)
+@pytest.mark.parametrize("loss", (*NUMBERS, F.huber_loss, lambda z, y: (z - y.to(z.dtype)).square().mean()), ids=str)
+def test_whole_numbers_beside_one_output_are_numbers(loss, dtype):
+    found = []
+    for to in (dtype, torch.float64):
+        kind = Kind(loss, lambda g, N: torch.randint(2, (N,), generator=g), None, "mean", outputs=1)
+        model, optimizer = make(kind)
+        data = [(inputs, target.to(to)) for inputs, target in batches(kind, count=2)]
+        trainer = mla.Trainer(model, optimizer, loss=loss, progress=False)
+        history = trainer.fit(data, epochs=1)
+        found.append((everything(model, optimizer), history[0]["loss"], trainer.evaluate(data)["loss"]))
+        assert_bitwise(trainer.predict(data[0]).logits, model.predict(data[0][0]).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_whole_numbers_of_several_outputs():
+    kind = Kind(nn.BCEWithLogitsLoss(), lambda g, N: of_labels(g, N).long(), None, fusion="mean")
+    (model, optimizer), (other, others) = make(kind), make(kind)
+    data = batches(kind)
+    mla.Trainer(model, optimizer, loss=kind.loss, progress=False).fit(data, epochs=1)
+    floating = [(x, y.double()) for x, y in data]
+    mla.Trainer(other, others, loss=kind.loss, progress=False).fit(floating, epochs=1)
+    assert_bitwise(everything(model, optimizer), everything(other, others))
+
+
+def test_as_many_rows_as_outputs_do_not_make_one_of_the_other():
+    model, optimizer = make(Kind(None, None, None, "mean"), torch.float32)
+    with pytest.raises(ValueError, match="target: expected one that PoissonNLLLoss takes"):
+        mla.alternating_step(model, optimizer, (make_inputs(CLASSES), torch.ones(CLASSES)), loss=nn.PoissonNLLLoss())
+
+
+@pytest.mark.parametrize("label", (-100, 0))
+@pytest.mark.parametrize("interaction", (False, True))
+@pytest.mark.parametrize("missing", (False, True))
+@pytest.mark.parametrize("settings", ({}, {"in_turn": True}, {"accumulate": 2}), ids=str)
+def test_what_is_ignored_is_no_row(label, interaction, missing, settings):
+    """All of the second batch, all of a modality's rows in the third, some of the last."""
+    kind = Kind(nn.CrossEntropyLoss(ignore_index=label), lambda g, N: torch.randint(1, CLASSES, (N,), generator=g), None)
+    data, kept = batches(kind, missing=missing), []
+    data[1][1][:] = label
+    data[2][1][data[2][2][:, 0] if missing else slice(2)] = label
+    data[3][1][:3] = label
+    for inputs, target, *present in data:
+        rows = target != label
+        if rows.any():
+            kept.append(({m: x[rows] for m, x in inputs.items()}, target[rows], *(p[rows] for p in present)))
+    if "accumulate" in settings:  # the second batch keeps its place
+        kept.insert(1, ({m: x[:0] for m, x in data[1][0].items()}, *(y[:0] for y in data[1][1:])))
+    found = []
+    for loss, those in ((kind.loss, data), (nn.CrossEntropyLoss(), kept)):
+        model, optimizer = make(kind, interaction=interaction)
+        trainer = mla.Trainer(model, optimizer, loss=loss, progress=False, **settings)
+        history = trainer.fit(those, epochs=1)
+        found.append((everything(model, optimizer), history[0]["loss"], trainer.evaluate(those)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert all(value == value for value in (*found[0][1].values(), *found[0][2]["loss"].values()))
+
+
+@pytest.mark.parametrize("loss", (F.cross_entropy, functools.partial(F.cross_entropy, ignore_index=1)), ids=("plain", "partial"))
+def test_functions_ignore_labels_too(loss):
+    label = getattr(loss, "keywords", {}).get("ignore_index", -100)
+    kind = Kind(loss, of_classes, None)
+    model, optimizer = make(kind)
+    data = batches(kind, count=2)
+    data[0][1][:], data[1][1][:] = label, 2
+    trainer = mla.Trainer(model, optimizer, loss=loss, progress=False)
+    assert trainer.fit(data, epochs=1)[0]["loss"]["text"] > 0
+    assert trainer.evaluate(data)["samples"] == 7
+
+
 def test_float64_numbers_of_a_float32_model():
     kind = Kind(nn.HuberLoss(), of_numbers, None, fusion="mean")  # torch's own refuses float64 beside float32
     model, optimizer = make(kind, torch.float32)
@@ -316,7 +389,9 @@ WRONG = {
     "a class too many": (nn.CrossEntropyLoss(), torch.full((N,), CLASSES), "entropy", "target: expected one that.*out of bounds"),
     "one for three": (nn.MSELoss(), torch.ones(N), "mean", "target: expected one that MSELoss takes.*target size"),
     "one wide for three": (F.mse_loss, torch.ones(N, 1), "mean", "target: expected one that mse_loss takes"),
-    "whole numbers": (nn.BCEWithLogitsLoss(), torch.ones(N, CLASSES).long(), "mean", "target: expected one that BCE.*int64"),
+    "labels as numbers": (nn.PoissonNLLLoss(), torch.ones(N).long(), "mean", "target: expected one that Poisson.*target size"),
+    "whole numbers for three": (F.mse_loss, torch.ones(N).long(), "mean", "target: expected one that mse_loss.*target size"),
+    "truths": (nn.BCEWithLogitsLoss(), torch.ones(N, CLASSES).bool(), "mean", "target: expected floating of 0 and 1.*bool"),
     "other rows": (nn.MSELoss(), torch.ones(N + 1, CLASSES), "mean", r"inputs\['audio'\]: expected 7 samples to match target"),
     "no tensor": (nn.MSELoss(), [1.0] * N, "mean", r"target: expected a tensor \[N, …\]"),
 }
@@ -376,6 +451,33 @@ def test_ranks_are_one_process_with_all_samples(tmp_path):
         expected = [t.detach() for t in model.parameters()]
         torch.testing.assert_close([t.detach() for t in ranks[0][name][0].values()], expected, rtol=1e-9, atol=1e-10)
         assert ranks[0][name][1] == pytest.approx(trainer.evaluate(data)["loss"], rel=1e-9)
+
+
+def ignoring_on_ranks(rank, world):
+    """What the second rank has of the first batch is ignored whole, and all of the second batch on both."""
+    kind = KINDS["smoothing"]
+    model, optimizer = make(kind)
+    data = batches(kind)
+    data[0][1][3:], data[1][1][:] = -100, -100
+    rows = slice(0, 3) if rank == 0 else slice(3, 7)
+    data = [({m: x[rows] for m, x in inputs.items()}, target[rows]) for inputs, target in data]
+    trainer = mla.Trainer(mla.distribute(model), optimizer, loss=kind.loss, progress=False)
+    history = trainer.fit(data, epochs=1)
+    return [t.detach().clone() for t in model.parameters()], history[0]["loss"], trainer.evaluate(data)["loss"]
+
+
+def test_a_rank_all_of_whose_rows_are_ignored(tmp_path):
+    ranks = run_ranks(ignoring_on_ranks, 2, tmp_path)
+    kind = KINDS["smoothing"]
+    model, optimizer = make(kind)
+    data = batches(kind)
+    data[0][1][3:], data[1][1][:] = -100, -100
+    trainer = mla.Trainer(model, optimizer, loss=kind.loss, progress=False)
+    trainer.fit(data, epochs=1)
+    assert_bitwise(ranks[0], ranks[1])
+    torch.testing.assert_close(ranks[0][0], [t.detach() for t in model.parameters()], rtol=1e-9, atol=1e-10)
+    assert ranks[0][2] == pytest.approx(trainer.evaluate(data)["loss"], rel=1e-9)
+    assert all(value == value for value in ranks[0][1].values())
 
 
 def test_unpaired_loaders():
