@@ -466,3 +466,28 @@ def test_two_samples_of_one_key(tmp_path):
             writer.write({"__key__": f"clip{i}", "audio.npy": np.ones(2), "label.cls": i % 2})
     with pytest.raises(ValueError, match=r"a\.tar: expected a key of each sample's own, got two 'clip1' with 'audio\.npy'"):
         data.load(tmp_path, ["audio"])
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_fields_of_shards_that_cannot_be_read_are_left_out(row, tmp_path):
+    with pytest.importorskip("webdataset").TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in range(4):
+            writer.write({"__key__": f"{i}", "audio.npy": np.ones(2), "label.cls": i % 2, "x.cls": b"7" if i != row else b"cat"})
+    dataset = data.load(tmp_path, ["audio"])
+    assert list(dataset.fields) == ["shard"]
+    message = rf"a\.tar: 'x\.cls' of sample {row}: cannot be read"
+    with pytest.raises(ValueError, match=message):
+        data.split_where(dataset, "x=7")
+    with pytest.raises(ValueError, match=message):
+        data.load(tmp_path, ["audio"], "x")
+    with pytest.raises(ValueError, match=message):
+        data.load(tmp_path, ["x"])[:]
+
+
+def test_the_command_line_says_why_there_is_no_field(tmp_path, capsys):
+    folder = saved(tmp_path / "there", {"x": "string"}, x=["a", None, "b", "a"])
+    assert (
+        main(["train", "--data", str(folder), "--modalities", "audio", "--test-where", "x=a", "--output", str(tmp_path / "out")])
+        == 2
+    )
+    assert "there: 'x': expected a value in every row, row 1 has none" in capsys.readouterr().err

@@ -57,7 +57,12 @@ class ShardColumn:
         self.shards, self.name, self.extension, self.where = list(shards), name, extension, where
         decoders = _webdataset(self.shards[0]).autodecode
         self._decode = decoders.Decoder([decoders.ImageHandler("rgb8")], only=(extension,))
-        self._first = self._member(int(np.argmax(where[:, 2] != ABSENT)))
+        try:
+            self._first = self._member(int(np.argmax(where[:, 2] != ABSENT)))
+        except ValueError:
+            if extension.rpartition(".")[2] not in SCALARS:
+                raise
+            self._first = np.zeros((), np.int64)  # of a field that nobody asks for; who does is told when it is read
         self.shape, self.dtype = (len(where), *self._first.shape), self._first.dtype
 
     @property
