@@ -369,3 +369,125 @@ def test_what_needs_memory_says_so(tmp_path, capsys):
     folder = save("npy", tmp_path / "there", arrays())
     assert main(["compare", "--data", str(folder), "--modalities", "audio,level", "--output", str(tmp_path / "out")]) == 2
     assert "there: expected an .npz, which is held in memory, got a folder" in capsys.readouterr().err
+
+
+def saved(folder, kinds, **columns):
+    """Write four rows, of features as `kinds` says, and a class of each."""
+    datasets = pytest.importorskip("datasets")
+    label, audio = columns.pop("label", [0, 1, 0, 1]), columns.pop("audio", [[1.0, 2.0]] * 4)
+    kinds = {"label": "int64", "audio": datasets.List(datasets.Value("float32"))} | kinds
+    features = {name: datasets.Value(kind) if isinstance(kind, str) else kind for name, kind in kinds.items()}
+    made = datasets.Dataset.from_dict({"label": label, "audio": audio, **columns}, datasets.Features(features))
+    made.save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize("row", [0, 2])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["scalar", "list", "fixed", "array", "bool"])
+def test_nulls_are_no_numbers(kind, inside, row, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    integer = datasets.Value("int64")
+    feature, value, part = {
+        "scalar": (integer, 5, None),
+        "list": (datasets.List(integer), [1, 2], [1, None]),
+        "fixed": (datasets.List(integer, length=2), [1, 2], [None, 2]),
+        "array": (datasets.Array2D((2, 2), "uint8"), [[1, 2], [3, 4]], [[1, 2], [None, 4]]),
+        "bool": (datasets.List(datasets.Value("bool")), [True, False], [True, None]),
+    }[kind]
+    values = [value] * 4
+    values[row] = part if inside else None
+    folder = saved(tmp_path / "there", {"x": feature}, x=values)
+    with pytest.raises(ValueError, match=rf"there: 'x': expected a value in every row, row {row} has none"):
+        data.load(folder, ["x"])[torch.tensor([3, row, 1])]
+    assert data.load(folder, ["audio"])[:][0]["audio"].tolist() == [[1, 2]] * 4  # nobody has asked for x
+    saved(tmp_path / "whole", {"x": feature}, x=[value] * 4)
+    scale = 255 if kind == "array" else 1
+    assert np.allclose(data.load(tmp_path / "whole", ["x"])[1][0]["x"].numpy() * scale, value)
+
+
+def test_a_modality_that_all_rows_lack(tmp_path):
+    folder = saved(tmp_path / "there", {"x": "int64", "y": "float32"}, x=[None] * 4, y=[None] * 4)
+    with pytest.raises(ValueError, match=r"'x': expected a value in every row, row 0 has none"):
+        data.load(folder, ["x"])[:]
+    with pytest.raises(ValueError, match=r"'y': expected finite values, row 0 has others"):
+        data.load(folder, ["y"])[:]
+    saved(tmp_path / "lists", {}, audio=[[1.0], [2.0], None, [1.0]])
+    with pytest.raises(ValueError, match=r"'audio': expected a value in every row, row 2 has none"):
+        data.load(tmp_path / "lists", ["audio"])[:]
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("kind, value", [("string", "a"), ("bool", True), ("int64", 3)])
+def test_fields_that_cannot_be_read_are_left_out(kind, value, row, tmp_path):
+    values = [value] * 4
+    values[row] = None
+    dataset = data.load(saved(tmp_path / "there", {"x": kind, "y": "int64"}, x=values, y=[1, 2, 3, 4]), ["audio"])
+    assert list(dataset.fields) == ["y"]
+    for part in (dataset, dataset.subset([0, 1]), dataset.with_inputs(dataset.inputs), data.with_missing(dataset, 0.0, 0)):
+        with pytest.raises(ValueError, match=rf"where: .*there: 'x': expected a value in every row, row {row} has none"):
+            data.split_where(part, f"x={value}")
+    with pytest.raises(ValueError, match=rf"there: 'x': expected a value in every row, row {row} has none"):
+        data.load(tmp_path / "there", ["audio"], "x")
+
+
+def test_saved_data_without_rows(tmp_path):
+    with pytest.raises(ValueError, match=r"there: expected at least one row, got none"):
+        data.load(saved(tmp_path / "there", {}, label=[], audio=[]), ["audio"])
+
+
+def test_folders_of_two_kinds(tmp_path):
+    folder = save("npy", tmp_path / "there", arrays())
+    (folder / "._audio.npy").write_bytes(b"what macOS leaves")
+    (folder / "._x.tar").write_bytes(b"what macOS leaves")
+    data.load(folder, ["audio"])
+    (folder / "backup.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"there: expected either .*, got audio\.npy and backup\.tar"):
+        data.load(folder, ["audio"])
+    np.save(saved(tmp_path / "saved", {}) / "more.npy", np.ones(4))
+    with pytest.raises(ValueError, match=r"saved: expected either .*, got more\.npy and dataset_info\.json"):
+        data.load(tmp_path / "saved", ["audio"])
+
+
+def test_texts_of_shards_end_without_a_new_line(tmp_path):
+    with pytest.importorskip("webdataset").TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i, end in enumerate(["", "\n", "\r\n", "\n"]):
+            label = {"label.txt": f"{'cat' if i % 2 else 'a dog'}{end}", "speaker.txt": f" of\n{i // 2}{end}"}
+            writer.write({"__key__": f"{i}", "audio.npy": np.ones(2), **label})
+    (tmp_path / "._a.tar").write_bytes(b"what macOS leaves")
+    dataset = data.load(tmp_path, ["audio"])
+    assert dataset.class_names == ["a dog", "cat"] and dataset.target.tolist() == [0, 1, 0, 1]
+    assert dataset.fields["speaker"].tolist() == [" of\n0", " of\n0", " of\n1", " of\n1"]
+
+
+def test_two_samples_of_one_key(tmp_path):
+    with pytest.importorskip("webdataset").TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in (0, 1, 1, 2):
+            writer.write({"__key__": f"clip{i}", "audio.npy": np.ones(2), "label.cls": i % 2})
+    with pytest.raises(ValueError, match=r"a\.tar: expected a key of each sample's own, got two 'clip1' with 'audio\.npy'"):
+        data.load(tmp_path, ["audio"])
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_fields_of_shards_that_cannot_be_read_are_left_out(row, tmp_path):
+    with pytest.importorskip("webdataset").TarWriter(str(tmp_path / "a.tar")) as writer:
+        for i in range(4):
+            writer.write({"__key__": f"{i}", "audio.npy": np.ones(2), "label.cls": i % 2, "x.cls": b"7" if i != row else b"cat"})
+    dataset = data.load(tmp_path, ["audio"])
+    assert list(dataset.fields) == ["shard"]
+    message = rf"a\.tar: 'x\.cls' of sample {row}: cannot be read"
+    with pytest.raises(ValueError, match=message):
+        data.split_where(dataset, "x=7")
+    with pytest.raises(ValueError, match=message):
+        data.load(tmp_path, ["audio"], "x")
+    with pytest.raises(ValueError, match=message):
+        data.load(tmp_path, ["x"])[:]
+
+
+def test_the_command_line_says_why_there_is_no_field(tmp_path, capsys):
+    folder = saved(tmp_path / "there", {"x": "string"}, x=["a", None, "b", "a"])
+    assert (
+        main(["train", "--data", str(folder), "--modalities", "audio", "--test-where", "x=a", "--output", str(tmp_path / "out")])
+        == 2
+    )
+    assert "there: 'x': expected a value in every row, row 1 has none" in capsys.readouterr().err

@@ -25,6 +25,7 @@ class MultimodalDataset(Dataset[Sample]):
     present: bool [N, M], which modalities each sample has, in the order of `inputs`; None if every sample has all of them. Absent
         rows of `inputs` may hold anything.
     class_names: of the classes 0, 1, …, if they have any.
+    unread: fields that have been left out because they cannot be read, and why; ``split_where`` says so.
 
     Raises ValueError or TypeError for arguments of the wrong shape, dtype or type.
     """
@@ -36,6 +37,7 @@ class MultimodalDataset(Dataset[Sample]):
         fields: Mapping[str, Array] | None = None,
         present: Tensor | None = None,
         class_names: Sequence[str] | None = None,
+        unread: Mapping[str, str] | None = None,
     ):
         if not inputs:
             raise ValueError("inputs: expected at least one modality, got none")
@@ -54,7 +56,7 @@ class MultimodalDataset(Dataset[Sample]):
         if present is not None and (present.dtype != torch.bool or present.shape != (N, len(self.inputs))):
             got = f"{present.dtype} {list(present.shape)}"
             raise ValueError(f"present: expected bool [{N}, {len(self.inputs)}] (samples, modalities), got {got}")
-        self.present = present
+        self.present, self.unread = present, dict(unread or {})
         self.class_names = None if class_names is None else list(class_names)
         if self.class_names is not None and len(self.class_names) <= (highest := int(self.target.max())):
             raise ValueError(f"class_names: expected a name for each class up to {highest}, got {listed(self.class_names)}")
@@ -98,7 +100,7 @@ class MultimodalDataset(Dataset[Sample]):
         fields = {name: column[rows.numpy()] for name, column in self.fields.items()}
         present = None if self.present is None else self.present[rows]
         inputs = {m: x.subset(rows) if isinstance(x, Column) else x[rows] for m, x in self.inputs.items()}
-        return MultimodalDataset(inputs, self.target[rows], fields, present, self.class_names)
+        return MultimodalDataset(inputs, self.target[rows], fields, present, self.class_names, self.unread)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """Return samples, read in one go: what a DataLoader that collates asks for."""
@@ -112,7 +114,7 @@ class MultimodalDataset(Dataset[Sample]):
 
     def with_inputs(self, inputs: Mapping[str, Tensor | Column]) -> MultimodalDataset:
         """Return the same samples with other inputs of the same modalities."""
-        return MultimodalDataset(inputs, self.target, self.fields, self.present, self.class_names)
+        return MultimodalDataset(inputs, self.target, self.fields, self.present, self.class_names, self.unread)
 
     def has(self, modality: str) -> Tensor | None:
         """Return which samples have `modality`, bool [N], None if all have."""

@@ -63,7 +63,7 @@ def with_missing(dataset: MultimodalDataset, rate: float, seed: int, protocol: s
     if dataset.present is not None:
         raise ValueError("dataset: expected one without missing modalities, got one with a mask")
     present = PROTOCOLS[protocol](len(dataset), len(dataset.modalities), rate, seed)
-    return MultimodalDataset(dataset.inputs, dataset.target, dataset.fields, present, dataset.class_names)
+    return MultimodalDataset(dataset.inputs, dataset.target, dataset.fields, present, dataset.class_names, dataset.unread)
 
 
 def _check(N: int, M: int, rate: float) -> None:

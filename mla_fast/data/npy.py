@@ -100,8 +100,13 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return read(file)
 
 
+def npy_paths(path: Path) -> list[Path]:
+    """Return the ``.npy`` files of a folder, without the hidden ones, as macOS leaves beside each."""
+    return [file for file in sorted(path.glob("*.npy")) if not file.name.startswith(".")]
+
+
 def read_folder(path: Path) -> tuple[dict[str, NpyFile], list[str]]:
     """Return the arrays of a folder by the names of their files, and the names of those of Python objects."""
-    files = {file.stem: NpyFile(file) for file in sorted(path.glob("*.npy"))}
+    files = {file.stem: NpyFile(file) for file in npy_paths(path)}
     objects = [name for name, file in files.items() if file.dtype.hasobject]
     return {name: file for name, file in files.items() if name not in objects}, objects

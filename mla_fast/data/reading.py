@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mla_fast.data.column import Array, Column, Source
 from mla_fast.data.dataset import MultimodalDataset, listed
 from mla_fast.data.huggingface import is_saved, read_saved
 from mla_fast.data.labels import as_classes, as_strings
-from mla_fast.data.npy import read_folder
+from mla_fast.data.npy import npy_paths, read_folder
 from mla_fast.data.shards import read_shards, shard_paths
 
 # What arrays become that torch cannot compute with, or that are scaled; others keep their dtype.
@@ -55,7 +55,7 @@ def load(
     An array ``present``, bool [N, M], becomes the mask of present modalities. Its columns are named by the array ``modalities``,
     strings or bytes [M], if the file has one, and are otherwise those of the argument `modalities` in order. Other arrays
     [N, ...], of folders [N], become fields, bytes among them strings. Arrays of Python objects are never loaded: those that are
-    not asked for are left out.
+    not asked for are left out, as are fields that cannot be read, as of a folder with nulls in them.
 
     Raises FileNotFoundError; and ValueError, naming the path and the array, for a file that is not an ``.npz`` or is damaged, a
     folder without arrays, a missing array, arrays of different N, a modality that is not of real numbers, not finite or beyond
@@ -82,9 +82,11 @@ def open_arrays(path: str | Path, wanted: Collection[str] = ()) -> tuple[dict[st
     """Return all arrays, those larger than memory as sources of their rows, and the names of those of Python objects.
 
     wanted: of shards, those that are asked for. Raises ValueError or FileNotFoundError, naming the file, for one that is damaged
-    or missing, and for a folder without any.
+    or missing, and for a folder without any, or of several kinds.
     """
     folder, arrays = Path(path), dict[str, Array | Source]()
+    if folder.is_dir():
+        _check_kinds(folder)
     if shards := shard_paths(folder):
         return read_shards(shards, wanted), []
     if not folder.is_dir():
@@ -99,6 +101,15 @@ def open_arrays(path: str | Path, wanted: Collection[str] = ()) -> tuple[dict[st
         expected = ".npy files, .tar shards or what datasets.Dataset.save_to_disk writes"
         raise ValueError(f"{path}: expected {expected}, got {there}")
     return arrays | files, objects
+
+
+def _check_kinds(folder: Path) -> None:
+    """Raise ValueError for a folder of several kinds, of which all but one would be overlooked."""
+    saved = [folder / "dataset_info.json"] if is_saved(folder) else []
+    found = [files[0].name for files in (npy_paths(folder), shard_paths(folder), saved) if files]
+    if len(found) > 1:
+        expected = "either .npy files, .tar shards or what datasets.Dataset.save_to_disk writes"
+        raise ValueError(f"{folder}: expected {expected}, got {' and '.join(found)}")
 
 
 def read_labelled(
@@ -155,8 +166,8 @@ def _dataset(
         raise ValueError(f"{path}: no array {', '.join(map(repr, missing))}; there are: {', '.join(arrays) or 'none'}")
     masked = "present" in {*arrays, *objects} and "present" not in wanted
     names = ["present", *(["modalities"] if "modalities" not in wanted else [])] if masked else []
-    if unread := [key for key in (*wanted, *names) if key in objects]:
-        raise ValueError(f"{path}: {unread[0]!r}: expected numbers or names, got Python objects, which are never loaded")
+    if never := [key for key in (*wanted, *names) if key in objects]:
+        raise ValueError(f"{path}: {never[0]!r}: expected numbers or names, got Python objects, which are never loaded")
     N = arrays[label].shape[0] if arrays[label].ndim else 0
     if any(arrays[key].shape[:1] != (N,) for key in wanted):
         shapes = ", ".join(f"{key} {list(arrays[key].shape)}" for key in wanted)
@@ -170,8 +181,8 @@ def _dataset(
     named = getattr(arrays[label], "class_names", None) if class_names is None else class_names
     target, class_names = as_classes(np.asarray(arrays[label]), f"{path}: {label!r}", named)
     others = {key: a for key, a in arrays.items() if key not in wanted and a.shape[:1] == (N,)}
-    fields = {key: _as_field(key, np.asarray(a)) for key, a in others.items() if isinstance(a, np.ndarray) or a.ndim == 1}
-    return MultimodalDataset(inputs, target, fields, present, class_names), described
+    fields, unread = _fields({key: a for key, a in others.items() if isinstance(a, np.ndarray) or a.ndim == 1})
+    return MultimodalDataset(inputs, target, fields, present, class_names, unread), described
 
 
 def _check_names(path: str | Path, modalities: Sequence[str], label: str) -> None:
@@ -209,6 +220,7 @@ def _modality(name: str, array: Array | Source, present: Tensor | None, as_token
     """Return numbers [N, ...] that torch computes with; of a source, when they are asked for."""
     if isinstance(array, np.ndarray):
         return _as_tensor(array, present, None, name=name, as_tokens=as_tokens)
+    array.read(np.arange(min(1, array.shape[0])))  # raises already here where no row tells the shape
     return Column(array, partial(_as_tensor, name=name, as_tokens=as_tokens), present)
 
 
@@ -232,6 +244,17 @@ def _as_tensor(array: Array, present: Tensor | None, rows: Tensor | None, *, nam
             number = lost[0] if rows is None else rows[lost[0]]
             raise ValueError(f"{name}: expected finite values, row {number} has others")
     return x.div_(255) if array.dtype == np.uint8 and not as_tokens else x
+
+
+def _fields(arrays: Mapping[str, Array | Source]) -> tuple[dict[str, Array], dict[str, str]]:
+    """Return the fields, and why those that cannot be read cannot."""
+    fields, unread = dict[str, Array](), dict[str, str]()
+    for name, array in arrays.items():
+        try:
+            fields[name] = _as_field(name, np.asarray(array))
+        except ValueError as error:
+            unread[name] = str(error)
+    return fields, unread
 
 
 def _as_field(name: str, array: Array) -> Array:

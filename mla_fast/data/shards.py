@@ -22,10 +22,12 @@ ABSENT = -1
 def shard_paths(path: Path) -> list[Path]:
     """Return the shards of a folder of .tar files, a .tar file or a pattern ``NAME-{0000..0015}.tar``; none for all else.
 
+    Hidden files of a folder are none, as macOS leaves beside each.
+
     Raises FileNotFoundError that names a missing shard, and ImportError without ``webdataset``.
     """
     if path.is_dir():
-        return sorted(path.glob("*.tar"))
+        return [shard for shard in sorted(path.glob("*.tar")) if not shard.name.startswith(".")]
     if path.suffix != ".tar":
         return []
     shards = [Path(name) for name in _webdataset(path).shardlists.expand_urls(str(path))]
@@ -55,7 +57,12 @@ class ShardColumn:
         self.shards, self.name, self.extension, self.where = list(shards), name, extension, where
         decoders = _webdataset(self.shards[0]).autodecode
         self._decode = decoders.Decoder([decoders.ImageHandler("rgb8")], only=(extension,))
-        self._first = self._member(int(np.argmax(where[:, 2] != ABSENT)))
+        try:
+            self._first = self._member(int(np.argmax(where[:, 2] != ABSENT)))
+        except ValueError:
+            if extension.rpartition(".")[2] not in SCALARS:
+                raise
+            self._first = np.zeros((), np.int64)  # of a field that nobody asks for; who does is told when it is read
         self.shape, self.dtype = (len(where), *self._first.shape), self._first.dtype
 
     @property
@@ -88,7 +95,8 @@ class ShardColumn:
         try:
             with open(self.shards[shard], "rb", buffering=0) as file:
                 content = os.pread(file.fileno(), length, position)
-            return np.asarray(self._decode({"__key__": str(row), self.extension: content})[self.extension])
+            found = self._decode({"__key__": str(row), self.extension: content})[self.extension]
+            return np.asarray(found.rstrip("\r\n") if isinstance(found, str) else found)  # an editor ends a text with one
         except Exception as error:  # the decoders let those of all their libraries through
             raise ValueError(f"{self._place(row)}: cannot be read: {error.__cause__ or error}") from error
 
@@ -108,8 +116,8 @@ class _Index:
         self.extensions: dict[str, str] = {}
 
     def add(self, number: int, shard: Path) -> None:
-        """Go through the headers of a shard; raise ValueError for one that is damaged."""
-        split, last = _webdataset(shard).tariterators.base_plus_ext, None
+        """Go through the headers of a shard; raise ValueError for one that is damaged, or has a member of a sample twice."""
+        split, last, seen = _webdataset(shard).tariterators.base_plus_ext, None, set[str]()
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
@@ -118,7 +126,10 @@ class _Index:
                         continue
                     if key != last:
                         self.shard_of.append(number)
-                    last = key
+                        last, seen = key, set[str]()
+                    if extension.lower() in seen:
+                        raise ValueError(f"{shard}: expected a key of each sample's own, got two {key!r} with {extension!r}")
+                    seen.add(extension.lower())
                     self._add_member(extension.lower(), (member.offset_data, member.size), shard)
         except (tarfile.TarError, OSError) as error:
             raise ValueError(

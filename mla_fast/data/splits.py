@@ -28,6 +28,8 @@ def rows_where(dataset: MultimodalDataset, where: str) -> Tensor:
     name, values = name.strip(), [value.strip() for value in wanted.split(",")]
     if not (name and equals and all(values)):
         raise ValueError(f'where: expected "field=value" or "field=value,value", got {where!r}')
+    if name in dataset.unread:
+        raise ValueError(f"where: {dataset.unread[name]}")
     if name not in dataset.fields:
         fields = f"{', '.join(dataset.fields) or 'none'} (arrays of Python objects are none)"
         raise ValueError(f"where: no field {name!r}; there are: {fields}")
