@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mla_fast import cli_train, ops, threads
+from mla_fast import cli_eval, cli_train, ops, threads
 from mla_fast.cli import main
 
 
@@ -230,8 +230,8 @@ def test_threads_are_measured_said_and_kept(archive, tmp_path, capsys, monkeypat
     assert "threads: 1, since" in capsys.readouterr().out
     assert used == [2, 2, 1, 1, 1] and torch.get_num_threads() == 2
     evaluate, alone = ["eval", str(tmp_path / "run" / "checkpoint.pt"), "--device", "cpu"], []
-    tested = cli_train.Trainer.evaluate
-    monkeypatch.setattr(cli_train.Trainer, "evaluate", lambda *a, **k: alone.append(torch.get_num_threads()) or tested(*a, **k))
+    tested = cli_eval.evaluate_model
+    monkeypatch.setattr(cli_eval, "evaluate_model", lambda *a, **k: alone.append(torch.get_num_threads()) or tested(*a, **k))
     assert main(evaluate) == main([*evaluate, "--threads", "2"]) == 0
     assert alone == [1, 2]
 
