@@ -253,7 +253,9 @@ NUMBERS = (nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss(), nn.Pois
 
 
 @pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.bool), ids=str)
-@pytest.mark.parametrize("loss", (*NUMBERS, F.huber_loss, lambda z, y: (z - y.to(z.dtype)).square().mean()), ids=str)
+@pytest.mark.parametrize(
+    "loss", (*NUMBERS, F.huber_loss, lambda z, y: (z - y.to(z.dtype)).square().mean()), ids=(*map(str, NUMBERS), "huber", "own")
+)
 def test_whole_numbers_beside_one_output_are_numbers(loss, dtype):
     found = []
     for to in (dtype, torch.float64):
