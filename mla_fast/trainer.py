@@ -58,17 +58,15 @@ class Trainer(Phases):
         scheduler: a learning-rate scheduler; ``ReduceLROnPlateau`` sees the mean training loss.
         scheduler_interval: when it steps, once an ``"epoch"``, or once a ``"batch"`` (or group of `accumulate` batches), as
             ``OneCycleLR`` and warm-up are meant.
-        device: where batches go; by default where the model is.
+        device: where batches go; by default where the model is. progress: show a progress bar while training on a terminal.
         seed: set for torch's global generator when the first epoch begins, so that shuffling and dropout repeat.
-        progress: show a progress bar while training on a terminal.
         amp: dtype of autocast for the forward passes, torch.bfloat16 or, with a scaler, torch.float16.
         scaler: a ``torch.amp.GradScaler``; a step that overflows moves nothing, P included.
-        accumulate: batches whose mean gradient (and mean x̄), over all their rows, makes one step of each modality.
+        accumulate: batches whose mean gradient and x̄, over all their rows, make a step of each modality.
         clip_norm: longest gradient of a step, its modality's encoder and the head together; clipped before it is projected.
         backward: in place of ``loss.backward()``, as ``fabric.backward`` or ``accelerator.backward``.
         callbacks: called with a copy of each epoch's record; ``mla_fast.callbacks`` has one for TensorBoard.
-        in_turn: take every step with a backward pass of its own, for wrapped optimizers whose step is more than one of each
-            parameter by itself.
+        in_turn: take every step with a backward pass of its own, as wrapped optimizers need that do more than step parameters.
         cuda_graph: replay CUDA graphs of whole batches; see ``GraphedStep``. What it cannot capture (a scaler, clipping,
             accumulation, ranks, batches of several loaders) is trained on eagerly, with a warning that says so.
 
