@@ -15,6 +15,7 @@ from torch import nn
 from mla_fast import cli_output, datasets, ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_encoders import check_names, one_width, own_encoder, pairs, width_of
+from mla_fast.compare.study import new_head
 from mla_fast.data.dataset import listed
 from mla_fast.datasets.audio import Fbank
 from mla_fast.encoders import M3AE, CAVMAEAudio, ResNet18, load_cavmae, load_m3ae
@@ -186,10 +187,7 @@ def make_dataset(arguments: argparse.Namespace, settings: dict[str, Any], part: 
 def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], data: datasets.LazyDataset) -> Trainer:
     device = cli_output.device(arguments.device)
     encoders, features = make_encoders(arguments.dataset, settings, data)
-    head = nn.Linear(features, data.classes)
-    nn.init.xavier_normal_(head.weight)
-    nn.init.zeros_(head.bias)
-    model = MultimodalModel(encoders, head).to(device)
+    model = MultimodalModel(encoders, new_head(features, data.classes)).to(device)
     how = {name: settings[name] for name in ("lr", "momentum", "weight_decay")}
     of_head = {name: settings[name] for name in ("projection", "order", "target", "bias", "alpha")}
     optimizer = MLAOptimizer(torch.optim.SGD(model.parameters(), **how), model.head, **of_head)

@@ -168,7 +168,6 @@ def check_shared(folder: Path) -> None:
 
 def has_restarted(marker: Path) -> bool:
     """Whether torchrun has restarted the ranks since this launch of it wrote `marker`; that of another launch is removed."""
-
     if not _by_torchrun():
         return False
     again = any(exchange(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0", world()))

@@ -62,6 +62,11 @@ def readings(found: dict[str, list[Record]]) -> str:
     return "\n".join(f"- {name}: {' '.join(findings(sort(by_method(choose(runs)))))}" for name, runs in found.items() if runs)
 
 
+def of_folder(folder: Path, names: Iterable[str]) -> dict[str, list[Record]]:
+    """The records of tasks of these names where they were run."""
+    return {name: read(folder / name.replace(" ", "-") / "runs.jsonl") for name in names}
+
+
 def committed(results: Path, kind: str, names: Iterable[str]) -> dict[str, list[Record]]:
     """The records of tasks of these names in bench/results."""
     return {name: read(results / f"{kind}-{name.replace(' ', '-')}.jsonl") for name in names}
@@ -89,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if not arguments.show:
             everything(arguments)
-        folder = arguments.show or arguments.output
-        found = {name: read(folder / name.replace(" ", "-") / "runs.jsonl") for name in TASKS}
+        found = of_folder(arguments.show or arguments.output, TASKS)
         print(f"{tables(found)}\n\n{readings(found)}")
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"bench.accuracy.balanced: error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.accuracy.balanced import TASKS, committed, task
+from bench.accuracy.balanced import TASKS, committed, of_folder, task
 from mla_fast.compare import missing_report, options
 from mla_fast.compare.command import check_installed
 from mla_fast.compare.learners import Budget
@@ -98,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if not arguments.show:
             everything(arguments)
-        folder = arguments.show or arguments.output
-        found = {name: read(folder / name.replace(" ", "-") / "runs.jsonl") for name in NAMES}
+        found = of_folder(arguments.show or arguments.output, NAMES)
         print(f"{tables(found)}\n\n{readings(found)}")
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"bench.accuracy.missing: error: {error}", file=sys.stderr)

@@ -160,15 +160,21 @@ def _learner(
     encoders, features = make_encoders()
     how = {"shuffle": True, "workers": settings["workers"], "device": device}
     if job.method in MLA_SETTINGS:
-        head = nn.Linear(features, training.classes)
-        nn.init.xavier_normal_(head.weight)
-        nn.init.zeros_(head.bias)
+        head = new_head(features, training.classes)
         projection = {"projection": "none"} if job.setting == "released" else MLA_SETTINGS[job.method]
         model = MultimodalModel(encoders, head).to(device)
         return Alternating(model, Loader(training, settings["batch_size"], **how), settings, projection, job.setting)
     make: Callable[..., JointModel] = METHODS[job.method]
     joint = make(encoders, features, training.classes).to(device)
     return Joint(joint, Loader(training, settings["batch_size"], indexed=True, **how), settings)
+
+
+def new_head(features: int, classes: int) -> nn.Linear:
+    """Return a head with the initial values of the released code."""
+    head = nn.Linear(features, classes)
+    nn.init.xavier_normal_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def lacking(dataset: LazyDataset, modality: str, share: float, seed: int) -> LazyDataset:
