@@ -7,15 +7,16 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mla_fast import ops
+from mla_fast import ops, split_head
 from mla_fast.head import HeadLayer
 
 
 def is_bare(layer: HeadLayer) -> bool:
-    """Whether a call of it is a product and nothing else: an ``nn.Linear`` in one piece that nobody watches but this layer."""
+    """Whether a call of it is a product and nothing else: an ``nn.Linear`` that nobody watches but this layer."""
     module = layer.module
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return type(module) is nn.Linear and "forward" not in vars(module) and not layer.sharded and len(hooks) == 2
+    kind = split_head.kind_before(module) if layer.sharded else type(module)
+    hooks = [h for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()) if not split_head.gathers(h)]
+    return kind is nn.Linear and "forward" not in vars(module) and len(hooks) == 2
 
 
 def is_unobserved(layer: HeadLayer) -> bool:
@@ -40,10 +41,16 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Leave the head's gradients of eq. 2 in ``.grad``, count the features, and return (loss, ∂L/∂features), under ``no_grad``.
 
+    Of a head that is split by rows the loss is the mean of the ranks'.
+
     features: [n, s] of the weight's dtype, if the logits are few; target: [n]; the loss is a share of the mean over `total` rows,
     or with weights [n] their weighted sum.
     """
     weight, bias = layer.module.weight, layer.module.bias
+    if layer.sharded:
+        terms = ops.terms_of(target, len(weight), weight.dtype, total=total, weights=weights)
+        layer.features.add(features)
+        return split_head.backward(layer.module, features, target, terms)
     if is_large(layer, len(target)):
         terms = ops.terms_of(target, len(weight), weight.dtype, total=total, weights=weights)
         loss, grad_features, weight.grad, grad_bias = ops.gradients(features, target, weight, bias, terms)
@@ -70,7 +77,7 @@ def checked_loss(
     head: nn.Module, layer: HeadLayer, group: dist.ProcessGroup | None, features: Tensor, target: Tensor, **options: Any
 ) -> Tensor:
     """Do what ``MLAOptimizer.head_loss`` documents."""
-    if head is not layer.module or not is_bare(layer) or group is not None:
+    if head is not layer.module or not is_bare(layer) or layer.sharded or group is not None:
         raise RuntimeError(
             "head_loss: expected a head that is one nn.Linear, without hooks, whole and in one process; call the head itself"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mla_fast import head_loss
+from mla_fast import head_loss, split_head
 from mla_fast.batch import Rows, row_totals, rows_by_modality, unpack_batch
 from mla_fast.caller import warn
 from mla_fast.head import HeadLayer
@@ -151,7 +151,7 @@ def _head_backward(
     loss: Loss | None,
 ) -> Tensor:
     """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss."""
-    if plain is not None and (head_loss.is_large(plain, len(rows.target)) or _as_it_is(plain, optimizer, features, rows, amp)):
+    if plain is not None and _spares_a_call(plain, optimizer, features, rows, total, amp):
         with torch.no_grad(), _weighted(optimizer, rows.weights), autocast(optimizer, amp):
             found, features.grad = head_loss.backward(plain, features.detach(), rows.target, total, rows.weights)
         return found
@@ -163,8 +163,15 @@ def _head_backward(
     return found.detach()
 
 
-def _as_it_is(layer: HeadLayer, optimizer: MLAOptimizer, features: Tensor, rows: Rows, amp: torch.dtype | None) -> bool:
-    """Whether nothing is cast, and every row counts alike."""
+def _spares_a_call(
+    layer: HeadLayer, optimizer: MLAOptimizer, features: Tensor, rows: Rows, total: float, amp: torch.dtype | None
+) -> bool:
+    """Whether logits are better not had from a call: they are many, or the head is split, or nothing is cast and every row counts
+    alike."""
+    if layer.sharded:
+        return split_head.pays(layer.module, total, optimizer.process_group)
+    if head_loss.is_large(layer, len(rows.target)):
+        return True
     automatic = amp is not None or torch.is_autocast_enabled(optimizer.device.type)
     return features.dtype == layer.dtype and rows.weights is None and not automatic
 

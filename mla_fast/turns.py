@@ -103,7 +103,7 @@ def _loss(
 ) -> Tensor:
     """Return these rows' share of the mean loss (eq. 2), of many logits without their being in memory whole."""
     layer = plain_layer(model, optimizer, loss)
-    if layer is None or not head_loss.is_large(layer, total) or not can_step_together(model):
+    if layer is None or layer.sharded or not head_loss.is_large(layer, total) or not can_step_together(model):
         return mean_loss(model({modality: inputs})[modality], target, total, loss=loss)
     return head_loss.loss(layer, model.features(modality, inputs), target, total)
 

@@ -114,6 +114,23 @@ def test_rows_are_those_in_memory(both):
     same(*(data.apply_statistics(of, found)[order] for of in arranged))
 
 
+def test_the_next_batch_is_announced_before_one_is_used(tmp_path, monkeypatch):
+    asked = []
+    for name in ("read", "expect"):
+        plain = getattr(NpyFile, name)
+        monkeypatch.setattr(
+            NpyFile, name, lambda self, rows, f=plain, name=name: (asked.append((name, set(rows))), f(self, rows))[1]
+        )
+    there = data.load(save("npy", tmp_path / "there", arrays()), ["audio"])
+    part = data.random_split(there, 0.3, 1)[0]
+    asked.clear()
+    batches = list(data.loader(part, 16, shuffle=True))
+    reads, announced = ([rows for name, rows in asked if name == kind] for kind in ("read", "expect"))
+    assert announced == reads[1:] and len(reads) == len(batches) == -(-len(part) // 16)
+    assert [name for name, _ in asked[:3]] == ["expect", "read", "expect"]
+    assert set().union(*reads) == set(part.inputs["audio"].rows.tolist())
+
+
 def test_one_read_a_batch_for_a_plain_loader(both):
     held, there = both
     for plain, ours in zip(DataLoader(there, 32), data.loader(held, 32), strict=True):

@@ -18,7 +18,10 @@ CHUNK = 2**20  # values at once where all rows are gone through: 8 MiB in float6
 
 
 class Source(Protocol):
-    """An array [N, …] in a file, whole by ``np.asarray``, of which ``read`` returns some rows int64 [K] as an array [K, …]."""
+    """An array [N, …] in a file, whole by ``np.asarray``, of which ``read`` returns some rows int64 [K] as an array [K, …].
+
+    It may have a method ``expect``, to be told of rows int64 [K] that will be asked for soon.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -69,6 +72,12 @@ class Column:
         rows = self.rows[index]
         x = self._read(rows.reshape(-1))
         return x if rows.dim() else x[0]
+
+    def expect(self, rows: Tensor) -> None:
+        """Say that these rows, int64 [K], will be asked for soon."""
+        expect = getattr(self.source, "expect", None)
+        if expect is not None:
+            expect(self.rows[rows].numpy())
 
     def subset(self, rows: Tensor) -> Column:
         """Return the same of some rows, int64 [K]; nothing is read."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from mla_fast.data.column import Array, Column, Step
 
@@ -172,7 +172,26 @@ def loader(dataset: MultimodalDataset, batch_size: int, *, shuffle: bool = False
 
     With `shuffle` the order is drawn from torch's global generator in every epoch. The data set is indexed once per batch:
     collating sample by sample, as DataLoader does by default, costs more than a training step of a small model. What lies in
-    memory is at hand faster than `workers` processes send it.
+    memory is at hand faster than `workers` processes send it. Of what is read from files, the disk looks for the next batch while
+    this one is trained on.
     """
     sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    return DataLoader(dataset, sampler=BatchSampler(sampler, batch_size, drop_last=False), batch_size=None, num_workers=workers)
+    return DataLoader(dataset, sampler=_Announcing(sampler, batch_size, dataset), batch_size=None, num_workers=workers)
+
+
+class _Announcing(BatchSampler):
+    """Batches of places in a data set, of which each is announced to what is read from files while the one before is used."""
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, dataset: MultimodalDataset):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.columns = [x for x in dataset.inputs.values() if isinstance(x, Column)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = super().__iter__()
+        rows = next(batches, None)
+        while rows is not None:
+            following = next(batches, None)
+            for column in self.columns if following else ():
+                column.expect(torch.as_tensor(following))
+            yield rows
+            rows = following

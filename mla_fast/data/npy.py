@@ -55,17 +55,22 @@ class NpyFile:
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if not found.nbytes:
             return found
-        to, width = _bytes(found), self.row_bytes
-        begins = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-        ends = [*begins[1:], len(rows)]
-        order = np.argsort(first := rows[begins])
-        runs = np.stack([first, begins, ends], 1)[order].tolist()
-        if len(runs) > 1 and hasattr(os, "posix_fadvise"):  # the disk looks for all of them at once
-            for row, begin, end in runs:
-                os.posix_fadvise(self._file.fileno(), self.offset + row * width, (end - begin) * width, os.POSIX_FADV_WILLNEED)
+        to, width, runs = _bytes(found), self.row_bytes, _runs(rows)
+        if len(runs) > 1:
+            self._expect(runs)  # the disk looks for all of them at once
         for row, begin, end in runs:
             self._read_into(to[begin * width : end * width], self.offset + row * width)
         return found
+
+    def expect(self, rows: NDArray[np.int64]) -> None:
+        """Have the disk begin to read rows int64 [K] that will be asked for soon."""
+        self._expect(_runs(rows))
+
+    def _expect(self, runs: list[list[int]]) -> None:
+        if hasattr(os, "posix_fadvise") and self.row_bytes:
+            for row, begin, end in runs:
+                where = (self.offset + row * self.row_bytes, (end - begin) * self.row_bytes)
+                os.posix_fadvise(self._file.fileno(), *where, os.POSIX_FADV_WILLNEED)
 
     def _read_into(self, to: memoryview, position: int) -> None:
         while len(to):  # a call reads at most 2 GiB
@@ -86,6 +91,15 @@ class NpyFile:
 
     def __reduce__(self) -> tuple[type[NpyFile], tuple[Path]]:
         return type(self), (self.path,)  # each process opens it by itself
+
+
+def _runs(rows: NDArray[np.int64]) -> list[list[int]]:
+    """Return (first row, begin, end) of each stretch of `rows` that follow each other, in the order of the file."""
+    begins = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    ends = [*begins[1:], len(rows)]
+    order = np.argsort(first := rows[begins])
+    found: list[list[int]] = np.stack([first, begins, ends], 1)[order].tolist()
+    return found
 
 
 def _bytes(array: Array) -> memoryview:

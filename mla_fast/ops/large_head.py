@@ -8,7 +8,7 @@ logit is computed once, forward and backward in one.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,16 @@ class Terms(NamedTuple):
     class_weight: Tensor | None
     total_weight: Tensor | float
     smoothed: bool
+
+
+class OverRanks(Protocol):
+    """A softmax over classes of which each rank has some. largest: as many as any of them has."""
+
+    @property
+    def largest(self) -> int: ...
+    def __call__(self, sums: Tensor) -> Tensor:
+        """Return ``softmax_sums`` [4, n] of all classes for those of this rank's."""
+        ...
 
 
 class Gradients(NamedTuple):
@@ -102,12 +112,13 @@ class _Loss(torch.autograd.Function):
 
 def gradients(
     features: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms,
-    wanted: tuple[bool, bool, bool] = (True, True, True), backend: str | None = None,
+    wanted: tuple[bool, bool, bool] = (True, True, True), backend: str | None = None, over: OverRanks | None = None,
 ) -> Gradients:  # fmt: skip
     """Return the loss and the gradients that are wanted (of features, weight and bias), unchecked.
 
     Products are in the dtype of autocast where that is on, but not in float16. The gradients of weight and bias are float32 or
-    wider, that of the features is of the products' dtype.
+    wider, that of the features is of the products' dtype. With `over` weight and bias are this rank's rows, a label of others is
+    outside 0 … C − 1, the loss is of all classes, and the features' gradient is to be added up over the ranks.
     """
     device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
     if backend is None:
@@ -129,9 +140,10 @@ def gradients(
             of_weight = torch.empty(weight.shape, dtype=wide, device=device) if N else weight.new_zeros(weight.shape, dtype=wide)
         if wanted[2] and bias is not None:
             of_bias = torch.zeros(C, dtype=wide, device=device)
-        for rows in _chunks(N, C):
+        for rows in _chunks(N, C if over is None else over.largest):
             h, y, z = features[rows], target[rows], F.linear(features[rows], weight, bias)
-            sums[:, rows] = found = softmax_sums(backend, z, y, w, smoothed)
+            found = softmax_sums(backend, z, y, w, smoothed)
+            sums[:, rows] = found = found if over is None else over(found)
             if any(wanted):
                 softmax_delta_(backend, z, y, found[0], found[1], own[rows], spread[rows], rest[rows], w, smoothed)
             if of_features is not None:

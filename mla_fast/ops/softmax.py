@@ -32,6 +32,8 @@ def softmax_sums(backend: str, z: Tensor, target: Tensor, class_weight: Tensor |
     z: [n, C]; target: int64 [n]; class_weight: w [C], None for ones. Of a label outside 0 … C − 1 z_y is 0. In float32, of
     float64 logits in float64.
     """
+    if not z.shape[1]:  # of a rank that has no class
+        return z.new_tensor([-torch.inf, 0, 0, 0], dtype=torch.promote_types(z.dtype, torch.float32))[:, None].repeat(1, len(z))
     if backend == "triton":
         return _sums.on(backend, z.device)(z, target, class_weight, weighted)
     wide = torch.promote_types(z.dtype, torch.float32)
@@ -50,6 +52,8 @@ def softmax_delta_(
     class_weight: Tensor | None, smoothed: bool,
 ) -> None:  # fmt: skip
     """z_c ← spread exp(z_c − top − log_S) − rest w_c − own [c = y] of each row; rest is not read unless smoothed."""
+    if not z.shape[1]:
+        return
     if backend == "triton":
         _delta.on(backend, z.device)(z, target, top, log_S, own, spread, rest, class_weight, smoothed)
         return
