@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.data import DataLoader, Sampler
 
+from mla_fast.data.dataset import Announced
 from mla_fast.distributed import RankError, exchange, rank_and_size
 from mla_fast.features import world
 
@@ -230,5 +231,6 @@ def share(loader: DataLoader[Any], by: type[ShareOfBatches] | type[EveryOther]) 
     """
     if not several():
         return loader
-    sampler = by(loader.sampler, *rank_and_size(world()))
-    return DataLoader(loader.dataset, sampler=sampler, batch_size=None, num_workers=loader.num_workers)
+    of_all: Any = loader.sampler
+    own = Announced(by(of_all.sampler, *rank_and_size(world())), of_all.dataset)
+    return DataLoader(loader.dataset, sampler=own, batch_size=None, num_workers=loader.num_workers)

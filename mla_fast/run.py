@@ -23,6 +23,7 @@ from mla_fast.growing import SEEN
 from mla_fast.modality_dict import parameter_prefix
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.resume import shared_anew
 
 
 class Run:
@@ -73,15 +74,17 @@ class Run:
             if saved["kinds"][name] != kind:
                 raise CheckpointError(f"{path}: expected it to be saved with {name} {kind}, got {saved['kinds'][name]}")
         rank, size = rank_and_size(self.optimizer.process_group)
-        if saved["batches"] and len(saved["ranks"]) != size and not later:
-            raise CheckpointError(
-                f"{path}: saved inside of an epoch by {len(saved['ranks'])} processes, which {size} cannot go on with"
-            )
+        of_ranks = saved["ranks"]
+        try:
+            another = bool(saved["batches"]) and len(of_ranks) != size and not later
+            of_rank = shared_anew(of_ranks, rank) if another else of_ranks[rank % len(of_ranks)]
+        except ValueError as error:
+            raise CheckpointError(f"{path}: saved inside of an epoch, {error}, got {size}") from error
         self._load_parts(path, saved, kinds)
         load_portable_state_dict(self.model, own | saved["model"])
         kept = {name: mask for name, mask in self.model.seen.state_dict().items() if name in later}
         self.model.seen.load_state_dict(kept | saved.get("seen", {}))
-        return saved, None if later else saved["ranks"][rank % len(saved["ranks"])]
+        return saved, None if later else of_rank
 
     def _added_since(self, path: str | Path, saved: Mapping[str, Any]) -> list[str]:
         """Return the modalities that were added to the model and not yet to the checkpoint's."""

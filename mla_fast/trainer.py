@@ -173,6 +173,7 @@ class Trainer(Phases):
         position = self._position
         with self._told_to_all():
             batches = position.begin(loader, self.epoch, self.model.modalities)
+        position.check_rows(self.optimizer.process_group, self.device)
         at_once = self.accumulate * (len(loader) if isinstance(loader, Mapping) else 1)
         try:
             total = None if isinstance(loader, Mapping) else len(loader)  # type: ignore[arg-type]
@@ -192,7 +193,8 @@ class Trainer(Phases):
                     position.losses.add(modality, loss if modality in position.losses else loss.double())
                 if self.scheduler is not None and self.scheduler_interval == "batch":
                     self.scheduler.step()
-                before, position.batches = position.batches, position.batches + len(group)
+                before = position.batches
+                position.advance(group)
                 if save is not None and every is not None and position.batches // every > before // every:
                     save()
                 if bar.update(len(group)):  # drawn: so often somebody may wait for the device
@@ -261,7 +263,8 @@ class Trainer(Phases):
     def resume(self, path: str | Path) -> None:
         """Continue from ``save``, in the middle of an epoch too: bitwise, with as many ranks, where what is random in the loader
         draws from torch's global generator, from the loader's own, or from a seed of its own as ``DistributedSampler`` does;
-        workers that persist over epochs do not. The projection's settings are those that were saved.
+        workers that persist over epochs do not. Another number of ranks goes on with the same batches, over all of them.
+        The projection's settings are those that were saved.
 
         A checkpoint from before modalities were added goes with those as they are: they begin where it ends. One from after it
         needs the same modalities added before.

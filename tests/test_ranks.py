@@ -1,5 +1,6 @@
 """The command line in several processes: one process with the same batches is the oracle."""
 
+import functools
 import json
 
 import numpy as np
@@ -51,6 +52,49 @@ def test_ranks_are_one_process_with_the_same_batches_after_100_steps(tmp_path, w
             assert_bitwise(rank[projection][0], found[0][projection][0])
         torch.testing.assert_close(found[0][projection][0], expected, rtol=1e-12, atol=1e-12)
         for record, one in zip(found[0][projection][1], history, strict=True):
+            assert record["loss"] == pytest.approx(one["loss"], rel=1e-12)
+
+
+class Stop(Exception):
+    pass
+
+
+def resumed(folder, leave_at, size, rank, world):
+    """Some epochs from a checkpoint, if there is one, until batch `leave_at` of the run, on global batches of `size`."""
+    model = make_model(dtype=f64)
+    model = mla.distribute(model) if world > 1 else model
+    optimizer = mla.MLAOptimizer(momentum_sgd(model.parameters(), lr=0.02), model.head, projection="window", target="update")
+    trainer = mla.Trainer(model, optimizer, seed=0, progress=False)
+    if (folder / "c.pt").exists():
+        trainer.resume(folder / "c.pt")
+    batches = ranks.share(mla.data.loader(samples(), size, shuffle=True), ranks.ShareOfBatches)
+    trained_on = trainer._train_on
+
+    def until(group):
+        if trainer.epoch * 11 + trainer._position.batches == leave_at:
+            raise Stop
+        return trained_on(group)
+
+    trainer._train_on = until
+    try:
+        trainer.fit(batches, 4, checkpoint=folder / "c.pt", checkpoint_every=1)
+    except (Stop, ValueError) as error:
+        return str(error)
+    return {**everything(model, optimizer), "model": portable_state_dict(model)}, trainer.history
+
+
+def test_another_number_of_ranks_goes_on_inside_of_an_epoch(tmp_path):
+    for name in ("alone", "two", "wrong", "three"):  # whose ranks find each other there
+        (tmp_path / name).mkdir()
+    expected, history = resumed(tmp_path / "alone", None, 8, 0, 1)
+    run_ranks(functools.partial(resumed, tmp_path, 16, 8), 2, tmp_path / "two")
+    wrong = run_ranks(functools.partial(resumed, tmp_path, 40, 12), 3, tmp_path / "wrong")
+    assert all("5 of 40 samples in all, got 60 samples: keep the batch size times the ranks" in said for said in wrong)
+    resumed(tmp_path, 25, 8, 0, 1)
+    found = run_ranks(functools.partial(resumed, tmp_path, None, 8), 3, tmp_path / "three")
+    for state, records in found:
+        torch.testing.assert_close(state, expected, rtol=1e-12, atol=1e-12)
+        for record, one in zip(records, history, strict=True):
             assert record["loss"] == pytest.approx(one["loss"], rel=1e-12)
 
 

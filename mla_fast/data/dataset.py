@@ -176,22 +176,26 @@ def loader(dataset: MultimodalDataset, batch_size: int, *, shuffle: bool = False
     this one is trained on.
     """
     sampler = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    return DataLoader(dataset, sampler=_Announcing(sampler, batch_size, dataset), batch_size=None, num_workers=workers)
+    batches = Announced(BatchSampler(sampler, batch_size, drop_last=False), dataset)
+    return DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers)
 
 
-class _Announcing(BatchSampler):
+class Announced(Sampler[list[int]]):
     """Batches of places in a data set, of which each is announced to what is read from files while the one before is used."""
 
-    def __init__(self, sampler: Sampler[int], batch_size: int, dataset: MultimodalDataset):
-        super().__init__(sampler, batch_size, drop_last=False)
-        self.columns = [x for x in dataset.inputs.values() if isinstance(x, Column)]
+    def __init__(self, sampler: Sampler[list[int]], dataset: MultimodalDataset):
+        self.sampler, self.dataset = sampler, dataset
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]  # it has batches to count
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = super().__iter__()
+        columns = [x for x in self.dataset.inputs.values() if isinstance(x, Column)]
+        batches = iter(self.sampler)
         rows = next(batches, None)
         while rows is not None:
             following = next(batches, None)
-            for column in self.columns if following else ():
+            for column in columns if following else ():
                 column.expect(torch.as_tensor(following))
             yield rows
             rows = following
