@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -15,9 +16,10 @@ import torch
 from mla_fast import ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_config import write_options
-from mla_fast.cli_report import write_report
+from mla_fast.cli_report import Answers, write_report
 from mla_fast.cli_result import notes, print_result
-from mla_fast.distributed import load_portable_state_dict
+from mla_fast.distributed import all_gather_object, load_portable_state_dict
+from mla_fast.evaluate import evaluate
 from mla_fast.trainer import Trainer
 from mla_fast.trainer_checks import best_epoch
 
@@ -113,7 +115,10 @@ def finish(output: Path, trainer: Trainer, test: Any, *, complete: bool, best: K
     """
     head, config = trainer.optimizer.diagnostics(), trainer.config or {}
     epoch = best.load() if best is not None else trainer.epoch
-    result = trainer.evaluate(ranks.share(test, ranks.EveryOther), use_test=True)
+    answers, group = Answers(trainer.model.modalities), trainer.optimizer.process_group
+    own = ranks.share(test, ranks.EveryOther)
+    result = evaluate(trainer.model, own, trainer.device, group, True, trainer.loss, answers.add)
+    answers = functools.reduce(Answers.joined, all_gather_object(answers, group))
     if not ranks.is_first():
         return
     metrics = {"config": trainer.config, "history": trainer.history, "epoch": epoch, "test": result, "head": head}
@@ -128,7 +133,7 @@ def finish(output: Path, trainer: Trainer, test: Any, *, complete: bool, best: K
         print(f"{head['skipped_lone']} rows were left out, alone in a batch with their modality: larger --batch-size?")
     written = ["checkpoint.pt", *(["best.pt"] if best is not None else []), "metrics.json", "run.toml"]
     try:
-        write_report(output / "report.html", trainer, test, result, epoch, notes(result, complete))
+        write_report(output / "report.html", trainer, answers, result, epoch, notes(result, complete))
         written.append("report.html")
     except ImportError as error:
         print(f'no report.html: {error.name} is missing (pip install "mla_fast[demo]")')

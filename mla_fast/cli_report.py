@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,54 +11,63 @@ import torch
 from torch import Tensor
 
 from mla_fast import page
+from mla_fast.ops.fusion import Fused
 from mla_fast.trainer import Trainer
 
 MOST = 100  # classes of a confusion matrix that can be read
 
 
-def write_report(
-    path: Path, trainer: Trainer, test: Iterable[Any], result: Mapping[str, Any], epoch: int, said: list[str]
-) -> None:
+def write_report(path: Path, trainer: Trainer, answers: Answers, result: Mapping[str, Any], epoch: int, said: list[str]) -> None:
     """Write the page; ImportError without matplotlib.
 
-    test: a loader of what `result` is of; epoch: the one that was tested; said: the notes on the result.
+    answers: of what `result` is of; epoch: the one that was tested; said: the notes on the result.
     """
     config = trainer.config or {}
-    counts, weights = count(trainer, test)
-    names = config.get("class_names") or [str(c) for c in range(len(counts))]
     title = f"{', '.join(trainer.model.modalities)}: {100 * result['accuracy'].get('fused', float('nan')):.1f} % fused"
-    confusion = page.confusion(counts, names) if len(counts) <= MOST else f"<p>Left out, of {len(counts)} classes.</p>"
     settings = {k: v for k, v in config.items() if k not in ("statistics", "class_names")}
     sections = [
         ("test", "Test", _test(result, said)),
         ("curves", "Curves", curves(trainer.history, epoch)),
-        ("share", "The share of each modality", share(result, weights)),
-        ("confusion", "Confusion matrix of the fused answer", confusion),
+        ("share", "The share of each modality", share(result, answers.weights())),
+        ("confusion", "Confusion matrix of the fused answer", _confusion(answers.counts, config.get("class_names"))),
         ("settings", "Settings", page.table(list(settings.items()))),
     ]
     path.write_text(page.page(title, sections), encoding="utf-8")
 
 
-def count(trainer: Trainer, test: Iterable[Any]) -> tuple[list[list[int]], dict[str, float]]:
-    """Return the confusion matrix of fused answers, [true class][predicted class], and the mean weight of each modality (eq. 8).
+class Answers:
+    """The confusion matrix of fused answers, [true class][predicted class], and the mean weight of each modality (eq. 8).
 
-    Samples without any modality are left out, and logits that are NaN are no answer.
+    Samples without any modality are left out, and logits that are NaN are no answer. counts: None of more than 100 classes.
     """
-    table: Tensor | None = None
-    total, samples = torch.zeros(len(trainer.model.modalities), dtype=torch.float64), 0
-    for inputs, target, *present in test:
-        logits, weights, _ = (part.cpu() for part in trainer.predict((inputs, target, *present)))
-        C = logits.shape[1]
-        table = torch.zeros(C, C, dtype=torch.int64) if table is None else table
+
+    def __init__(self, modalities: Sequence[str]):
+        self.modalities, self.samples = tuple(modalities), 0
+        self.counts: Tensor | None = None
+        self._weights = torch.zeros(len(self.modalities), dtype=torch.float64)
+
+    def add(self, modalities: Sequence[str], fused: Fused, target: Tensor) -> None:
+        """Count a batch of these modalities."""
+        logits, weights, target, C = fused.logits.cpu(), fused.weights.cpu(), target.cpu(), fused.logits.shape[1]
         there = weights.sum(1) > 0
-        largest, answers = logits.max(1)
-        sure = there & (largest == largest)
-        table.view(-1).index_add_(0, target[sure] * C + answers[sure], torch.ones(int(sure.sum()), dtype=torch.int64))
-        places = [trainer.model.modalities.index(m) for m in inputs]
-        total[places] += weights[there].double().sum(0)
-        samples += int(there.sum())
-    shares = (total / max(samples, 1)).tolist()
-    return [] if table is None else table.tolist(), dict(zip(trainer.model.modalities, shares, strict=True))
+        if C <= MOST:
+            self.counts = torch.zeros(C, C, dtype=torch.int64) if self.counts is None else self.counts
+            largest, answers = logits.max(1)
+            sure = there & (largest == largest)
+            self.counts.view(-1).index_add_(0, target[sure] * C + answers[sure], torch.ones(int(sure.sum()), dtype=torch.int64))
+        self._weights[[self.modalities.index(m) for m in modalities]] += weights[there].double().sum(0)
+        self.samples += int(there.sum())
+
+    def joined(self, other: Answers) -> Answers:
+        """Return what both have counted, of which one may have seen nothing."""
+        both = Answers(self.modalities)
+        tables = [each.counts for each in (self, other) if each.counts is not None]
+        both.counts = torch.stack(tables).sum(0) if tables else None
+        both.samples, both._weights = self.samples + other.samples, self._weights + other._weights
+        return both
+
+    def weights(self) -> dict[str, float]:
+        return dict(zip(self.modalities, (self._weights / max(self.samples, 1)).tolist(), strict=True))
 
 
 def curves(history: Sequence[Mapping[str, Any]], epoch: int) -> str:
@@ -102,6 +111,12 @@ def share(result: Mapping[str, Any], weights: Mapping[str, float]) -> str:
         "are given to other samples."
     )
     return f'{page.table(rows, header)}<p class="note">{said}</p>{page.svg(figure)}'
+
+
+def _confusion(counts: Tensor | None, names: Sequence[str] | None) -> str:
+    if counts is None:
+        return f"<p>Left out, of more than {MOST} classes.</p>"
+    return page.confusion(counts.tolist(), names or [str(c) for c in range(len(counts))])
 
 
 def _test(result: Mapping[str, Any], said: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from mla_fast.loss import Loss, given_loss, labels_of
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused
+
+Watch = Callable[[tuple[str, ...], Fused, Tensor], None]  # (the modalities of a batch, its prediction, its target)
 
 
 class Sums(dict[str, list[Any]]):
@@ -85,9 +87,11 @@ def evaluate(
     group: dist.ProcessGroup | None,
     use_test: bool = False,
     loss: Loss | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`."""
-    found, failure = _Found(model, use_test, loss), None
+    """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`; `watch` is called for each
+    batch of this one."""
+    found, failure = _Found(model, use_test, loss, watch), None
     rank, size = rank_and_size(group)
     try:
         for i, batch in enumerate(loader):
@@ -122,8 +126,8 @@ class Without(NamedTuple):
 class _Found:
     """What one rank has counted so far."""
 
-    def __init__(self, model: MultimodalModel, use_test: bool, loss: Loss | None):
-        self.model, self.use_test, self.given = model, use_test, loss
+    def __init__(self, model: MultimodalModel, use_test: bool, loss: Loss | None, watch: Watch | None):
+        self.model, self.use_test, self.given, self.watch = model, use_test, loss, watch
         self.samples, self.loss = 0, Sums()
         self.tallies: dict[str | Without, Tally] = {}
 
@@ -139,9 +143,12 @@ class _Found:
         parts, targets = logits.split(plan.counts), plan.pack([target] * len(inputs))
         seen, some = model.seen_by(inputs), here.any(1)
         fused = fuse(model.fusion, logits, len(inputs), plan, seen)
+        prediction = model.corrected(fused, features, plan)
+        if self.watch is not None:
+            self.watch(tuple(inputs), prediction, target)
         together: dict[str | Without, Tensor] = {
             "average": torch.stack(plan.unpack(list(parts))).sum(0),  # as good as the mean for the largest class
-            "fused": model.corrected(fused, features, plan).logits,
+            "fused": prediction.logits,
         }
         if model.interaction is not None:
             together["without_interaction"] = fused.logits
