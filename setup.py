@@ -1,7 +1,8 @@
 """The extension build, and nothing else; everything else is in pyproject.toml.
 
-MLA_FAST_BUILD chooses it: ``auto`` (the default: compile what there is a compiler for, with torch's headers, and install without
-the rest), ``cpu`` (compile for the CPU alone, or fail), ``cuda`` (for both, or fail), ``none`` (do not compile).
+MLA_FAST_BUILD chooses it: ``auto`` (the default: compile what there is a compiler for, with torch's headers, for CUDA if this
+torch is, and install without the rest), ``cpu`` (compile for the CPU alone, or fail), ``cuda`` (for both, or fail), ``none`` (do not
+compile).
 MLA_FAST_CUDA_ARCHS names GPU architectures ("80 90"), by default those of the GPUs at hand, or ARCHS where there is none.
 """
 
@@ -114,6 +115,7 @@ def extensions():
     if MODE == "none":
         return []
     try:
+        import torch
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError:
         if MODE != "auto":
@@ -141,7 +143,7 @@ def extensions():
     nvcc = find_nvcc()
     if MODE == "cuda" and nvcc is None:
         sys.exit("MLA_FAST_BUILD=cuda needs nvcc, in CUDA_HOME or on the PATH")
-    if MODE == "cpu" or nvcc is None:
+    if MODE == "cpu" or nvcc is None or (MODE == "auto" and torch.version.cuda is None):
         return [cpu]
     cuda = Extension(
         "mla_fast._C_cuda",

@@ -40,6 +40,7 @@ RUN_BY = {
     "make accuracy": "tests/test_accuracy.py",
     "make missing": "tests/test_compare_missing.py",
     "make gpu-check": ".ci/gpu-check",
+    "python -m venv": ".ci/run",
     "pip install torch": ".ci/run",
     "pip install --no-build-isolation -e": "Makefile",
     "pip install -e": "Makefile",

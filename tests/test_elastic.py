@@ -70,7 +70,7 @@ def leaves(saved):
 @pytest.mark.parametrize("kills", [1, *exhaustive(5)])
 def test_a_killed_rank_ends_in_the_state_of_a_run_that_was_left_alone(archive, tmp_path, kills):  # noqa: F811
     more = ["--validation", "0.3", "--checkpoint-every", "1", "--projection", "window"]
-    epochs = 15 * (kills + 1)
+    epochs = 10 * (kills + 1)
     whole = run_command([command(archive, tmp_path / "whole", *more, epochs=epochs)] * 2, tmp_path, timeout=120 * kills)
     argv = command(archive, tmp_path / "killed", *more, epochs=epochs)
     process = torchrun(argv, "--max-restarts", str(kills), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

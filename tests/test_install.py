@@ -62,6 +62,23 @@ def test_gpus_at_hand_are_what_is_compiled_for(tmp_path, monkeypatch, script, ar
         assert found == [*(f"sm_{arch}" for arch in expected), f"compute_{expected[-1]}"]
 
 
+@source
+@pytest.mark.parametrize(
+    ("mode", "cuda", "compiled"), [("auto", None, 1), ("auto", "13.0", 2), ("cuda", None, 2), ("cpu", "13.0", 1)]
+)
+def test_cuda_is_compiled_for_a_torch_that_has_it_or_where_it_is_asked_for(tmp_path, monkeypatch, mode, cuda, compiled):
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho sm_80\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setenv("MLA_FAST_BUILD", mode)
+    monkeypatch.setenv("MLA_FAST_CUDA_ARCHS", "80")
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    found = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")["extensions"]()
+    assert [extension.name for extension in found] == ["mla_fast._C", "mla_fast._C_cuda"][:compiled]
+
+
 def test_the_packages_that_a_user_reads_of_are_there():
     import mla_fast as mla
 
