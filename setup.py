@@ -1,8 +1,8 @@
 """The extension build, and nothing else; everything else is in pyproject.toml.
 
 MLA_FAST_BUILD chooses it: ``auto`` (the default: compile what there is a compiler for, with torch's headers, for CUDA if this
-torch is, and install without the rest), ``cpu`` (compile for the CPU alone, or fail), ``cuda`` (for both, or fail), ``none`` (do not
-compile).
+torch is, and install without the rest), ``cpu`` (compile for the CPU alone, or fail), ``cuda`` (for both, or fail), ``none`` (do
+not compile).
 MLA_FAST_CUDA_ARCHS names GPU architectures ("80 90"), by default those of the GPUs at hand, or ARCHS where there is none.
 """
 
