@@ -104,8 +104,13 @@ def add_settings(p: argparse.ArgumentParser) -> None:
 
 
 def is_meant(typed: Sequence[str]) -> bool:
-    """Return whether a command line of ``train`` names a data set of the paper in place of --data."""
-    return not any(word.split("=")[0] == "--data" for word in typed) and any(word in SETS for word in typed)
+    """Return whether a command line of ``train`` names a data set of the paper, in whatever spelling, in place of --data."""
+
+    def plain(word: str) -> str:
+        return word.lower().replace("-", "").replace("_", "")
+
+    sets = set(map(plain, SETS))
+    return not any(word.split("=")[0] == "--data" for word in typed) and any(plain(word) in sets for word in typed)
 
 
 def add_data_options(p: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from mla_fast.distributed import (
     without_compile,
 )
 from mla_fast.growing import SEEN
+from mla_fast.loss import Loss
 from mla_fast.modality_dict import parameter_prefix
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
@@ -29,14 +30,24 @@ from mla_fast.resume import shared_anew
 class Run:
     """What has a state in a run."""
 
-    def __init__(self, model: MultimodalModel, optimizer: MLAOptimizer, scheduler: Any, scaler: torch.amp.GradScaler | None):
-        self.model, self.optimizer = model, optimizer
+    def __init__(
+        self,
+        model: MultimodalModel,
+        optimizer: MLAOptimizer,
+        scheduler: Any,
+        scaler: torch.amp.GradScaler | None,
+        loss: Loss | None = None,
+    ):
+        self.model, self.optimizer, self.loss = model, optimizer, loss
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
     def _kinds(self) -> dict[str, str]:
         kinds = {**self.parts, "optimizer": self.optimizer.optimizer}
-        return {name: "none" if part is None else type(part).__name__ for name, part in kinds.items()}
+        names = {name: "none" if part is None else type(part).__name__ for name, part in kinds.items()}
+        loss = getattr(self.loss, "func", self.loss)  # of a partial
+        names["loss"] = "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__)
+        return {**names, "fusion": self.model.fusion}
 
     def save(self, path: str | Path, run: dict[str, Any], own: dict[str, Any]) -> None:
         """Write all of it, with `run` and what each rank has of its `own`. Every rank calls it; the first one writes."""
@@ -71,8 +82,8 @@ class Run:
         _check_fits(path, {name: t for name, t in own.items() if not name.startswith(prefixes)}, saved["model"])
         kinds = {name: kind for name, kind in self._kinds().items() if not (later and name == "scheduler")}
         for name, kind in kinds.items():
-            if saved["kinds"][name] != kind:
-                raise CheckpointError(f"{path}: expected it to be saved with {name} {kind}, got {saved['kinds'][name]}")
+            if (before := saved["kinds"].get(name, kind)) != kind:
+                raise CheckpointError(f"{path}: expected it to be saved with {name} {kind}, got {before}")
         rank, size = rank_and_size(self.optimizer.process_group)
         of_ranks = saved["ranks"]
         try:

@@ -258,7 +258,7 @@ class Trainer(Phases):
         self._run().save(path, {**run, "batches": self._position.batches}, self._position.state_dict())
 
     def _run(self) -> Run:
-        return Run(self.model, self.optimizer, self.scheduler, self.scaler)
+        return Run(self.model, self.optimizer, self.scheduler, self.scaler, self.loss)
 
     def resume(self, path: str | Path) -> None:
         """Continue from ``save``, in the middle of an epoch too: bitwise, with as many ranks, where what is random in the loader

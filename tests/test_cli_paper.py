@@ -96,6 +96,9 @@ def test_train_with_the_data_set_behind_its_options(tmp_path, capsys):
     capsys.readouterr()
     assert run("train", "kinetics-sounds", tmp_path / "gone") == 2
     assert capsys.readouterr().err.startswith("mla-fast train: error: root: expected a folder")
+    with pytest.raises(SystemExit):
+        run("train", "Food101", root)
+    assert "dataset: invalid choice: 'Food101' (choose from" in capsys.readouterr().err
     assert run("train", "--data", "mvsa") == 2  # a file of that name
     assert "--modalities: expected names of arrays" in capsys.readouterr().err
 

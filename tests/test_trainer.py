@@ -436,6 +436,15 @@ def fewer_modalities():
     return make_trainer(model, cosine)
 
 
+def averaging():
+    model = noisy_model()
+    return make_trainer(mla.MultimodalModel(dict(model.encoders.items()), model.head, fusion="mean"), cosine)
+
+
+def another_loss():
+    return make_trainer(None, cosine, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
+
+
 def two_groups():
     trainer = make_trainer()
     groups = [{"params": trainer.model.encoders.parameters()}, {"params": trainer.model.head.parameters()}]
@@ -477,6 +486,8 @@ def test_a_head_that_was_replaced_is_refused():
         (another_head, r"of this model, .* head.bias \(4,\) ≠ \(3,\)"),
         (fewer_modalities, r"of this model, .* encoders.text.0.bias none ≠ \(5,\)"),
         (make_trainer, "c.pt: expected it to be saved with scheduler none, got CosineAnnealingLR"),
+        (averaging, "c.pt: expected it to be saved with fusion mean, got entropy"),
+        (another_loss, "c.pt: expected it to be saved with loss CrossEntropyLoss, got cross_entropy"),
         (two_groups, "parameter group"),
     ],
 )
