@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ranks.silent_but_first():
             arguments = _parse(typed)
-            with ranks.joined(arguments.name, getattr(arguments, "device", "cpu")):
+            full_name = getattr(arguments, "full_name", arguments.name)  # of what shares its name with another command
+            with ranks.joined(full_name, getattr(arguments, "device", "cpu")):
                 arguments.command(arguments)
     except (ValueError, TypeError, OSError, ImportError, ops.BackendError) as error:
         print(f"mla-fast {arguments.name}: error: {error}", file=sys.stderr)

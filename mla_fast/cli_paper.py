@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mla_fast import cli_output, datasets, ranks
+from mla_fast import cli_output, datasets
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_encoders import check_names, one_width, own_encoder, pairs, width_of
 from mla_fast.compare.study import new_head
@@ -85,7 +85,7 @@ def add_commands(commands: Any) -> None:
     again = p.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run in --output, to more --epochs if you like")
     again.add_argument("--overwrite", action="store_true", help="delete the run in --output and begin anew")
-    p.set_defaults(command=train, name="train")
+    p.set_defaults(command=train, name="train", full_name="train SET ROOT")
 
 
 def add_settings(p: argparse.ArgumentParser) -> None:
@@ -141,7 +141,6 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train as the paper does, evaluate on the test part after the last epoch, and write checkpoint.pt and metrics.json."""
-    ranks.check_alone("train SET ROOT")
     cli_output.check_output(arguments)
     settings = settings_of(arguments)
     data = {"train": make_dataset(arguments, settings, "train")}

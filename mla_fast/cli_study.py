@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mla_fast import cli_output, cli_paper, datasets, ranks
+from mla_fast import cli_output, cli_paper, datasets
 from mla_fast.cli_config import write_options
 from mla_fast.compare import options, records, study, study_report
 from mla_fast.compare.published import STUDIES, Study, find_study
@@ -33,7 +33,7 @@ def add_command(commands: Any) -> None:
     p.add_argument("--methods", type=options.names, default=[], help="of the study's rows these (default: all)")
     p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2], help='as "0-2" (the default) or "0,2"')
     p.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the results; what is done is kept")
-    p.set_defaults(command=compare, name="compare")
+    p.set_defaults(command=compare, name="compare", full_name="compare SET ROOT --study")
 
 
 def _settings(text: str) -> list[str]:
@@ -45,7 +45,6 @@ def _settings(text: str) -> list[str]:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Run what is not done yet, each run to runs.jsonl as it is done, and write table.md."""
-    ranks.check_alone("compare SET ROOT --study")
     what = find_study(arguments.study, arguments.dataset)
     settings = cli_paper.settings_of(arguments)
     device = cli_output.device(arguments.device)

@@ -65,7 +65,7 @@ def joined(command: str, device: str) -> Iterator[None]:
         yield
         return
     if command not in COMMANDS:
-        check_alone(command)
+        raise ValueError(f"{command}: expected one process, got {launched()}: start it without torchrun")
     backend = _backend(device)
     store, rank, size = next(rendezvous("env://"))
     if on_this_machine() == size:  # the agent's store may be that of the ranks before, whose addresses nobody answers at
@@ -75,12 +75,6 @@ def joined(command: str, device: str) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def check_alone(command: str) -> None:
-    """Raise ValueError for several processes of a command of one."""
-    if launched() > 1:
-        raise ValueError(f"{command}: expected one process, got {launched()}: start it without torchrun")
 
 
 def _backend(device: str) -> str:
