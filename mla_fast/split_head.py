@@ -21,6 +21,17 @@ from mla_fast import ops
 from mla_fast.head import local
 from mla_fast.ops import Terms
 
+# Their names since torch 2.13, which warns of those before.
+gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def put_back(head: nn.Module) -> None:
+    """Split again what a call without a backward pass, as of an evaluation, has left together."""
+    for module in head.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
+
 
 def kind_before(module: nn.Module) -> type:
     """Return what ``fully_shard`` has made its own class of."""
@@ -63,7 +74,7 @@ def backward(module: nn.Linear, features: Tensor, target: Tensor, terms: Terms) 
     assert of_features is not None and of_weight is not None
     sent = of_features.to(of_weight.dtype)
     found = sent.new_empty(n + room, s)
-    dist.reduce_scatter_tensor(found, sent, group=group)
+    reduce_scatter(found, sent, group=group)
     _leave_gradient(module.weight, of_weight)
     if of_bias is not None:
         _leave_gradient(module.bias, of_bias)
@@ -89,7 +100,7 @@ class _Softmax:
 
 def _gathered(x: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
     found = x.new_empty(ranks * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(found, x.contiguous(), group)
+    gather(found, x.contiguous(), group=group)
     return found
 
 

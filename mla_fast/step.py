@@ -78,6 +78,7 @@ def steps_together(
         features = features_of(model, optimizer, {m: rows[m] for m in totals})
         pull = pull_of(model, optimizer, [features], [rows], loss)
     losses, outputs, gradients, bad = dict[str, Tensor](), [], [], []
+    split_head.put_back(model.head)
     head, plain = list(model.head.parameters()), plain_layer(model, optimizer, loss)
     for modality in features:
         h = features[modality].detach().requires_grad_()
