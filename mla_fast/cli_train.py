@@ -96,7 +96,7 @@ def carry_out(
     how = {"checkpoint": checkpoint, "checkpoint_every": arguments.checkpoint_every, "patience": arguments.patience}
     validation = ranks.share(data.loader(validation_sets[0], 1024), ranks.EveryOther) if validation_sets else None
     batches = data.loader(train_set, config["batch_size"], shuffle=True, workers=arguments.workers)
-    with limited(config["threads"]):
+    with limited(config["threads"]), ranks.naming_the_unused():
         trainer.fit(ranks.share(batches, ranks.ShareOfBatches), epochs, validation=validation, **how)
         finish(arguments.output, trainer, shuffled(test_set), complete=is_complete(test_set), best=best)
 

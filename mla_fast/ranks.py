@@ -114,6 +114,20 @@ def together() -> Iterator[None]:
     exchange(None, world(), failure)
 
 
+@contextlib.contextmanager
+def naming_the_unused() -> Iterator[None]:
+    """Raise ValueError that names --encoder for what DistributedDataParallel says of parameters that a pass has not used."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Expected to have finished reduction" not in str(error):
+            raise
+        raise ValueError(
+            "--encoder: expected all parameters to be used in every pass, as ranks wait for all gradients, got one of one's own "
+            "where some are not: leave them out, or freeze them with requires_grad_(False)"
+        ) from error
+
+
 def from_first(function: Callable[[], T]) -> T:
     """Return what the first rank's call returns, or raise what it raises, on every rank."""
     value = None

@@ -214,6 +214,19 @@ def test_bad_input_is_an_error_on_all_ranks_that_names_it(archive, tmp_path):
         )
 
 
+class Idle(torch.nn.Linear):
+    """An encoder with a layer that nothing goes through."""
+
+    def __init__(self):
+        super().__init__(7, 4)
+        self.unused = torch.nn.Linear(2, 2)
+
+
+def test_a_parameter_that_no_pass_uses_is_refused_by_name(archive, tmp_path):
+    argv = command(archive, tmp_path / "run", "--encoder", f"sound={__name__}:Idle", "--features", 4)
+    refused(run_command([argv] * 2, tmp_path), "--encoder: expected all parameters to be used in every pass")
+
+
 def test_what_one_process_does_is_refused_by_name(archive, tmp_path):
     predict = ["predict", tmp_path / "c.pt", archive]
     for argv, text in ((["demo"], "demo: "), (predict, "predict: "), (["env"], "env: ")):
