@@ -74,7 +74,7 @@ def test_the_gap_worked_out():
     assert gap.gap([right, up]) == pytest.approx(2**0.5)
     assert gap.gap([right, right]) == 0 and gap.gap([right, -right]) == pytest.approx(2)
     assert gap.gap([right, up, right]) == pytest.approx(2 * 2**0.5 / 3)
-    assert gap.normalised(torch.zeros(1, 2)).tolist() == [[0, 0]]  # a dead encoder
+    assert gap.directions(torch.zeros(1, 2)).tolist() == [[0, 0]]  # a dead encoder
 
 
 def test_the_picture_keeps_distances_within_its_plane():
@@ -83,7 +83,7 @@ def test_the_picture_keeps_distances_within_its_plane():
     features = [torch.randn(n, 2) @ turned for n in (4, 7)]
     points = gap.projected(features)
     assert [p.shape for p in points] == [(4, 2), (7, 2)]
-    expected = torch.cdist(*map(gap.normalised, features))
+    expected = torch.cdist(*map(gap.directions, features))
     torch.testing.assert_close(torch.cdist(*points), expected)
 
 

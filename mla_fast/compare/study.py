@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -201,13 +201,20 @@ def modality_gap(model: nn.Module, loader: Iterable[Any]) -> float:
         for inputs, _, present in on_device(model, (batch[:3] for batch in loader)):
             for m, (modality, x) in enumerate(inputs.items()):
                 h = encoders[modality](x if present is None else x[present[:, m]])
-                sums[modality] = (
-                    sums.get(modality, torch.zeros(())) + (h / h.norm(dim=1, keepdim=True).clamp_min(1e-12)).sum(0).cpu()
-                )
+                sums[modality] = sums.get(modality, torch.zeros(())) + directions(h).sum(0).cpu()
                 counts[modality] = counts.get(modality, 0) + len(h)
-    means = [total / counts[modality] for modality, total in sums.items() if counts[modality]]
-    distances = [(a - b).norm() for a, b in itertools.combinations(means, 2)]
-    return float(torch.stack(distances).mean())
+    return mean_distance([total / counts[modality] for modality, total in sums.items() if counts[modality]])
+
+
+def directions(h: Tensor) -> Tensor:
+    """Return h / ‖h‖ of features [N, s]."""
+    found: Tensor = h / h.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return found
+
+
+def mean_distance(points: Sequence[Tensor]) -> float:
+    """Return the mean distance over pairs of points [s]."""
+    return float(torch.stack([(a - b).norm() for a, b in itertools.combinations(points, 2)]).mean())
 
 
 def _optimizer(model: nn.Module, settings: Mapping[str, Any]) -> tuple[torch.optim.SGD, Any]:

@@ -23,6 +23,7 @@ from bench.accuracy.jobs import Study, main
 from bench.accuracy.methods import accuracy, train
 from bench.accuracy.settings import Setting
 from bench.records import Record
+from mla_fast.compare.study import directions, mean_distance
 from mla_fast.tables import markdown_table
 
 METHODS = ("Sum", "Concat", "Late fusion", "MLA none", "MLA rls", "MLA window")
@@ -54,20 +55,14 @@ def run(job: Job) -> Record:
     return result | {"points": {m: p.round(decimals=3).tolist() for m, p in zip(features, points, strict=True)}}
 
 
-def normalised(features: Tensor) -> Tensor:
-    return features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
-
-
 def gap(features: Sequence[Tensor]) -> float:
     """Mean over pairs of modalities of the distance between the means of their normalised features [N, s]; at most 2."""
-    centroids = [normalised(h).mean(0) for h in features]
-    distances = [(a - b).norm() for a, b in itertools.combinations(centroids, 2)]
-    return torch.stack(distances).mean().item()
+    return mean_distance([directions(h).mean(0) for h in features])
 
 
 def projected(features: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The normalised features of each modality on the two principal axes of all of them: [N, 2] each."""
-    rows = torch.cat([normalised(h) for h in features])
+    rows = torch.cat([directions(h) for h in features])
     rows = rows - rows.mean(0)
     axes = torch.linalg.svd(rows, full_matrices=False).Vh[:2]
     return (rows @ axes.T).split([len(h) for h in features])
