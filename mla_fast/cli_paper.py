@@ -104,13 +104,14 @@ def add_settings(p: argparse.ArgumentParser) -> None:
 
 
 def is_meant(typed: Sequence[str]) -> bool:
-    """Return whether a command line of ``train`` names a data set of the paper, in whatever spelling, in place of --data."""
+    """Return whether a command line of ``train`` names a data set of the paper in place of --data; at its beginning in whatever
+    spelling, to be told of the right one."""
 
     def plain(word: str) -> str:
         return word.lower().replace("-", "").replace("_", "")
 
-    sets = set(map(plain, SETS))
-    return not any(word.split("=")[0] == "--data" for word in typed) and any(plain(word) in sets for word in typed)
+    named = any(word in SETS for word in typed) or plain(next(iter(typed), "")) in map(plain, SETS)
+    return named and not any(word.split("=")[0] == "--data" for word in typed)
 
 
 def add_data_options(p: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ def write_report(path: Path, trainer: Trainer, answers: Answers, result: Mapping
         ("test", "Test", _test(result, said)),
         ("curves", "Curves", curves(trainer.history, epoch)),
         ("share", "The share of each modality", share(result, answers.weights())),
-        ("confusion", "Confusion matrix of the fused answer", _confusion(answers.counts, config.get("class_names"))),
+        ("confusion", "Confusion matrix of the fused answer", _confusion(answers, config.get("class_names"))),
         ("settings", "Settings", page.table(list(settings.items()))),
     ]
     path.write_text(page.page(title, sections), encoding="utf-8")
@@ -38,7 +38,8 @@ def write_report(path: Path, trainer: Trainer, answers: Answers, result: Mapping
 class Answers:
     """The confusion matrix of fused answers, [true class][predicted class], and the mean weight of each modality (eq. 8).
 
-    Samples without any modality are left out, and logits that are NaN are no answer. counts: None of more than 100 classes.
+    Samples without any modality are left out, and logits that are NaN are no answer. counts: None of more than 100 classes, and
+    before the first batch.
     """
 
     def __init__(self, modalities: Sequence[str]):
@@ -113,10 +114,10 @@ def share(result: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     return f'{page.table(rows, header)}<p class="note">{said}</p>{page.svg(figure)}'
 
 
-def _confusion(counts: Tensor | None, names: Sequence[str] | None) -> str:
-    if counts is None:
-        return f"<p>Left out, of more than {MOST} classes.</p>"
-    return page.confusion(counts.tolist(), names or [str(c) for c in range(len(counts))])
+def _confusion(answers: Answers, names: Sequence[str] | None) -> str:
+    if answers.counts is None:
+        return f"<p>Left out, of more than {MOST} classes.</p>" if answers.samples else "<p>Nothing was answered.</p>"
+    return page.confusion(answers.counts.tolist(), names or [str(c) for c in range(len(answers.counts))])
 
 
 def _test(result: Mapping[str, Any], said: list[str]) -> str:

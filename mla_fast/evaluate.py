@@ -19,7 +19,7 @@ from mla_fast.model import MultimodalModel
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused
 
-Watch = Callable[[tuple[str, ...], Fused, Tensor], None]  # (the modalities of a batch, its prediction, its target)
+OnBatch = Callable[[tuple[str, ...], Fused, Tensor], None]  # (the modalities of a batch, its prediction, its target)
 
 
 class Sums(dict[str, list[Any]]):
@@ -87,11 +87,13 @@ def evaluate(
     group: dist.ProcessGroup | None,
     use_test: bool = False,
     loss: Loss | None = None,
-    watch: Watch | None = None,
+    on_batch: OnBatch | None = None,
 ) -> dict[str, Any]:
-    """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`; `watch` is called for each
-    batch of this one."""
-    found, failure = _Found(model, use_test, loss, watch), None
+    """Do what ``Trainer.evaluate`` documents, on `device`, over the samples of all ranks of `group`.
+
+    on_batch: called for each batch of this rank.
+    """
+    found, failure = _Found(model, use_test, loss, on_batch), None
     rank, size = rank_and_size(group)
     try:
         for i, batch in enumerate(loader):
@@ -126,8 +128,8 @@ class Without(NamedTuple):
 class _Found:
     """What one rank has counted so far."""
 
-    def __init__(self, model: MultimodalModel, use_test: bool, loss: Loss | None, watch: Watch | None):
-        self.model, self.use_test, self.given, self.watch = model, use_test, loss, watch
+    def __init__(self, model: MultimodalModel, use_test: bool, loss: Loss | None, on_batch: OnBatch | None):
+        self.model, self.use_test, self.given, self.on_batch = model, use_test, loss, on_batch
         self.samples, self.loss = 0, Sums()
         self.tallies: dict[str | Without, Tally] = {}
 
@@ -144,8 +146,8 @@ class _Found:
         seen, some = model.seen_by(inputs), here.any(1)
         fused = fuse(model.fusion, logits, len(inputs), plan, seen)
         prediction = model.corrected(fused, features, plan)
-        if self.watch is not None:
-            self.watch(tuple(inputs), prediction, target)
+        if self.on_batch is not None:
+            self.on_batch(tuple(inputs), prediction, target)
         together: dict[str | Without, Tensor] = {
             "average": torch.stack(plan.unpack(list(parts))).sum(0),  # as good as the mean for the largest class
             "fused": prediction.logits,

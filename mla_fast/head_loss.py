@@ -37,11 +37,11 @@ def is_large(layer: HeadLayer, rows: float) -> bool:
 
 
 def backward(
-    layer: HeadLayer, features: Tensor, target: Tensor, total: float, weights: Tensor | None = None
+    layer: HeadLayer, features: Tensor, target: Tensor, total: float, weights: Tensor | None = None, most: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Leave the head's gradients of eq. 2 in ``.grad``, count the features, and return (loss, ∂L/∂features), under ``no_grad``.
 
-    Of a head that is split by rows the loss is the mean of the ranks'.
+    Of a head that is split by rows the loss is the mean of the ranks', and `most` the largest n of any of them.
 
     features: [n, s] of the weight's dtype, if the logits are few; target: [n]; the loss is a share of the mean over `total` rows,
     or with weights [n] their weighted sum.
@@ -50,7 +50,7 @@ def backward(
     if layer.sharded:
         terms = ops.terms_of(target, len(weight), weight.dtype, total=total, weights=weights)
         layer.features.add(features)
-        return split_head.backward(layer.module, features, target, terms)
+        return split_head.backward(layer.module, features, target, terms, most)
     if is_large(layer, len(target)):
         terms = ops.terms_of(target, len(weight), weight.dtype, total=total, weights=weights)
         loss, grad_features, weight.grad, grad_bias = ops.gradients(features, target, weight, bias, terms)

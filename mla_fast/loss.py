@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -174,3 +175,13 @@ def record_seen(model: MultimodalModel, modality: str, target: Tensor, weights: 
 
 def _name(loss: Any) -> str:
     return getattr(loss, "__name__", type(loss).__name__)
+
+
+def name_of(loss: Loss | None) -> str:
+    """Return what a run tells its loss by: the name of a function, or of a module's class."""
+    if loss is None:
+        return "cross_entropy"
+    if isinstance(loss, functools.partial):
+        loss = loss.func
+    loss = getattr(loss, "_orig_mod", loss)  # of torch.compile
+    return str(getattr(loss, "__name__", type(loss).__name__))

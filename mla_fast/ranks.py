@@ -239,6 +239,9 @@ def share(loader: DataLoader[Any], by: type[ShareOfBatches] | type[EveryOther]) 
     """
     if not several():
         return loader
-    of_all: Any = loader.sampler
-    own = Announced(by(of_all.sampler, *rank_and_size(world())), of_all.dataset)
+    batches: Any = loader.sampler
+    if isinstance(batches, Announced):  # what another rank reads is no concern of this one's disk
+        own: Sampler[list[int]] = Announced(by(batches.sampler, *rank_and_size(world())), batches.dataset)
+    else:
+        own = by(batches, *rank_and_size(world()))
     return DataLoader(loader.dataset, sampler=own, batch_size=None, num_workers=loader.num_workers)

@@ -4,31 +4,52 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mla_fast.distributed import all_reduce_sum
+from mla_fast.distributed import exchange
 from mla_fast.evaluate import Sums
 from mla_fast.inputs import Inputs, describe
 from mla_fast.random_state import Replayable, random_states, set_random_states
 
 Loader = Iterable[Any] | Mapping[str, Iterable[Any]]
+_FACTOR, _MODULUS = 2654435761, 2**31 - 1  # of labels' marks
 _OF_THE_EPOCH = "expected the one that this epoch was begun with (another Trainer begins anew)"
+
+
+class Taken(NamedTuple):
+    """What batches were of, over all ranks the sum of each one's. mark: tells the labels of the batches from others."""
+
+    samples: int
+    mark: int | Tensor
+
+    def with_(self, other: Taken) -> Taken:
+        return Taken(self.samples + other.samples, (self.mark + other.mark) % _MODULUS)
+
+    def on_host(self) -> Taken:
+        return Taken(self.samples, int(self.mark))
+
+
+def taken(number: int, target: Tensor) -> Taken:
+    """Return what the batch of this number in an epoch is of; nobody waits for a device."""
+    bits = target.float().view(torch.int32) if target.is_floating_point() else target
+    return Taken(len(target), (bits.long() * _FACTOR % _MODULUS).sum() % _MODULUS * (number + 1) % _MODULUS)
 
 
 class Position:
     """The batches of the current epoch that were trained on, their losses, and the random states that its data is drawn with."""
 
     def __init__(self) -> None:
-        self.batches = self.rows = 0  # the latter this rank's
+        self.batches = 0
+        self.taken = Taken(0, 0)  # by this rank, in these batches
         self.losses = Sums()  # in float64, by modality
         self.data: dict[str, Any] | None = None  # the states that the epoch's first batch was drawn with
         self.random: dict[str, Any] | None = None  # to go on with, whatever has been drawn since `load`
         self._loaded = False
-        self._expected: int | None = None  # rows of all ranks, where another number of them has trained on these batches
+        self._expected: Taken | None = None  # by all ranks, where another number of them has trained on these batches
 
     def start_fit(self, seed: int | None, epoch: int) -> None:
         """Set the random states of a run that begins, or goes on."""
@@ -38,8 +59,20 @@ class Position:
         elif epoch == 0 and self.batches == 0 and seed is not None:
             torch.manual_seed(seed)
 
-    def begin(self, loader: Loader, epoch: int, modalities: tuple[str, ...]) -> Replayable:
+    def begin(
+        self, loader: Loader, epoch: int, modalities: tuple[str, ...], group: dist.ProcessGroup | None = None
+    ) -> Replayable:
         """Return the epoch's batches, without those that were trained on before."""
+        batches, failure = None, None
+        try:
+            batches = self._begin(loader, epoch, modalities)
+        except Exception as error:
+            failure = error
+        self._check_taken(group, failure)
+        assert batches is not None  # or there was a failure
+        return batches
+
+    def _begin(self, loader: Loader, epoch: int, modalities: tuple[str, ...]) -> Replayable:
         for sampler in _samplers(loader):
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
@@ -55,28 +88,42 @@ class Position:
             set_random_states(self.data)
         begin = (lambda: take_turns(loader, modalities)) if isinstance(loader, Mapping) else (lambda: iter(loader))
         batches = Replayable(begin, self.data["torch"])
-        taken = [len(batch[1]) for batch in itertools.islice(batches, self.batches)]
-        if len(taken) < self.batches:
+        skipped, number = Taken(0, 0), 0
+        for batch in itertools.islice(batches, self.batches):
+            if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+                raise ValueError(f"loader: {_OF_THE_EPOCH}, of batches (inputs, target, …), got {describe(batch)}")
+            skipped, number = skipped.with_(taken(number, batch[1])), number + 1
+        if number < self.batches:
             raise ValueError(f"loader: {_OF_THE_EPOCH}, which had at least {self.batches} batches, got one with fewer")
-        self.rows = sum(taken)
+        self.taken = skipped
         if self.batches:
             set_random_states(now)
         return batches
 
-    def check_rows(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        """Raise ValueError on all ranks where another number of them has trained on other samples in these batches."""
-        expected, self._expected = self._expected, None
-        if expected is not None:
-            found = int(all_reduce_sum(torch.tensor(self.rows), group, device))
-            if found != expected:
-                raise ValueError(
-                    f"loader: expected the batches that this epoch was begun with on another number of ranks, {self.batches} of "
-                    f"{expected} samples in all, got {found} samples: keep the batch size times the ranks"
-                )
+    def _check_taken(self, group: dist.ProcessGroup | None, failure: Exception | None) -> None:
+        """Raise ValueError on all ranks where another number of them has trained on other samples in these batches, and the
+        failure of a rank that has not read them."""
+        expected = self._expected
+        if expected is None:
+            if failure is not None:
+                raise failure
+            return
+        found = Taken(0, 0)
+        for own in exchange(self.taken.on_host(), group, failure):
+            found = found.with_(own)
+        if found != expected:
+            others = "others" if found.samples == expected.samples else str(found.samples)
+            raise ValueError(
+                f"loader: expected the batches that this epoch was begun with on another number of ranks, {self.batches} of "
+                f"{expected.samples} samples over all of them, got {others}: the batches of all ranks together must stay"
+            )
+        self._expected = None
 
     def advance(self, group: Sequence[Sequence[Any]]) -> None:
         """Count batches (inputs, target, …) that were trained on."""
-        self.batches, self.rows = self.batches + len(group), self.rows + sum(len(batch[1]) for batch in group)
+        for batch in group:
+            self.taken = self.taken.with_(taken(self.batches, batch[1]))
+            self.batches += 1
 
     def _restore_generators(self, loader: Loader, generators: list[torch.Generator | None]) -> None:
         """Set them to where this epoch began; inside of it the loaders have one where they had one then."""
@@ -91,17 +138,23 @@ class Position:
 
     def end_epoch(self, batches: Replayable, loader: Loader) -> None:
         """Begin the next epoch with what the loader draws next."""
-        self.batches, self.rows, self.losses = 0, 0, Sums()
+        self.batches, self.taken, self.losses = 0, Taken(0, 0), Sums()
         self.data = {**(self.data or {}), "torch": batches.state, "generators": _states(_generators(loader))}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of a checkpoint."""
         losses = {modality: (total.cpu(), number) for modality, (total, number) in self.losses.items()}
-        return {"random": self.random or random_states(), "data": self.data, "losses": losses, "rows": self.rows}
+        return {
+            "random": self.random or random_states(),
+            "data": self.data,
+            "losses": losses,
+            "taken": tuple(self.taken.on_host()),
+        }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.losses = Sums({modality: [total.to(device), number] for modality, (total, number) in state["losses"].items()})
         self.data, self._loaded, self._expected = state["data"], state["data"] is not None, state.get("expected")
+        self.taken = Taken(*state.get("taken", (0, 0)))
         self.random = state["random"]
         set_random_states(state["random"])
 
@@ -109,24 +162,22 @@ class Position:
 def shared_anew(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
     """Return a rank's part of a checkpoint that another number of ranks has saved inside of an epoch.
 
-    Raises ValueError where those have not drawn their batches alike: what each of them has trained on is then not known here.
+    Raises ValueError for one from before these could go on. Whether the loaders give the batches that those ranks had shows when
+    the epoch begins.
     """
     first, K = states[0], len(states)
-    if any(not _alike(first["data"], state["data"]) for state in states[1:]):
-        raise ValueError(f"expected {K} ranks, which have drawn their batches each by itself")
+    if not all("taken" in state for state in states):
+        raise ValueError(f"expected {K} ranks, by an mla_fast that did not say yet what they had trained on")
     names = dict.fromkeys(name for state in states for name in state["losses"])
     losses = {}  # every rank the mean, so that a batch of before counts as one of now does
     for name in names:
         pairs = [state["losses"][name] for state in states if name in state["losses"]]
         losses[name] = (torch.stack([total for total, _ in pairs]).sum() / K, sum(number for _, number in pairs) / K)
-    rows = sum(state.get("rows", 0) for state in states)
-    return {**first, "random": states[rank % K]["random"], "losses": losses, "expected": rows}
-
-
-def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the data of an epoch are drawn alike from both."""
-    pairs = [(one["torch"], other["torch"]), *zip(one["generators"], other["generators"], strict=True)]
-    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+    expected = Taken(0, 0)
+    for state in states:
+        expected = expected.with_(Taken(*state["taken"]))
+    own = tuple(expected) if rank == 0 else (0, 0)  # so that what is saved before the epoch goes on adds up to it
+    return {**first, "random": states[rank % K]["random"], "losses": losses, "taken": own, "expected": expected}
 
 
 def _fresh_state() -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_fast.caller import warn
 from mla_fast.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from mla_fast.distributed import (
     all_gather_object,
@@ -20,7 +21,7 @@ from mla_fast.distributed import (
     without_compile,
 )
 from mla_fast.growing import SEEN
-from mla_fast.loss import Loss
+from mla_fast.loss import Loss, name_of
 from mla_fast.modality_dict import parameter_prefix
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
@@ -45,8 +46,6 @@ class Run:
     def _kinds(self) -> dict[str, str]:
         kinds = {**self.parts, "optimizer": self.optimizer.optimizer}
         names = {name: "none" if part is None else type(part).__name__ for name, part in kinds.items()}
-        loss = getattr(self.loss, "func", self.loss)  # of a partial
-        names["loss"] = "cross_entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__)
         return {**names, "fusion": self.model.fusion}
 
     def save(self, path: str | Path, run: dict[str, Any], own: dict[str, Any]) -> None:
@@ -59,6 +58,7 @@ class Run:
             "seen": self.model.seen.state_dict(),
             **{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
             "kinds": self._kinds(),
+            "loss": name_of(self.loss),
             "ranks": all_gather_object(own, group),
         }
         failure: Exception | None = None
@@ -95,6 +95,9 @@ class Run:
         load_portable_state_dict(self.model, own | saved["model"])
         kept = {name: mask for name, mask in self.model.seen.state_dict().items() if name in later}
         self.model.seen.load_state_dict(kept | saved.get("seen", {}))
+        now = name_of(self.loss)
+        if (before := saved.get("loss", now)) != now:
+            warn(f"resume: the run was saved with loss {before}, and goes on with {now}")
         return saved, None if later else of_rank
 
     def _added_since(self, path: str | Path, saved: Mapping[str, Any]) -> list[str]:

@@ -4,12 +4,16 @@
     G_r = δ_rᵀ H,  ∂L/∂b_r = Σ_n δ_rn    complete where they are
     ∂L/∂H = Σ_r δ_r W_r                  each rank gets the rows of its own samples
 
-The ranks send N s features there and N s numbers of their gradients back, and four numbers a row for the softmax. A call of the
-head would send all of W [C, s] to each of them, and its gradient back.
+The ranks send N features there and N gradients back, of each row its label, what it counts and four numbers of the softmax. A
+call of the head would send all of W [C, s] to each of them, and its gradient back.
+
+What ``fully_shard`` has done to a module is known by its class and the class of its hooks, which torch does not document: with
+another torch the head would be called, as it is wherever it is more than a product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,12 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_fast import ops
-from mla_fast.head import local
+from mla_fast.head import HeadLayer, local
 from mla_fast.ops import Terms
-
-# Their names since torch 2.13, which warns of those before.
-gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def put_back(head: nn.Module) -> None:
@@ -43,38 +43,41 @@ def gathers(hook: Any) -> bool:
     return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"
 
 
-def pays(module: nn.Linear, total: float, group: dist.ProcessGroup | None) -> bool:
-    """Whether features are less to send than weights. total: samples of a rank in the mean; the same on all ranks, as they agree.
+def fullest(layer: HeadLayer, bare: bool, rows: Mapping[str, int], group: dist.ProcessGroup | None) -> dict[str, int]:
+    """Return how many rows of each modality the rank with most of them has, of the modalities whose features are less to send
+    than the weight; none where the head has to be called.
 
-    False where other ranks than those of `group` have the rows.
+    bare: whether this rank may spare a call. rows: of each modality, on this rank. All ranks come to the same: they ask each
+    other, once a batch, and the host waits for the answer before the encoders begin. Nobody asks of a head that is whole, or
+    whose rows are on other ranks than those of `group`.
     """
-    mesh = _mesh(module)
-    return group is not None and mesh.size() == dist.get_world_size(group) and total * mesh.size() < len(module.weight)
+    if group is None or not layer.sharded or _mesh(layer.module).size() != dist.get_world_size(group):
+        return {}
+    counts = torch.tensor([*rows.values(), not bare], device=local(layer.module.weight).device)
+    dist.all_reduce(counts, dist.ReduceOp.MAX, group)
+    *most, called = counts.tolist()
+    C, ranks = layer.module.out_features, dist.get_world_size(group)
+    return {} if called else {m: n for m, n in zip(rows, most, strict=True) if ranks * n < C}
 
 
-def backward(module: nn.Linear, features: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+def backward(module: nn.Linear, features: Tensor, target: Tensor, terms: Terms, most: int) -> tuple[Tensor, Tensor]:
     """Leave this rank's part of the head's gradients, the mean over ranks, in ``.grad``; return (mean loss, ∂L/∂features).
 
-    features: [n, s] of this rank, of any n; target: int64 [n]; terms: of this rank's loss, without smoothing or class weights.
+    features: [n, s] of this rank; target: int64 [n]; terms: of this rank's loss, without smoothing or class weights; most: the
+    largest n of any rank.
     """
-    mesh, n, s = _mesh(module), len(features), features.shape[1]
-    group, ranks = mesh.get_group(), mesh.size()
+    mesh, n = _mesh(module), len(features)
+    group, ranks, room = mesh.get_group(), mesh.size(), (0, 0, 0, most - n)
     weight, bias = local(module.weight), None if module.bias is None else local(module.bias)
-    part = -(-len(module.weight) // ranks)  # as torch.chunk splits
-    largest = features.new_full((), n, dtype=torch.int64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    room = int(largest) - n
-    H = _gathered(F.pad(features, (0, 0, 0, room)), group, ranks)
+    part = -(-module.out_features // ranks)  # as torch.chunk splits
     about = torch.stack([target.double(), terms.own.double() / ranks], 1)  # rows that only fill up count nothing
-    labels, own = _gathered(F.pad(about, (0, 0, 0, room)), group, ranks).unbind(1)
+    label, own = _gathered(F.pad(about, room), group, ranks).unbind(1)
     own = own.to(terms.own.dtype)
-    of_all = Terms(own, torch.zeros_like(own), None, float(len(module.weight)), False)
-    label = labels.long() - mesh.get_local_rank() * part
-    loss, of_features, of_weight, of_bias = ops.gradients(H, label, weight, bias, of_all, over=_Softmax(group, part))
+    of_all = Terms(own, torch.zeros_like(own), None, float(module.out_features), False)
+    H, own_label = _gathered(F.pad(features, room), group, ranks), label.long() - mesh.get_local_rank() * part
+    loss, of_features, of_weight, of_bias = ops.gradients(H, own_label, weight, bias, of_all, over=_Softmax(group, part))
     assert of_features is not None and of_weight is not None
-    sent = of_features.to(of_weight.dtype)
-    found = sent.new_empty(n + room, s)
-    reduce_scatter(found, sent, group=group)
+    found = _added_up(of_features.to(of_weight.dtype), group, ranks)
     _leave_gradient(module.weight, of_weight)
     if of_bias is not None:
         _leave_gradient(module.bias, of_bias)
@@ -99,8 +102,18 @@ class _Softmax:
 
 
 def _gathered(x: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
+    """Return [ranks · n, …] of the ranks' [n, …]."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 warns of the latter
     found = x.new_empty(ranks * len(x), *x.shape[1:])
     gather(found, x.contiguous(), group=group)
+    return found
+
+
+def _added_up(x: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
+    """Return this rank's [n, …] of the sum of the ranks' [ranks · n, …]."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    found = x.new_empty(len(x) // ranks, *x.shape[1:])
+    scatter(found, x, group=group)
     return found
 
 

@@ -74,16 +74,20 @@ def steps_together(
 ) -> dict[str, Tensor]:
     """Take one step of each modality with one backward pass through all encoders; returns the mean losses."""
     optimizer.zero_grad()
+    split_head.put_back(model.head)
+    plain = plain_layer(model, optimizer, loss)
+    counts = {m: len(rows[m].target) for m in totals}
+    most = split_head.fullest(optimizer.layers[0], plain is not None, counts, optimizer.process_group)
     with autocast(optimizer, amp):
         features = features_of(model, optimizer, {m: rows[m] for m in totals})
         pull = pull_of(model, optimizer, [features], [rows], loss)
-    losses, outputs, gradients, bad = dict[str, Tensor](), [], [], []
     split_head.put_back(model.head)
-    head, plain = list(model.head.parameters()), plain_layer(model, optimizer, loss)
+    losses, outputs, gradients, bad, head = dict[str, Tensor](), [], [], [], list(model.head.parameters())
     for modality in features:
         h = features[modality].detach().requires_grad_()
         try:
-            losses[modality] = _head_backward(model, optimizer, plain, modality, h, rows[modality], totals[modality], amp, loss)
+            how = rows[modality], totals[modality], amp, loss, most.get(modality)
+            losses[modality] = _head_backward(model, optimizer, plain, modality, h, *how)
         except LoneRowError as error:
             leave_out(optimizer, error)
             continue
@@ -150,11 +154,12 @@ def _head_backward(
     total: float,
     amp: torch.dtype | None,
     loss: Loss | None,
+    most: int | None,
 ) -> Tensor:
-    """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss."""
-    if plain is not None and _spares_a_call(plain, optimizer, features, rows, total, amp):
+    """Leave ∂L/∂features and the head's gradients in ``.grad``; returns the loss. most: as ``split_head.fullest`` says."""
+    if plain is not None and _spares_a_call(plain, optimizer, features, rows, amp, most):
         with torch.no_grad(), _weighted(optimizer, rows.weights), autocast(optimizer, amp):
-            found, features.grad = head_loss.backward(plain, features.detach(), rows.target, total, rows.weights)
+            found, features.grad = head_loss.backward(plain, features.detach(), rows.target, total, rows.weights, most or 0)
         return found
     with torch.enable_grad(), _weighted(optimizer, rows.weights):
         with autocast(optimizer, amp):
@@ -165,12 +170,12 @@ def _head_backward(
 
 
 def _spares_a_call(
-    layer: HeadLayer, optimizer: MLAOptimizer, features: Tensor, rows: Rows, total: float, amp: torch.dtype | None
+    layer: HeadLayer, optimizer: MLAOptimizer, features: Tensor, rows: Rows, amp: torch.dtype | None, most: int | None
 ) -> bool:
     """Whether logits are better not had from a call: they are many, or the head is split, or nothing is cast and every row counts
     alike."""
     if layer.sharded:
-        return split_head.pays(layer.module, total, optimizer.process_group)
+        return most is not None
     if head_loss.is_large(layer, len(rows.target)):
         return True
     automatic = amp is not None or torch.is_autocast_enabled(optimizer.device.type)

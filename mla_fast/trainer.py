@@ -172,8 +172,7 @@ class Trainer(Phases):
         self.model.train()
         position = self._position
         with self._told_to_all():
-            batches = position.begin(loader, self.epoch, self.model.modalities)
-        position.check_rows(self.optimizer.process_group, self.device)
+            batches = position.begin(loader, self.epoch, self.model.modalities, self.optimizer.process_group)
         at_once = self.accumulate * (len(loader) if isinstance(loader, Mapping) else 1)
         try:
             total = None if isinstance(loader, Mapping) else len(loader)  # type: ignore[arg-type]

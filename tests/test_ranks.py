@@ -59,7 +59,7 @@ class Stop(Exception):
     pass
 
 
-def resumed(folder, leave_at, size, rank, world):
+def resumed(folder, leave_at, size, rank, world, seed=0):
     """Some epochs from a checkpoint, if there is one, until batch `leave_at` of the run, on global batches of `size`."""
     model = make_model(dtype=f64)
     model = mla.distribute(model) if world > 1 else model
@@ -67,7 +67,7 @@ def resumed(folder, leave_at, size, rank, world):
     trainer = mla.Trainer(model, optimizer, seed=0, progress=False)
     if (folder / "c.pt").exists():
         trainer.resume(folder / "c.pt")
-    batches = ranks.share(mla.data.loader(samples(), size, shuffle=True), ranks.ShareOfBatches)
+    batches = ranks.share(mla.data.loader(samples(seed), size, shuffle=True), ranks.ShareOfBatches)
     trained_on = trainer._train_on
 
     def until(group):
@@ -84,12 +84,14 @@ def resumed(folder, leave_at, size, rank, world):
 
 
 def test_another_number_of_ranks_goes_on_inside_of_an_epoch(tmp_path):
-    for name in ("alone", "two", "wrong", "three"):  # whose ranks find each other there
+    for name in ("alone", "two", "wrong", "other", "three"):  # whose ranks find each other there
         (tmp_path / name).mkdir()
     expected, history = resumed(tmp_path / "alone", None, 8, 0, 1)
     run_ranks(functools.partial(resumed, tmp_path, 16, 8), 2, tmp_path / "two")
     wrong = run_ranks(functools.partial(resumed, tmp_path, 40, 12), 3, tmp_path / "wrong")
-    assert all("5 of 40 samples in all, got 60 samples: keep the batch size times the ranks" in said for said in wrong)
+    assert all("5 of 40 samples over all of them, got 60: the batches of all ranks" in said for said in wrong)
+    other = run_ranks(functools.partial(resumed, tmp_path, 40, 8, seed=1), 3, tmp_path / "other")
+    assert all("5 of 40 samples over all of them, got others: the batches" in said for said in other)
     resumed(tmp_path, 25, 8, 0, 1)
     found = run_ranks(functools.partial(resumed, tmp_path, None, 8), 3, tmp_path / "three")
     for state, records in found:

@@ -11,23 +11,24 @@ import mla_fast as mla
 from mla_fast.ops import large_head
 
 f64, S, STEPS = torch.float64, 5, 12
-MANY, FEW = 67, 4  # classes: with these samples the rows stay, or a call puts them together; neither is divided by the ranks
-SAMPLES = (7, 4, 0)  # of each rank
+# Classes: with these samples the rows stay, or a call puts them together; of five, with one a rank, the last of four has none.
+MANY, FEW, ODD = 67, 4, 5
+SAMPLES = (7, 4, 0, 2)  # of each rank
 
 
-def make(classes, split, projection="rls", bias=True, **settings):
+def make(classes, split, with_bias=True, **settings):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(3)
-    model = make_model(dtype=f64, s=S, head=nn.Linear(S, classes, bias=bias))
+    model = make_model(dtype=f64, s=S, head=nn.Linear(S, classes, bias=with_bias))
     for part in (*model.encoders.values(), model.head) if split else ():
         fully_shard(part)
-    return model, wrap(model, projection=projection, **settings)
+    return model, wrap(model, **settings)
 
 
 def batch_of(rank, step, classes):
     """Samples of a rank; of the first rank's none has text."""
-    N, seed = SAMPLES[rank], 100 * step + rank
+    N, seed = min(SAMPLES[rank], 1 if classes == ODD else 99), 100 * step + rank
     present = torch.rand(N, len(ALTERNATION), generator=torch.Generator().manual_seed(seed)) < 0.7
     present[:, 2] &= rank != 0
     inputs = {m: x.to(f64) for m, x in make_inputs(N, seed=seed).items()}
@@ -47,7 +48,8 @@ def joined(batches):
 CASES = [
     (MANY, {"projection": "rls"}),
     (MANY, {"projection": "window", "bias": "project"} | {"target": "update"}),
-    (MANY, {"projection": "none"}),
+    (MANY, {"projection": "none", "with_bias": False}),
+    (ODD, {"projection": "rls", "bias": "project"}),
     (FEW, {"projection": "rls", "target": "update"}),
 ]
 
@@ -72,7 +74,7 @@ def trained(rank, world):
 
 
 @pytest.mark.filterwarnings("ignore:step skipped")
-@pytest.mark.parametrize("world", [2, *exhaustive(3)])
+@pytest.mark.parametrize("world", [2, *exhaustive(4)])
 def test_ranks_are_one_process_with_all_samples(tmp_path, world):
     ranks = run_ranks(trained, world, tmp_path)
     for (classes, settings), *found in zip(CASES, *ranks, strict=True):

@@ -5,6 +5,7 @@ import errno
 import functools
 import itertools
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -441,10 +442,6 @@ def averaging():
     return make_trainer(mla.MultimodalModel(dict(model.encoders.items()), model.head, fusion="mean"), cosine)
 
 
-def another_loss():
-    return make_trainer(None, cosine, loss=nn.CrossEntropyLoss(label_smoothing=0.1))
-
-
 def two_groups():
     trainer = make_trainer()
     groups = [{"params": trainer.model.encoders.parameters()}, {"params": trainer.model.head.parameters()}]
@@ -487,7 +484,6 @@ def test_a_head_that_was_replaced_is_refused():
         (fewer_modalities, r"of this model, .* encoders.text.0.bias none ≠ \(5,\)"),
         (make_trainer, "c.pt: expected it to be saved with scheduler none, got CosineAnnealingLR"),
         (averaging, "c.pt: expected it to be saved with fusion mean, got entropy"),
-        (another_loss, "c.pt: expected it to be saved with loss CrossEntropyLoss, got cross_entropy"),
         (two_groups, "parameter group"),
     ],
 )
@@ -500,6 +496,15 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path, make, error):
     assert_bitwise(state(trainer), before)
     assert trainer.epoch == 0 and trainer.history == [] and trainer.optimizer.settings == settings
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_going_on_with_another_loss_is_said(tmp_path):
+    make_trainer().fit(loader(), epochs=1, checkpoint=tmp_path / "c.pt")
+    with pytest.warns(UserWarning, match="^resume: the run was saved with loss cross_entropy, and goes on with CrossEntropyLoss"):
+        make_trainer(loss=nn.CrossEntropyLoss(label_smoothing=0.1)).resume(tmp_path / "c.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_trainer().resume(tmp_path / "c.pt")
 
 
 def test_plateau_scheduler_sees_the_training_loss():

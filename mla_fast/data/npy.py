@@ -26,7 +26,7 @@ class NpyFile:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self._expected = path, np.empty(0, np.int64)
         try:
             with open(path, "rb") as file:
                 start = file.read(len(LFS))
@@ -56,7 +56,7 @@ class NpyFile:
         if not found.nbytes:
             return found
         to, width, runs = _bytes(found), self.row_bytes, _runs(rows)
-        if len(runs) > 1:
+        if len(runs) > 1 and not np.array_equal(rows, self._expected):
             self._expect(runs)  # the disk looks for all of them at once
         for row, begin, end in runs:
             self._read_into(to[begin * width : end * width], self.offset + row * width)
@@ -64,6 +64,7 @@ class NpyFile:
 
     def expect(self, rows: NDArray[np.int64]) -> None:
         """Have the disk begin to read rows int64 [K] that will be asked for soon."""
+        self._expected = rows
         self._expect(_runs(rows))
 
     def _expect(self, runs: list[list[int]]) -> None:
@@ -95,6 +96,8 @@ class NpyFile:
 
 def _runs(rows: NDArray[np.int64]) -> list[list[int]]:
     """Return (first row, begin, end) of each stretch of `rows` that follow each other, in the order of the file."""
+    if not len(rows):
+        return []
     begins = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
     ends = [*begins[1:], len(rows)]
     order = np.argsort(first := rows[begins])
