@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NO_SETTINGS = ("name", "command", "config", "resume", "overwrite", "dataset", "root")  # what to run, not how
+NO_SETTINGS = ("name", "full_name", "command", "config", "resume", "overwrite", "dataset", "root")  # what to run, not how
 
 
 def config_path(argv: Sequence[str]) -> Path | None:
