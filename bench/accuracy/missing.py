@@ -19,7 +19,7 @@ from mla_fast.compare import missing_report, options
 from mla_fast.compare.command import check_installed
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.missing import compare_missing
-from mla_fast.compare.records import Record, read
+from mla_fast.compare.records import Record
 from mla_fast.data import PROTOCOLS
 
 NAMES = ("digits", "avdigits B")
@@ -45,8 +45,7 @@ def readings(found: dict[str, list[Record]]) -> str:
 def parts(results: Path) -> dict[str, str]:
     """What the report says of the records in a folder, by the names of its template."""
     found = committed(results, "missing", NAMES)
-    long = missing_report.table(read(results / "missing-long.jsonl"), "digits, 100 epochs, 1 seed")
-    return {"table 2": tables(found), "table 2 reading": readings(found), "table 2 long": long}
+    return {"table 2": tables(found), "table 2 reading": readings(found)}
 
 
 def plot(results: Path, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from mla_fast import page
 from mla_fast.compare import pictures, records
 from mla_fast.compare.findings import percent
+from mla_fast.compare.methods import TABLE_2
 from mla_fast.compare.records import Record
 from mla_fast.compare.statistics import choose, difference, estimate
 from mla_fast.tables import markdown_table
@@ -30,7 +31,8 @@ def by_rate(found: Sequence[Record], measure: str = "accuracy") -> dict[str, dic
     for rate in sorted({record["rate"] for record in found}):
         for record in choose([record for record in found if record["rate"] == rate]):
             values.setdefault(record["method"], {}).setdefault(rate, {})[record["seed"]] = record["test"][measure]
-    return values
+    order = {name: place for place, name in enumerate(TABLE_2)}  # records are in that in which runs have ended
+    return dict(sorted(values.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def table(found: Sequence[Record], title: str, measure: str = "accuracy") -> str:
