@@ -47,12 +47,11 @@ def backward(
     or with weights [n] their weighted sum.
     """
     weight, bias = layer.module.weight, layer.module.bias
-    if layer.sharded:
+    if layer.sharded or is_large(layer, len(target)):
         terms = ops.terms_of(target, len(weight), weight.dtype, total=total, weights=weights)
-        layer.features.add(features)
-        return split_head.backward(layer.module, features, target, terms, most)
-    if is_large(layer, len(target)):
-        terms = ops.terms_of(target, len(weight), weight.dtype, total=total, weights=weights)
+        if layer.sharded:
+            layer.features.add(features)
+            return split_head.backward(layer.module, features, target, terms, most)
         loss, grad_features, weight.grad, grad_bias = ops.gradients(features, target, weight, bias, terms)
         layer.features.add(features)
         assert grad_features is not None

@@ -37,7 +37,7 @@ def check_loss(loss: Any, model: MultimodalModel) -> None:
         raise ValueError(f'loss: expected reduction="mean", over the rows that it is given, got {reduction!r}')
     if isinstance(loss, NO_CLASSES) and model.fusion == "entropy":
         raise ValueError(
-            f'loss: {_name(loss)} expects MultimodalModel(…, fusion="mean"), since its outputs are no logits of classes that '
+            f'loss: {name_of(loss)} expects MultimodalModel(…, fusion="mean"), since its outputs are no logits of classes that '
             'exclude each other, got fusion="entropy"'
         )
 
@@ -111,10 +111,10 @@ def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
             raise  # it is what cannot be captured
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"target: expected one that {_name(loss)} takes beside logits {describe(logits)}, got {describe(target)}: {reason}"
+            f"target: expected one that {name_of(loss)} takes beside logits {describe(logits)}, got {describe(target)}: {reason}"
         ) from error
     if not isinstance(found, Tensor) or found.dim() or not found.is_floating_point():
-        raise ValueError(f"loss: expected a floating 0-d tensor from {_name(loss)}, the mean over rows, got {describe(found)}")
+        raise ValueError(f"loss: expected a floating 0-d tensor from {name_of(loss)}, the mean over rows, got {describe(found)}")
     return found
 
 
@@ -173,12 +173,8 @@ def record_seen(model: MultimodalModel, modality: str, target: Tensor, weights: 
         model.saw(modality, labels.clamp(min=0), labels >= 0)
 
 
-def _name(loss: Any) -> str:
-    return getattr(loss, "__name__", type(loss).__name__)
-
-
 def name_of(loss: Loss | None) -> str:
-    """Return what a run tells its loss by: the name of a function, or of a module's class."""
+    """Return what a loss is called in messages and checkpoints: the name of a function, or of a module's class."""
     if loss is None:
         return "cross_entropy"
     if isinstance(loss, functools.partial):

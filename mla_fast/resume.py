@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ class Taken(NamedTuple):
 def taken(number: int, target: Tensor) -> Taken:
     """Return what the batch of this number in an epoch is of; nobody waits for a device."""
     bits = target.float().view(torch.int32) if target.is_floating_point() else target
-    return Taken(len(target), (bits.long() * _FACTOR % _MODULUS).sum() % _MODULUS * (number + 1) % _MODULUS)
+    return Taken(len(target), (bits.long() * _FACTOR % _MODULUS).sum() * (number % 1024 + 1))  # of 2^21 labels less than 2^63
 
 
 class Position:
@@ -108,9 +109,7 @@ class Position:
             if failure is not None:
                 raise failure
             return
-        found = Taken(0, 0)
-        for own in exchange(self.taken.on_host(), group, failure):
-            found = found.with_(own)
+        found = functools.reduce(Taken.with_, exchange(self.taken.on_host(), group, failure))
         if found != expected:
             others = "others" if found.samples == expected.samples else str(found.samples)
             raise ValueError(
@@ -173,11 +172,17 @@ def shared_anew(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
     for name in names:
         pairs = [state["losses"][name] for state in states if name in state["losses"]]
         losses[name] = (torch.stack([total for total, _ in pairs]).sum() / K, sum(number for _, number in pairs) / K)
-    expected = Taken(0, 0)
-    for state in states:
-        expected = expected.with_(Taken(*state["taken"]))
+    expected = functools.reduce(Taken.with_, [Taken(*state["taken"]) for state in states])
     own = tuple(expected) if rank == 0 else (0, 0)  # so that what is saved before the epoch goes on adds up to it
     return {**first, "random": states[rank % K]["random"], "losses": losses, "taken": own, "expected": expected}
+
+
+def batches_in(loader: Loader) -> int | None:
+    """Return how many batches an epoch of a loader has; None of several loaders, and of one that does not know."""
+    try:
+        return None if isinstance(loader, Mapping) else len(loader)  # type: ignore[arg-type]
+    except TypeError:  # an iterator, or a DataLoader of one
+        return None
 
 
 def _fresh_state() -> Tensor:

@@ -37,7 +37,7 @@ class Run:
         optimizer: MLAOptimizer,
         scheduler: Any,
         scaler: torch.amp.GradScaler | None,
-        loss: Loss | None = None,
+        loss: Loss | None,
     ):
         self.model, self.optimizer, self.loss = model, optimizer, loss
         scaler = scaler if scaler is not None and scaler.is_enabled() else None

@@ -17,7 +17,7 @@ from mla_fast.head import HeadLayer
 from mla_fast.loss import Loss, check_loss, mean_loss, record_seen
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.pull import pull_of
+from mla_fast.pull import Pull, pull_of
 from mla_fast.wrapped import parameters_of
 
 
@@ -74,14 +74,12 @@ def steps_together(
 ) -> dict[str, Tensor]:
     """Take one step of each modality with one backward pass through all encoders; returns the mean losses."""
     optimizer.zero_grad()
-    split_head.put_back(model.head)
-    plain = plain_layer(model, optimizer, loss)
-    counts = {m: len(rows[m].target) for m in totals}
-    most = split_head.fullest(optimizer.layers[0], plain is not None, counts, optimizer.process_group)
+    plain, most = _closed_form(model, optimizer, {m: len(rows[m].target) for m in totals}, loss)
     with autocast(optimizer, amp):
         features = features_of(model, optimizer, {m: rows[m] for m in totals})
         pull = pull_of(model, optimizer, [features], [rows], loss)
-    split_head.put_back(model.head)
+    if pull is not None:  # which has called the head
+        split_head.put_back(model.head)
     losses, outputs, gradients, bad, head = dict[str, Tensor](), [], [], [], list(model.head.parameters())
     for modality in features:
         h = features[modality].detach().requires_grad_()
@@ -100,16 +98,20 @@ def steps_together(
         for p in head:
             p.grad = None
     try:
-        if outputs:
-            torch.autograd.backward(outputs, gradients)
-        if pull is not None:
-            pull.restore()
-        if losses:
-            _step_encoders(optimizer, [flag for flag in bad if isinstance(flag, Tensor)])
+        _step_encoders(optimizer, outputs, gradients, pull, bad)
     except BaseException:
         optimizer.zero_grad()  # what there is of this batch is not for another step to take
         raise
     return losses
+
+
+def _closed_form(
+    model: MultimodalModel, optimizer: MLAOptimizer, rows: Mapping[str, int], loss: Loss | None
+) -> tuple[HeadLayer | None, dict[str, int]]:
+    """Return the layer whose calls can be spared, and ``split_head.fullest`` of it; what is known before the encoders begin."""
+    split_head.put_back(model.head)
+    plain = plain_layer(model, optimizer, loss)
+    return plain, split_head.fullest(optimizer.layers[0], plain is not None, rows, optimizer.process_group)
 
 
 def features_of(model: MultimodalModel, optimizer: MLAOptimizer, rows: dict[str, Rows]) -> dict[str, Tensor]:
@@ -182,8 +184,22 @@ def _spares_a_call(
     return features.dtype == layer.dtype and rows.weights is None and not automatic
 
 
-def _step_encoders(optimizer: MLAOptimizer, flags: list[Tensor]) -> None:
-    """Step what has a gradient, the encoders; a fused wrapped optimizer only where no flag is set."""
+def _step_encoders(
+    optimizer: MLAOptimizer,
+    outputs: list[Tensor],
+    gradients: list[Tensor | None],
+    pull: Pull | None,
+    bad: list[bool | Tensor],
+) -> None:
+    """Differentiate the features and step what has a gradient, the encoders; a fused wrapped optimizer only where no flag on a
+    device is set. bad: of the head's steps, none where no modality had one."""
+    if outputs:
+        torch.autograd.backward(outputs, gradients)
+    if pull is not None:
+        pull.restore()
+    if not bad:
+        return
+    flags = [flag for flag in bad if isinstance(flag, Tensor)]
     if flags:
         optimizer.found_inf = torch.stack(flags).amax()
     try:

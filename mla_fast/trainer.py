@@ -23,7 +23,7 @@ from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.phases import Phases
 from mla_fast.random_state import Replayable
-from mla_fast.resume import Loader, Position
+from mla_fast.resume import Loader, Position, batches_in
 from mla_fast.run import Run
 from mla_fast.step import can_step_together, check_belong, steps_together
 from mla_fast.trainer_checks import (
@@ -174,13 +174,9 @@ class Trainer(Phases):
         with self._told_to_all():
             batches = position.begin(loader, self.epoch, self.model.modalities, self.optimizer.process_group)
         at_once = self.accumulate * (len(loader) if isinstance(loader, Mapping) else 1)
-        try:
-            total = None if isinstance(loader, Mapping) else len(loader)  # type: ignore[arg-type]
-        except TypeError:  # an iterator, or a DataLoader of one
-            total = None
         bar = tqdm(
             desc=f"epoch {self.epoch + 1}/{epochs}",
-            total=total,
+            total=batches_in(loader),
             initial=position.batches,
             leave=False,
             mininterval=0.5,

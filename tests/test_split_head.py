@@ -47,7 +47,7 @@ def joined(batches):
 
 CASES = [
     (MANY, {"projection": "rls"}),
-    (MANY, {"projection": "window", "bias": "project"} | {"target": "update"}),
+    (MANY, {"projection": "window", "bias": "project", "target": "update"}),
     (MANY, {"projection": "none", "with_bias": False}),
     (ODD, {"projection": "rls", "bias": "project"}),
     (FEW, {"projection": "rls", "target": "update"}),
