@@ -1,5 +1,6 @@
 """Table 2: what is masked in a run, who is left out, what the table and its reading say."""
 
+import argparse
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from mla_fast import cli, data
 from mla_fast.compare import missing_report
 from mla_fast.compare.learners import Budget, make_learner
 from mla_fast.compare.methods import TABLE_2, trials
-from mla_fast.compare.missing import masked
+from mla_fast.compare.missing import _rates_of_same_masks, masked
 from mla_fast.compare.options import rates
 from mla_fast.compare.records import read
 from mla_fast.compare.task import Task, hold_out
@@ -71,6 +72,48 @@ def test_a_command_makes_the_table_and_goes_on(tmp_path, capsys):
     )
     assert command(tmp_path, *options[:-2], "independent", "--missing", "0.1") == 2
     assert "has results of protocol 'cpm', expected 'independent'" in capsys.readouterr().err
+
+
+def test_what_is_masked_alike_is_run_once(tmp_path, capsys):
+    options = [
+        "--data",
+        save(tmp_path / "x.npz"),
+        "--methods",
+        "Late fusion,CCA",
+        "--seeds",
+        "0-1",
+        "--trials",
+        "1",
+        "--epochs",
+        "1",
+    ]
+    options += ["--protocol", "cpm", "--missing"]
+    assert command(tmp_path, *options, "0.4,0.5,0.7") == 0
+    assert "[8/8]" in capsys.readouterr().out
+    found = {(r["method"], r["seed"], r["rate"]): r for r in read(tmp_path / "out" / "runs.jsonl")}
+    for method in ("Late fusion", "CCA"):
+        for seed in (0, 1):
+            there, here = found[method, seed, 0.5], found[method, seed, 0.7]
+            assert here == {**there, "rate": 0.7, "run_at": 0.5} and "run_at" not in found[method, seed, 0.4]
+    assert "\n50 % to 70 % missing: " in (tmp_path / "out" / "table.md").read_text()
+    assert command(tmp_path, *options, "0.4,0.5,0.6,0.7") == 0  # what is there stays, and what is added is a copy
+    assert "8 of 8 runs are done already" in capsys.readouterr().out
+    assert len(read(tmp_path / "out" / "runs.jsonl")) == 16
+
+
+@pytest.mark.parametrize("protocol, M, alike", [("cpm", 2, [[0.5, 0.6, 0.7]]), ("cpm", 3, [[0.7, 0.8]]), ("independent", 2, [])])
+def test_masks_that_are_alike_give_the_same_run(protocol, M, alike):
+    whole = dataset()
+    inputs = {f"m{i}": x for i, x in enumerate([*whole.inputs.values(), *whole.inputs.values()][:M])}
+    each = task(data.MultimodalDataset(inputs, whole.target))
+    rates = [0.1, 0.5, 0.6, 0.7, *([0.8] if M == 3 else [])]
+    same = _rates_of_same_masks(each, argparse.Namespace(missing=rates, protocol=protocol), 0)
+    assert [[first, *others] for first, others in same.items() if others] == alike
+    assert sorted([*same, *(rate for others in same.values() for rate in others)]) == rates
+    for first, others in same.items():
+        for rate in others:
+            one, other = (masked(each, r, protocol).parts(0) for r in (first, rate))
+            assert all(torch.equal(x.present, y.present) for x, y in zip(one, other, strict=True))
 
 
 def test_data_that_really_lack_modalities(tmp_path, capsys):

@@ -16,7 +16,7 @@ from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import MISSING, TABLE_2, find, select, trials
 from mla_fast.compare.records import Record
 from mla_fast.compare.run import Job
-from mla_fast.compare.runner import begin, run_all, settings_of
+from mla_fast.compare.runner import add, begin, run_all, settings_of
 from mla_fast.compare.task import Task, Three
 from mla_fast.data import MultimodalDataset
 
@@ -44,17 +44,26 @@ class MaskedTask(Task):
             return None
         return self._standardized(seed)[0].inputs
 
+    def masks(self, parts: Sequence[MultimodalDataset], seed: int) -> list[Tensor]:
+        """Return present, bool [N, M], of each of the three parts."""
+        return [self._mask(part, 3 * seed + i) for i, part in enumerate(parts)]
+
     def _standardized(self, seed: int) -> Sequence[MultimodalDataset]:
-        masked = [self._mask(part, 3 * seed + i) for i, part in enumerate(self.split(seed))]
+        parts = self.split(seed)
+        masked = [_flat(part, present) for part, present in zip(parts, self.masks(parts, seed), strict=True)]
         return data.standardize(*masked, per=self.per)[0]
 
-    def _mask(self, part: MultimodalDataset, seed: int) -> MultimodalDataset:
-        inputs = {modality: x.flatten(1) for modality, x in part.inputs.items()}
-        present = data.PROTOCOLS[self.protocol](len(part), len(inputs), self.rate, seed)
+    def _mask(self, part: MultimodalDataset, seed: int) -> Tensor:
+        present = data.PROTOCOLS[self.protocol](len(part), len(part.modalities), self.rate, seed)
         if part.present is not None:
             both = present & part.present
             present = torch.where(both.any(1, keepdim=True), both, part.present)
-        return MultimodalDataset(inputs, part.target, part.fields, present, part.class_names)
+        return present
+
+
+def _flat(part: MultimodalDataset, present: Tensor) -> MultimodalDataset:
+    inputs = {modality: x.flatten(1) for modality, x in part.inputs.items()}
+    return MultimodalDataset(inputs, part.target, part.fields, present, part.class_names)
 
 
 def _hide(part: MultimodalDataset) -> MultimodalDataset:
@@ -96,12 +105,29 @@ def compare_missing(task: Task, arguments: argparse.Namespace, budget: Budget, *
     settings = settings_of(task, budget, [], arguments.device, protocol=arguments.protocol, **names)
     digest = ranks.from_first(lambda: begin(arguments, settings))
     device = ranks.device_name(arguments.device)
+    same = {seed: _rates_of_same_masks(task, arguments, seed) for seed in arguments.seeds}
     jobs = [
         Job(masked(task, rate, arguments.protocol), name, seed, trial, budget, (), device, digest, rate)
         for seed in arguments.seeds
-        for rate in arguments.missing
+        for rate in same[seed]
         for name in methods
         for trial in range(arguments.trials)
     ]
     found: list[Record] = run_all(jobs, arguments.output, arguments.jobs)
-    return missing_report.write(found, {**settings, "trials": arguments.trials}, arguments.output) if ranks.is_first() else ""
+    if not ranks.is_first():
+        return ""
+    others = [{**run, "rate": rate, "run_at": run["rate"]} for run in found for rate in same[run["seed"]][run["rate"]]]
+    found += add(others, arguments.output, digest)
+    return missing_report.write(found, {**settings, "trials": arguments.trials}, arguments.output)
+
+
+def _rates_of_same_masks(task: Task, arguments: argparse.Namespace, seed: int) -> dict[float, list[float]]:
+    """Return the rates at which something else is masked, each with the others of the same masks, which need no runs.
+
+    Where ``cpm`` leaves every sample one modality, as it does with two modalities from 0.5 on, a higher rate changes nothing.
+    """
+    parts, found = task.split(seed), dict[bytes, list[float]]()
+    for rate in arguments.missing:
+        present = torch.cat(masked(task, rate, arguments.protocol).masks(parts, seed))
+        found.setdefault(present.numpy().tobytes(), []).append(rate)
+    return {first: others for first, *others in found.values()}

@@ -60,14 +60,30 @@ def reading(found: Sequence[Record]) -> list[str]:
     """Return who is best at each rate and with whom it ties, and what falls short of late fusion where least is missing."""
     values = by_rate(found)
     rates = sorted({rate for rows in values.values() for rate in rows})
-    return [*(_best_at(values, rate) for rate in rates), *_short_of_late_fusion(values, rates[0])]
+    return [*(_best_at(values, same) for same in _alike(values, rates)), *_short_of_late_fusion(values, rates[0])]
 
 
-def _best_at(values: ByRate, rate: float) -> str:
-    here = {name: rows[rate] for name, rows in values.items() if rate in rows}
+def _alike(values: ByRate, rates: Sequence[float]) -> list[list[float]]:
+    """Return the rates together of which all methods have the same accuracies, as where a protocol masks the same at both."""
+    together: list[list[float]] = []
+    for rate in rates:
+        if together and _column(values, rate) == _column(values, together[-1][0]):
+            together[-1].append(rate)
+        else:
+            together.append([rate])
+    return together
+
+
+def _column(values: ByRate, rate: float) -> dict[str, Mapping[int, float]]:
+    return {name: rows[rate] for name, rows in values.items() if rate in rows}
+
+
+def _best_at(values: ByRate, rates: Sequence[float]) -> str:
+    here = _column(values, rates[0])
     best = max(here, key=lambda name: statistics.fmean(here[name].values()))
     part = f", {len(here)} of {len(values)} methods run" if len(here) < len(values) else ""
-    said = f"{100 * rate:.0f} % missing{part}: {best} is ahead with {percent(estimate(list(here[best].values())))} %"
+    shares = " to ".join(f"{100 * rate:.0f} %" for rate in sorted({rates[0], rates[-1]}))
+    said = f"{shares} missing{part}: {best} is ahead with {percent(estimate(list(here[best].values())))} %"
     if len(here[best]) < 2:
         return f"{said}; one seed cannot tell what is better."
     tied = []

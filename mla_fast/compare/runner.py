@@ -71,6 +71,16 @@ def finished(folder: Path, digest: str) -> dict[tuple[Any, ...], Record]:
     return {records.key(record, NAMES): record for record in found}
 
 
+def add(found: Sequence[Record], folder: Path, digest: str) -> list[Record]:
+    """Add runs that need no running to ``runs.jsonl``, those that it does not have, and return them as they are there."""
+    done = finished(folder, digest)
+    for record in found:
+        if (name := records.key(record, NAMES)) not in done:
+            records.append(folder / "runs.jsonl", record)
+            done[name] = record
+    return [done[records.key(record, NAMES)] for record in found]
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
