@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,15 +12,21 @@ from torch import nn
 from written_missing import LOSSES, STEP, WIDTHS, Written, batch_norm_mlp, clustering_gradient, correlation_gradient
 
 from mla_fast import data
-from mla_fast.baselines import Setup, fit_joint
+from mla_fast.baselines import Concat, Setup, fit_joint
 from mla_fast.baselines.missing import CCA, MISSING_METHODS, TATE, FittedModel, cpm_net
 from mla_fast.baselines.missing import autoencoder as ae
 from mla_fast.baselines.missing.cca import canonical_directions, correlation
-from mla_fast.baselines.missing.if_mmin import InvariantAutoencoder, central_moment_discrepancy
+from mla_fast.baselines.missing.if_mmin import InvariantAutoencoder, InvariantTeacher, central_moment_discrepancy
+from mla_fast.baselines.missing.mmin import Teacher
 from mla_fast.baselines.missing.parts import masked_reconstruction, rate, visible
-from mla_fast.baselines.missing.tate import symmetric_kl
+from mla_fast.baselines.missing.tate import _OnCompleteData, symmetric_kl
 
 C, N = 4, 13
+TEACHERS = {
+    "MMIN's teacher": lambda widths, C, **options: Teacher(widths, C, **options),
+    "IF-MMIN's teacher": lambda widths, C, **options: InvariantTeacher(widths, C, **options),
+    "TATE's teacher": lambda widths, C, **options: _OnCompleteData(TATE(widths, C, **options)),
+}
 BATCHED = [name for name, model in MISSING_METHODS.items() if not issubclass(model, FittedModel)]
 FITTED = [name for name in MISSING_METHODS if name not in BATCHED]
 
@@ -38,6 +45,17 @@ def batch(count=3, samples=N, seed=1, missing=0.4):
     return masked, torch.arange(samples) % C, present, torch.arange(samples), full
 
 
+class Gives(nn.Module):
+    """Return the same whatever it is given."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value
+
+
 def fit(model, batches, epochs):
     optimizer, scheduler = model.optimizer(epochs)
     return fit_joint(model, optimizer, batches, epochs, scheduler=scheduler)
@@ -45,17 +63,19 @@ def fit(model, batches, epochs):
 
 def make(name, count=3, **options):
     torch.manual_seed(0)
-    usual = {"dropout": 0.0} if name in BATCHED else {"test_rounds": 5} if name == "CPM-Net" else {}
-    return MISSING_METHODS[name](dict(list(WIDTHS.items())[:count]), C, **(usual | options)).double()
+    usual = {"test_rounds": 5} if name == "CPM-Net" else {} if name in FITTED else {"dropout": 0.0}
+    return (MISSING_METHODS | TEACHERS)[name](dict(list(WIDTHS.items())[:count]), C, **(usual | options)).double()
 
 
 def prepared(name, given, count=3, **options):
     model = make(name, count, **options)
+    if name in TEACHERS:
+        return model
     model.prepare(Setup([given], [given], lambda m, epochs: fit(m, [given], epochs), 2))
     return model
 
 
-@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("name", [*BATCHED, *TEACHERS])
 def test_the_loss_and_the_first_step_are_those_written_out(name):
     given = batch()
     inputs, target, present, _, full = given
@@ -65,13 +85,7 @@ def test_the_loss_and_the_first_step_are_those_written_out(name):
     loss = model.loss(*given)
     assert loss.item() == pytest.approx(LOSSES[name](model, Written(model), *arguments), rel=1e-12)
     optimizer, _ = model.optimizer(10)
-    model.gradients(loss)
-    if math.isfinite(model.clip):  # whether clipped or not, each sub-network's gradient is at most so long
-        networks = [*model.encoders.values(), *(m for n, m in model.named_children() if n != "encoders")]
-        lengths = [math.sqrt(sum(p.grad.square().sum().item() for p in n.parameters())) for n in networks]
-        assert max(lengths) <= model.clip * (1 + 1e-6)
-    model.zero_grad()
-    model.loss(*given).backward()
+    loss.backward()
     model.fixed = Written(model).features(inputs, present.numpy()) if name == "MMIN" else None
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     net, random = Written(model), np.random.default_rng(5)
@@ -80,11 +94,61 @@ def test_the_loss_and_the_first_step_are_those_written_out(name):
         slope = LOSSES[name](model, net.towards(direction), *arguments).imag / STEP
         found = sum((p.grad.numpy() * direction[n]).sum() for n, p in model.named_parameters() if n in direction)
         assert found == pytest.approx(slope, rel=1e-9, abs=1e-12), part
-    gradients = {n: p.grad.clone() + model.decay * before[n] for n, p in model.named_parameters()}
+    raw = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradients(1e4 * model.loss(*given))  # so long that every part is clipped
+    lengths = dict.fromkeys(part_of(n) for n in before)
+    for part in lengths:
+        lengths[part] = 1e4 * math.sqrt(sum(g.square().sum().item() for n, g in raw.items() if part_of(n) == part))
+    clip, decay = {"IF-MMIN": 1.0, "IF-MMIN's teacher": 0.5}.get(name, 5.0), 1e-4 if name.startswith("TATE") else 0.0
+    for n, p in model.named_parameters():
+        shorter = 1.0 if name.startswith("TATE") else clip / lengths[part_of(n)]
+        assert shorter < 1 or name.startswith("TATE")
+        torch.testing.assert_close(p.grad, 1e4 * shorter * raw[n], rtol=1e-5, atol=1e-12)
+    gradients = {n: p.grad.clone() + decay * before[n] for n, p in model.named_parameters()}
     optimizer.step()
     for n, p in model.named_parameters():
         step = 1e-3 * gradients[n] / (gradients[n].abs() + 1e-8)  # Adam's first
         torch.testing.assert_close(p.detach(), before[n] - step, rtol=0, atol=1e-12)
+
+
+def part_of(name):
+    return ".".join(name.split(".")[: 2 if name.startswith("encoders.") else 1])
+
+
+@pytest.mark.parametrize("name", [*BATCHED, *TEACHERS])
+def test_settings_are_those_of_the_code_that_compares_them(name):
+    model = (MISSING_METHODS | TEACHERS)[name](WIDTHS, C)
+    first = name.split("'")[0]
+    group = model.optimizer(10)[0].param_groups[0]
+    momentum = 0.9 if "teacher" in name or first == "TATE" else 0.5
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (momentum, 0.999), 1e-4 if first == "TATE" else 0)
+    rates = {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    assert rates == {0.2 if first == "TATE" else 0.3 if "teacher" in name else 0.5}
+    if name == "MMIN's teacher":  # drawn as Kaiming et al. do
+        deep = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.weight.numel() > 10_000]
+        assert len(deep) == 8 and not any(layer.bias.any() for layer in deep)
+        spread = [layer.weight.std().item() * math.sqrt(layer.in_features / 2) for layer in deep]
+        assert spread == pytest.approx([1] * 8, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["MMIN", "IF-MMIN"])
+def test_training_starts_from_the_teacher(name):
+    model = prepared(name, batch())
+    teacher = model.teacher.model.state_dict()
+    same = {
+        n for n, p in model.state_dict().items() if n in teacher and p.shape == teacher[n].shape and torch.equal(p, teacher[n])
+    }
+    shared = {"encoders", "invariant"} if name == "IF-MMIN" else {"encoders"}
+    assert {n for n in model.state_dict() if n.split(".")[0] in shared} == same
+
+
+@pytest.mark.parametrize("name", ["MMIN", "IF-MMIN", "TATE"])
+def test_a_teacher_goes_where_its_model_goes(name):
+    model = prepared(name, batch()).float()
+    inputs, target, present, index, full = batch()
+    single = [{m: x.float() for m, x in values.items()} for values in (inputs, full)]
+    assert model.loss(single[0], target, present, index, single[1]).dtype == torch.float32
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -153,8 +217,38 @@ def test_refuses_data_that_really_lack_modalities(name):
 def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="inputs: expected modalities among audio, image, text, got smell"):
         visible(WIDTHS, {"smell": torch.zeros(1, 3)}, None)
-    with pytest.raises(ValueError, match=r"inputs\['audio'\]: expected 3 numbers a sample, got 4"):
-        visible(WIDTHS, {"audio": torch.zeros(1, 4)}, None)
+    for x in (torch.zeros(1, 4), torch.zeros(2, 3), torch.zeros(3), torch.zeros(1, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"inputs\['audio'\]: expected 1 samples of 3 floating-point numbers, got torch"):
+            visible(WIDTHS, {"image": torch.zeros(1, 7), "audio": x}, None)
+    for present in (torch.ones(1, 3), torch.ones(1, 3).int(), torch.ones(1, 2) > 0, torch.ones(1, 4) > 0, torch.ones(2, 3) > 0):
+        for model in (make("AE"), make("CCA"), Concat({m: nn.Linear(d, 2) for m, d in WIDTHS.items()}, 2, C)):
+            with pytest.raises(ValueError, match=r"present: expected bool \[1, 3\], got torch"):
+                model({m: torch.zeros(1, d) for m, d in WIDTHS.items()}, present)
+    for few in ({}, {"audio": 3}, {"audio": 3, "image": 0}):
+        for model in MISSING_METHODS.values():
+            with pytest.raises(ValueError, match="widths: expected at least two modalities"):
+                model(few, C)
+
+
+@pytest.mark.parametrize("name", MISSING_METHODS)
+def test_what_is_visible_has_to_be_finite(name):
+    masked, target, present, index, full = batch(samples=40)
+    row = int(present[:, 1].nonzero()[3])
+    spoiled = masked | {"image": masked["image"].index_fill(0, torch.tensor([row]), math.inf)}
+    message = rf"inputs\['image'\]: expected finite numbers in what is not missing, row {row} has others"
+    with pytest.raises(ValueError, match=message):
+        if name in FITTED:
+            make(name).fit(spoiled, target, present)
+        else:
+            prepared(name, (masked, target, present, index, full)).loss(spoiled, target, present, index, full)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_labels_that_are_no_classes_are_refused(name):
+    masked, target, present, *_ = batch(samples=40)
+    for bad, got in ((target + 1, "[1, 2, 3, 4]"), (target * 0, "[0]"), (target.double(), "torch.float64"), (target[:9], "[9]")):
+        with pytest.raises(ValueError, match=rf"target: expected whole numbers \[40\] .*{re.escape(got)}"):
+            make(name).begin(masked, bad, present)
 
 
 def test_the_rate_is_that_of_gcnet():
@@ -168,9 +262,17 @@ def test_reconstruction_counts_missing_entries_whatever_the_batch(samples):
     assert masked_reconstruction(zeros, ones, available).item() == 0
     available[1, -1] = False
     assert masked_reconstruction(zeros, ones, available).item() == pytest.approx(1)
-    whole, model = {m: torch.randn(samples, d, dtype=torch.float64) for m, d in WIDTHS.items()}, make("AE")
-    y = torch.zeros(samples, dtype=torch.long)
-    torch.testing.assert_close(model.loss(whole, y), nn.functional.cross_entropy(model(whole), y))
+    whole = {m: torch.randn(samples, d, dtype=torch.float64) for m, d in WIDTHS.items()}
+    y, present = torch.zeros(samples, dtype=torch.long), torch.ones(samples, 3, dtype=torch.bool)
+    for name, weight in (("AE", 0.2), ("CRA", 0.8)):
+        model = make(name)
+        assert torch.equal(model.loss(whole, y), nn.functional.cross_entropy(model(whole), y))
+        nn.init.zeros_(model.decoders[2][-1].weight)
+        nn.init.zeros_(model.decoders[2][-1].bias)
+        one = present.clone()
+        one[-1, 2] = False  # of a modality whose true values are ones, and which is imagined as zeros
+        loss = model.loss(whole, y, one, full=whole | {"text": torch.ones(samples, 5, dtype=torch.float64)})
+        assert loss.item() == pytest.approx(nn.functional.cross_entropy(model(whole, one), y).item() + weight, rel=1e-12)
 
 
 def test_cascades_worked_out():
@@ -220,7 +322,17 @@ def test_discrepancies_worked_out():
     assert central_moment_discrepancy(f64([-1], [1]), f64([-2], [2])).item() == pytest.approx(3 + 15)
     p, q = f64([[0.5, 0.5]]).log(), f64([[0.25, 0.75]]).log()
     assert symmetric_kl(p, q).item() == pytest.approx(0.27465, abs=1e-5) and symmetric_kl(p, p).item() == 0
-    assert (torch.tensor([1.0, 0, 0, 0]) - torch.zeros(4).sigmoid()).abs().mean().item() == 0.5
+
+
+def test_a_tag_beside_codes_of_zero_is_half_wrong():
+    model, y = make("TATE", weight=0.3), torch.zeros(5, dtype=torch.long)
+    h, available = torch.randn(3, 5, 128, dtype=torch.float64), torch.ones(3, 5, dtype=torch.bool)
+    tokens, _ = model.tokens(h, available)
+    model.decoder, model.pooling = Gives(tokens), Gives(torch.zeros(5, 132, dtype=torch.float64))
+    ce = nn.functional.cross_entropy(model.classifier(torch.zeros(5, 132, dtype=torch.float64)), y, reduction="sum").item()
+    assert model.guided_loss(h, available, y, None).item() == pytest.approx(ce + 0.3 * 0.5, rel=1e-12)
+    guide = model.codes(h, available)
+    assert model.guided_loss(h, available, y, guide).item() == pytest.approx(ce + 0.3 * 0.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("count, width, tag", [(2, 132, 4), (3, 132, 4)])
@@ -235,11 +347,14 @@ def test_tags_say_what_is_missing(count, width, tag):
     assert four({m: torch.zeros(2, 2) for m in "abcd"}).shape == (2, C)
 
 
-def test_correlations_worked_out():
+def test_correlations_worked_out(monkeypatch):
     x = f64([-1], [1])
     W_1, W_2 = canonical_directions(x, x, 1)
     assert (W_1.T @ (x.T @ x) @ W_2).abs().item() == pytest.approx(2 / (2 + 1e-4))
     assert correlation(x, x).item() == pytest.approx(math.sqrt((2 / 2.001) ** 2 + 1e-3)) == pytest.approx(1.0000004, abs=1e-7)
+    monkeypatch.setattr("mla_fast.baselines.missing.cca.FLOOR", 0.0)
+    assert correlation(x, x).item() == pytest.approx(2 / 2.001) == pytest.approx(0.9995, abs=1e-6)
+    monkeypatch.undo()
     x, y = torch.randn(50, 4, dtype=torch.float64), torch.randn(50, 3, dtype=torch.float64)
     x, y = x - x.mean(0), y - y.mean(0)
     W_1, W_2 = canonical_directions(x, y, 3)
@@ -276,6 +391,8 @@ def test_dcca_sums_pairs_and_dccae_adds_reconstruction():
     ones = [torch.ones_like(v) + 0.0 * v for v in x]
     added = deep.loss(ones) - plain.loss(ones)
     assert added.item() == pytest.approx(0.001 * 3)
+    deep.decoders = nn.ModuleList(map(Gives, x))  # that return what they were to return
+    assert torch.equal(deep.loss(x), plain.loss(x))
 
 
 @pytest.mark.parametrize("name", ["DCCA", "DCCAE"])
@@ -338,6 +455,27 @@ def test_clustering_worked_out():
     assert cpm_net.clustering(h, torch.tensor([0, 0, 1, 1]), 2).item() == 0
     assert cpm_net.clustering(h, torch.tensor([0, 1, 0, 1]), 2).item() == pytest.approx(6)
     assert cpm_net.clustering(h[:3], torch.tensor([0, 0, 1]), 2).isfinite()  # a class of one
+
+
+def test_a_class_without_samples_is_not_predicted():
+    h, y = f64([1, 0], [1, 0], [-1, 0.1], [-1, 0.1]), torch.tensor([0, 0, 2, 2])
+    assert cpm_net.class_means(h, y, 4, f64([0, -1])).argmax(1).item() == 0 and cpm_net.clustering(-h, y, 4).item() == 0
+    apart = f64([1, 0], [-1, 0])  # each the only one of its class: F of its own is 0, of the other −1, of no other class anything
+    assert cpm_net.clustering(apart, torch.tensor([0, 1]), 4).item() == 0
+    masked, target, present, *_ = batch(samples=63)
+    model = make("CPM-Net")
+    model.fit(masked, target % 2 + 1, present, epochs=2)
+    assert set(model(masked, present).argmax(1).tolist()) == {1, 2}
+
+
+def test_cpm_net_is_saved_with_what_it_was_trained_on():
+    masked, target, present, *_ = batch(samples=63)
+    model, other = make("CPM-Net"), make("CPM-Net")
+    with pytest.raises(ValueError, match="latents: CPM-Net expects begin"):
+        other(masked, present)
+    model.fit(masked, target, present, epochs=2)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(masked, present), model(masked, present))
 
 
 def test_cpm_net_reconstructs_what_is_visible():

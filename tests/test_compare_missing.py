@@ -126,6 +126,8 @@ def test_data_that_really_lack_modalities(tmp_path, capsys):
     lacking = data.MultimodalDataset(whole.inputs, whole.target, present=present)
     each = masked(task(lacking), 0.4, "cpm")
     assert each.full(0) is None
+    nothing = data.MultimodalDataset(whole.inputs, whole.target, present=torch.ones(120, 2, dtype=torch.bool))
+    assert each.full(0) is None and masked(task(nothing), 0.4, "cpm").full(0) is not None
     assert all(part.present.any(1).all() for part in each.parts(0))
     from mla_fast.compare.missing import choose_methods
 
@@ -156,7 +158,7 @@ def test_rates_have_steps():
 def runs(method, rate, accuracies):
     return [
         {
-            **{"method": method, "rate": rate, "seed": seed, "trial": 0, "validation": {"accuracy": 0.5, "nll": 1.0}},
+            **{"method": method, "rate": rate, "seed": seed, "trial": 0, "validation": {"accuracy": value, "nll": 1.0}},
             "test": {"accuracy": value, "macro_f1": value, "weighted_f1": value},
         }
         for seed, value in enumerate(accuracies)
@@ -170,9 +172,18 @@ def test_the_winner_is_bold_and_what_falls_short_is_named():
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()}
     assert cells["MLA rls"] == ["**95.5 ± 0.7**", "–"] and cells["Late fusion"] == ["91.0 ± 1.4", "**55.0 ± 7.1**"]
     said = missing_report.reading(found)
-    assert said[0].startswith("10 % missing: MLA rls is ahead with 95.5") and "no other ties with it" in said[0]
-    assert said[2].startswith("Below 90 % of late fusion's accuracy at 10 % missing: AE (50.0 %).") and "20 epochs" in said[2]
-    assert said[1].startswith("70 % missing, 1 of 3 methods run: Late fusion is ahead")
+    assert (
+        said[0].startswith("10 % missing: MLA rls is best on validation and reaches 95.5") and "no other ties with it" in said[0]
+    )
+    assert said[1].startswith("70 % missing, 1 of 3 methods run: Late fusion is best on validation and reaches")
+    assert said[2].startswith("2 seeds are few: an interval is their span")
+    assert said[3].startswith("Below 90 % of late fusion's accuracy at 10 % missing: AE (50.0 %).") and "dropout" in said[3]
+    assert len(said) == 4
+    for record in found:
+        record["share"] = 0.5 if record["rate"] == 0.7 else 0.1
+    assert missing_report.reading(found)[3] == "Of all entries are missing: 50 % at 70 %."
+    found[4]["validation"] = {"accuracy": 0.1, "nll": 1.0}  # not chosen for what the test part says
+    assert "Late fusion is best on validation and reaches 91.0" in missing_report.reading(found)[0]
     assert "one seed cannot tell" in missing_report.reading([record for record in found if record["seed"] == 0])[0]
     assert "reaches 90 %" in missing_report.reading([record for record in found if record["method"] != "AE"])[-1]
 

@@ -141,6 +141,27 @@ def if_mmin_loss(model, net, x, y, here, full):
     return cross_entropies(net.mlp("classifier", codes), y).mean() + terms
 
 
+def teacher_loss(model, net, x, y, here, full):
+    h = net.features(full, np.ones_like(here))
+    return cross_entropies(net.mlp("classifier", h), y).mean()
+
+
+def invariant_teacher_loss(model, net, x, y, here, full):
+    h = net.features(full, np.ones_like(here))
+    s = net.shared(h)
+    moments = []
+    for each in np.split(s, len(WIDTHS), 1):
+        centred = each - each.mean(0)
+        moments.append([each.mean(0), *((centred**k).mean(0) for k in (2, 3, 4, 5))])
+    pairs = list(itertools.combinations(moments, 2))
+    apart = sum(np.sqrt(((a - b) ** 2).sum()) for one, other in pairs for a, b in zip(one, other, strict=True))
+    return cross_entropies(net.mlp("classifier", np.hstack([h, s])), y).mean() + apart / len(pairs)
+
+
+def tate_teacher_loss(model, net, x, y, here, full):
+    return tate_loss(model, net, full, y, np.ones_like(here), full)
+
+
 def tate_loss(model, net, x, y, here, full):
     def apart(a, b):
         p, q = softmax(a), softmax(b)
@@ -151,14 +172,24 @@ def tate_loss(model, net, x, y, here, full):
     D = net.transformer("decoder", E)
     score = net.linear("pooling.score", net.linear("pooling.value", E) / (1 + np.exp(-net.linear("pooling.gate", E))))
     g = (softmax(score.swapaxes(1, 2)).swapaxes(1, 2) * E).sum(1)
-    teacher, everything = Written(model.teacher.model), np.ones_like(here)
-    guide = teacher.transformer("encoder", teacher.tokens(teacher.features(full, everything), everything)[0])
-    mae = length(tag - 1 / (1 + np.exp(-g[:, -4:]))).mean()
+    penalty = apart(D, tokens) + length(tag - 1 / (1 + np.exp(-g[:, -4:]))).mean()
+    if model.teacher is not None:
+        teacher, everything = Written(model.teacher.model), np.ones_like(here)
+        penalty += apart(E, teacher.transformer("encoder", teacher.tokens(teacher.features(full, everything), everything)[0]))
     z = net.linear("classifier.1", net.linear("classifier.0", g))
-    return cross_entropies(z, y).sum() + 0.1 * (apart(E, guide) + apart(D, tokens) + mae)
+    return cross_entropies(z, y).sum() + 0.1 * penalty
 
 
-LOSSES = {"AE": ae_loss, "CRA": cra_loss, "MMIN": mmin_loss, "IF-MMIN": if_mmin_loss, "TATE": tate_loss}
+LOSSES = {
+    "AE": ae_loss,
+    "CRA": cra_loss,
+    "MMIN": mmin_loss,
+    "MMIN's teacher": teacher_loss,
+    "IF-MMIN": if_mmin_loss,
+    "IF-MMIN's teacher": invariant_teacher_loss,
+    "TATE": tate_loss,
+    "TATE's teacher": tate_teacher_loss,
+}
 
 
 def batch_norm_mlp(net, name, x):

@@ -95,6 +95,7 @@ class JointModel(nn.Module):
         unknown = [modality for modality in inputs if modality not in self.encoders]
         if unknown or not inputs:
             raise ValueError(f"inputs: expected modalities among {', '.join(self.modalities)}, got {', '.join(inputs) or 'none'}")
+        check_present(present, len(next(iter(inputs.values()))), len(self.modalities))
         rows = {} if present is None else dict(zip(self.modalities, present.T, strict=True))
         features = {modality: self._encode(modality, x, rows.get(modality)) for modality, x in inputs.items()}
         zeros = torch.zeros_like(next(iter(features.values())))
@@ -108,6 +109,12 @@ class JointModel(nn.Module):
         if h.dim() != 2 or h.shape[1] != self.features:
             raise ValueError(f"features: expected [N, {self.features}] from the encoder of {modality!r}, got {list(h.shape)}")
         return h if available is None else h.new_zeros(len(x), self.features).index_put((available,), h)
+
+
+def check_present(present: Tensor | None, N: int, M: int) -> None:
+    """Raise ValueError for a mask that is not bool [N, M]."""
+    if present is not None and (present.dtype != torch.bool or present.shape != (N, M)):
+        raise ValueError(f"present: expected bool [{N}, {M}], got {present.dtype} {list(present.shape)}")
 
 
 def on_device(model: nn.Module, loader: Iterable[Sequence[Any]]) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor | None]]:

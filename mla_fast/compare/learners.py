@@ -1,4 +1,7 @@
-"""Training of one method, epoch by epoch: the same encoders, initial values, batches and passes for all."""
+"""Training of one method, epoch by epoch.
+
+All methods but those for missing modalities have the same encoders, initial values, batches and passes.
+"""
 
 from __future__ import annotations
 

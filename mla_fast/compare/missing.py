@@ -39,8 +39,8 @@ class MaskedTask(Task):
         return _hide(rest), _hide(validation), _hide(test)
 
     def full(self, seed: int) -> dict[str, Tensor] | None:
-        """Return the inputs of the training part with nothing masked; None where the data lack modalities themselves."""
-        if self.split(seed)[0].present is not None:
+        """Return the inputs of the training part with nothing masked; None where these data lack modalities themselves."""
+        if _lack(self.split(seed)[0]):
             return None
         return self._standardized(seed)[0].inputs
 
@@ -66,6 +66,10 @@ def _flat(part: MultimodalDataset, present: Tensor) -> MultimodalDataset:
     return MultimodalDataset(inputs, part.target, part.fields, present, part.class_names)
 
 
+def _lack(part: MultimodalDataset) -> bool:
+    return part.present is not None and not bool(part.present.all())
+
+
 def _hide(part: MultimodalDataset) -> MultimodalDataset:
     assert part.present is not None
     columns = zip(part.inputs.items(), part.present.T, strict=True)
@@ -85,7 +89,7 @@ def choose_methods(names: Sequence[str], task: Task, seed: int) -> list[str]:
     training = task.split(seed)[0]
     wanted = TABLE_2 if list(names) == ["all"] else list(names)
     wanted, _ = select(wanted, len(training.modalities), MISSING)
-    need = [name for name in wanted if getattr(find(name).model, "needs_full", False)] if training.present is not None else []
+    need = [name for name in wanted if getattr(find(name).model, "needs_full", False)] if _lack(training) else []
     if need and list(names) != ["all"]:
         raise ValueError(f"methods: {need[0]} learns from true values of what is masked, expected data that lack no modalities")
     for name in need:

@@ -10,16 +10,18 @@ from typing import Any
 
 from mla_fast import page
 from mla_fast.compare import pictures, records
-from mla_fast.compare.findings import percent
+from mla_fast.compare.findings import percent, ties
 from mla_fast.compare.methods import TABLE_2
 from mla_fast.compare.records import Record
-from mla_fast.compare.statistics import choose, difference, estimate
+from mla_fast.compare.statistics import by_method, choose, estimate, leader
+from mla_fast.compare.statistics import values as accuracies
 from mla_fast.tables import markdown_table
 
+FEW = 3  # seeds, of which a 95 % bootstrap interval is the span
 SHARE = 0.9  # of late fusion's accuracy, which a method is expected to reach at the smallest rate
 MEASURES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "weighted_f1": "weighted F1"}
 UNLABELLED = "CCA, DCCA and DCCAE learn what modalities have in common, without labels, and fill in means."
-SLOW = "AE and CRA are deep, with dropout of 0.5: on the digits they are near chance after 20 epochs and at 95 % after 60."
+SLOW = "AE and CRA are deep, with dropout of 0.5, and take more epochs than the others."
 LINEAR = "CPM-Net has no encoder, and its decoders are linear."
 REASONS = {"CCA": UNLABELLED, "DCCA": UNLABELLED, "DCCAE": UNLABELLED, "AE": SLOW, "CRA": SLOW, "CPM-Net": LINEAR}
 ByRate = Mapping[str, Mapping[float, Mapping[int, float]]]  # {method: {rate: {seed: value}}}
@@ -57,10 +59,17 @@ def _cell(seeds: Mapping[int, float] | None, best: float) -> str:
 
 
 def reading(found: Sequence[Record]) -> list[str]:
-    """Return who is best at each rate and with whom it ties, and what falls short of late fusion where least is missing."""
+    """Return who is best at each rate and what ties with it, how much is missing, and what falls short of late fusion."""
     values = by_rate(found)
     rates = sorted({rate for rows in values.values() for rate in rows})
-    return [*(_best_at(values, same) for same in _alike(values, rates)), *_short_of_late_fusion(values, rates[0])]
+    groups = {rate: by_method(choose([record for record in found if record["rate"] == rate])) for rate in rates}
+    said = [_best_at(groups[same[0]], same, len(values)) for same in _alike(values, rates)]
+    seeds = {record["seed"] for record in found}
+    if 1 < len(seeds) <= FEW:
+        said.append(
+            f"{len(seeds)} seeds are few: an interval is their span, and what does not tie was behind in every one of them."
+        )
+    return [*said, *_shares(found), *_short_of_late_fusion(values, rates[0])]
 
 
 def _alike(values: ByRate, rates: Sequence[float]) -> list[list[float]]:
@@ -78,20 +87,37 @@ def _column(values: ByRate, rate: float) -> dict[str, Mapping[int, float]]:
     return {name: rows[rate] for name, rows in values.items() if rate in rows}
 
 
-def _best_at(values: ByRate, rates: Sequence[float]) -> str:
-    here = _column(values, rates[0])
-    best = max(here, key=lambda name: statistics.fmean(here[name].values()))
-    part = f", {len(here)} of {len(values)} methods run" if len(here) < len(values) else ""
+def _best_at(groups: Mapping[str, Sequence[Record]], rates: Sequence[float], methods: int) -> str:
+    """Return who is best on validation at these rates and what it reaches; methods that lack seeds are left out."""
+    seeds = max(map(len, groups.values()))
+    here = {name: runs for name, runs in groups.items() if len(runs) == seeds}
+    part = f", {len(here)} of {methods} methods run" if len(here) < methods else ""
+    best = leader(here)
     shares = " to ".join(f"{100 * rate:.0f} %" for rate in sorted({rates[0], rates[-1]}))
-    said = f"{shares} missing{part}: {best} is ahead with {percent(estimate(list(here[best].values())))} %"
-    if len(here[best]) < 2:
-        return f"{said}; one seed cannot tell what is better."
-    tied = []
-    for name, theirs in here.items():
-        gap = difference(here[best], theirs)
-        if name != best and (gap is None or gap.estimate.interval is None or gap.estimate.interval[0] <= 0):
-            tied.append(name)
-    return f"{said}; " + (f"{', '.join(tied)} tie with it." if tied else "no other ties with it.")
+    reached = {name: list(accuracies(runs, "test", "accuracy").values()) for name, runs in here.items()}
+    top = max(here, key=lambda name: statistics.fmean(reached[name]))
+    said = f"{shares} missing{part}: {best} is best on validation and reaches {percent(estimate(reached[best]))} %"
+    highest = "" if top == best else f", {top} highest with {100 * statistics.fmean(reached[top]):.1f} %"
+    if seeds < 2:
+        return f"{said}{highest}; one seed cannot tell what is better."
+    tied = ties(here, best)
+    return f"{said}; {', '.join(tied)} tie with it or are above{highest}." if tied else f"{said}; no other ties with it."
+
+
+def _shares(found: Sequence[Record]) -> list[str]:
+    """Return how much is really missing where that is not the rate: of every sample a modality stays, and data may lack some."""
+    shares: dict[float, list[float]] = {}
+    for record in found:
+        rate: float = record["rate"]
+        shares.setdefault(rate, []).append(record.get("share", rate))
+    off = {rate: mean for rate, of in sorted(shares.items()) if abs((mean := statistics.fmean(of)) - rate) > 0.01}
+    if not off:
+        return []
+    return [
+        "Of all entries are missing: "
+        + ", ".join(f"{100 * mean:.0f} % at {100 * rate:.0f} %" for rate, mean in off.items())
+        + "."
+    ]
 
 
 def _short_of_late_fusion(values: ByRate, rate: float) -> list[str]:

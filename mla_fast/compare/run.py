@@ -66,9 +66,16 @@ def run(job: Job) -> Record:
         "validation": chosen,
         "test": measure(learner, test, job.rates, job.seed) if job.rate is None else brief(learner, test),
         "samples": {"train": len(train), "validation": len(validation), "test": len(test)},
+        **({} if job.rate is None else {"share": _missing_share(train, validation, test)}),
         "cost": {name: round(value, 3) for name, value in cost.items()} | {"peak_mb": peak},
         "torch": torch.__version__,
     }
+
+
+def _missing_share(*parts: MultimodalDataset) -> float:
+    """Return how much of all samples' modalities is missing."""
+    present = [torch.ones(len(part), len(part.inputs)) if part.present is None else part.present for part in parts]
+    return round(1 - torch.cat([here.double() for here in present]).mean().item(), 4)
 
 
 @lru_cache

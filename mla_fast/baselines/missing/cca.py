@@ -52,6 +52,7 @@ class CCA(FittedModel):
         lr_factor: float = 1.0,
         weight_decay: float = 0.0,
     ) -> int:
+        self.check(inputs, target, present)
         self.training_set, self.passes = (inputs, target, present), 1
         return 1
 
@@ -66,6 +67,7 @@ class CCA(FittedModel):
         fit_svc(self.classifier, self.project(inputs, present), target)
 
     def centred(self, inputs: Inputs, present: Tensor | None) -> list[Tensor]:
+        """Return M tensors [N, d_m], imputed, less the means of training."""
         return [x - mean for x, mean in zip(self.imputation(inputs, present), self.imputation.means, strict=True)]
 
     def project(self, inputs: Inputs, present: Tensor | None) -> Tensor:
@@ -109,6 +111,7 @@ class DCCA(FittedModel):
         lr_factor: float = 1.0,
         weight_decay: float = 0.0,
     ) -> int:
+        self.check(inputs, target, present)
         self.imputation.learn(inputs, present)
         self.training_set, self.passes = (inputs, target, present), epochs
         networks = [p for name, p in self.named_parameters() if not name.startswith(("imputation", "classifier"))]
@@ -129,11 +132,12 @@ class DCCA(FittedModel):
             fit_svc(self.classifier, self.encode(filled), target)
 
     def loss(self, x: list[Tensor]) -> Tensor:
-        """Return the loss of M imputed inputs [N, d_m]."""
+        """Return the loss, a scalar, of M imputed inputs [N, d_m]."""
         z = [encoder(values) for encoder, values in zip(self.encoders, x, strict=True)]
         return -torch.stack([correlation(a, b) for a, b in itertools.combinations(z, 2)]).sum()
 
     def encode(self, x: list[Tensor]) -> Tensor:
+        """Return all features side by side, [N, M k], of M imputed inputs [N, d_m]."""
         return torch.cat([encoder(values) for encoder, values in zip(self.encoders, x, strict=True)], 1)
 
     def forward(self, inputs: Inputs, present: Tensor | None = None) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mla_fast.baselines.missing.fitted import FittedModel
+from mla_fast.baselines.missing.fitted import NO_CLASS, FittedModel
 from mla_fast.baselines.missing.parts import FEATURES, Inputs, visible
 
 CHECKPOINTS, STEPS = 2, 5
@@ -25,10 +27,12 @@ class CPMNet(FittedModel):
     Predictions are optimised, too: 5 `test_rounds` steps of fresh latents on L_rec, the decoders fixed, without labels; then F_nc
     to the training latents. So a prediction costs about what training costs, and the model keeps the training latents.
 
-    Where a class has no other sample F is 0. All fresh latents start from one drawn vector: no prediction depends on its batch.
+    Where a class has no sample but n F is 0, and a class without any is neither c* nor predicted. All fresh latents start from
+    one drawn vector: no prediction depends on its batch.
     """
 
     grid = {"weight": (1.0, 0.1, 10.0)}
+    target: Tensor
 
     def __init__(self, widths: Mapping[str, int], classes: int, weight: float = 1.0, test_rounds: int = 300):
         super().__init__(widths, classes)
@@ -36,6 +40,8 @@ class CPMNet(FittedModel):
         self.decoders = nn.ModuleList(nn.Linear(FEATURES, d) for d in widths.values())
         self.latents = nn.Parameter(torch.zeros(0, FEATURES))
         self.start = nn.Parameter(torch.zeros(FEATURES), requires_grad=False)
+        self.register_buffer("target", torch.zeros(0, dtype=torch.long))
+        self.register_load_state_dict_pre_hook(_take_size)  # type: ignore[no-untyped-call]
 
     def begin(
         self,
@@ -48,8 +54,8 @@ class CPMNet(FittedModel):
         weight_decay: float = 0.0,
     ) -> int:
         self.lr = LR * lr_factor
-        self.target, self.rounds, self.passes = target, epochs, 2 * STEPS * epochs
-        self.x, self.available = visible(self.widths, inputs, present)
+        self.x, self.available = self.check(inputs, target, present)
+        self.target, self.rounds, self.passes = target.long(), epochs, 2 * STEPS * epochs
         like = next(iter(self.x.values()))
         self.latents.data = nn.init.xavier_uniform_(like.new_empty(len(target), FEATURES))
         self.start.data = nn.init.xavier_uniform_(like.new_empty(len(target), FEATURES))[0].clone()
@@ -78,6 +84,8 @@ class CPMNet(FittedModel):
         return torch.stack(errors).sum()
 
     def forward(self, inputs: Inputs, present: Tensor | None = None) -> Tensor:
+        if not len(self.target):
+            raise ValueError("latents: CPM-Net expects begin(…) or fit(…) before a prediction")
         h = self.infer(*visible(self.widths, inputs, present))
         return class_means(self.latents.detach(), self.target, self.classes, h)
 
@@ -99,10 +107,18 @@ class CPMNet(FittedModel):
         return h.detach()
 
 
+def _take_size(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Make room for as many training latents as a state has that is about to be loaded."""
+    assert isinstance(model, CPMNet)
+    if (saved := state.get(f"{prefix}latents")) is not None:
+        model.latents.data = model.latents.new_zeros(saved.shape)
+        model.target = model.target.new_zeros(len(saved))
+
+
 def class_means(latents: Tensor, target: Tensor, classes: int, h: Tensor) -> Tensor:
-    """Return F [N, C], the mean of h·h_j over the latents h_j [K, s] of each class, 0 for a class without any."""
+    """Return F [N, C], the mean of h·h_j over the latents h_j [K, s] of each class, −1e9 for a class without any."""
     members = nn.functional.one_hot(target, classes).to(latents)  # [K, C]
-    return h @ (latents.T @ members / members.sum(0).clamp_min(1))
+    return (h @ (latents.T @ members / members.sum(0).clamp_min(1))).masked_fill(members.sum(0) == 0, NO_CLASS)
 
 
 def clustering(h: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -111,6 +127,6 @@ def clustering(h: Tensor, target: Tensor, classes: int) -> Tensor:
     counts = members.sum(0) - members  # of the others [N, C]
     own = h.square().sum(1, keepdim=True) * members
     similarity = (h @ (h.T @ members) - own) / counts.clamp_min(1)
-    best = similarity.detach().argmax(1, keepdim=True)
+    best = similarity.detach().masked_fill(members.sum(0) == 0, -math.inf).argmax(1, keepdim=True)
     margin = (best[:, 0] != target).to(h) + similarity.gather(1, best)[:, 0] - similarity.gather(1, target[:, None])[:, 0]
     return margin.relu().sum()

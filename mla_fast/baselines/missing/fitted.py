@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mla_fast.baselines.missing.parts import Inputs, visible
+from mla_fast.baselines.missing.parts import Inputs, check_widths, visible
 
 SVC_C = 0.01
+NO_CLASS = -1e9  # the logit of a class that has no sample in training
 
 
 class FittedModel(nn.Module):
@@ -28,6 +29,7 @@ class FittedModel(nn.Module):
 
     def __init__(self, widths: Mapping[str, int], classes: int):
         super().__init__()
+        check_widths(widths)
         self.widths, self.classes = dict(widths), classes
         self.passes = 0
 
@@ -46,11 +48,26 @@ class FittedModel(nn.Module):
         lr_factor: float = 1.0,
         weight_decay: float = 0.0,
     ) -> int:
-        """Take the training set; return how often to call ``train_epoch``. The last two: of Adam, if the method uses it."""
+        """Take the training set; return how often to call ``train_epoch``.
+
+        inputs, present: as for ``visible``; target: int64 [N]. lr_factor, weight_decay: of Adam, if the method uses it.
+        Raises ValueError as ``visible``, and for labels that are no classes or all the same.
+        """
         raise NotImplementedError
 
+    def check(self, inputs: Inputs, target: Tensor, present: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what is visible of a training set, as ``visible``; raises as ``begin``."""
+        x, available = visible(self.widths, inputs, present)
+        whole = not target.is_floating_point() and target.dtype != torch.bool and target.shape == available.shape[1:]
+        found = target.unique().tolist() if whole else []
+        if len(found) < 2 or found[0] < 0 or found[-1] >= self.classes:
+            got = f"classes {found}" if whole else f"{target.dtype} {list(target.shape)}"
+            expected = f"expected whole numbers [{available.shape[1]}] of two or more of {self.classes} classes from 0"
+            raise ValueError(f"target: {expected}, got {got}")
+        return x, available
+
     def train_epoch(self, epoch: int) -> None:
-        """Go on training, in training mode before and in evaluation mode after it."""
+        """Go on training with what ``begin`` took; epoch counts from 0. The model is left in evaluation mode."""
         raise NotImplementedError
 
     def forward(self, inputs: Inputs, present: Tensor | None = None) -> Tensor:
@@ -58,7 +75,7 @@ class FittedModel(nn.Module):
         raise NotImplementedError
 
     def fit(self, inputs: Inputs, target: Tensor, present: Tensor | None = None, **options: Any) -> None:
-        """Train from beginning to end; options: of ``begin``."""
+        """Train from beginning to end; the arguments are those of ``begin``, and what it raises."""
         for epoch in range(self.begin(inputs, target, present, **options)):
             self.train_epoch(epoch)
 
@@ -97,5 +114,5 @@ def fit_svc(layer: nn.Linear, features: Tensor, target: Tensor) -> None:
     known = torch.from_numpy(svc.classes_)
     with torch.no_grad():
         layer.weight.zero_()
-        layer.bias.fill_(-1e9)
+        layer.bias.fill_(NO_CLASS)
         layer.weight[known], layer.bias[known] = weight.to(layer.weight), bias.to(layer.bias)

@@ -26,6 +26,8 @@ class InvariantTeacher(Teacher):
     """Train encoders, S and a classifier on complete data.
 
     L = CE(K'([h; S(h_1); …; S(h_M)]), y) + mean over pairs of CMD(S(h_a), S(h_b))
+
+    The encoders are drawn as MMIN's teacher's, S and K' by torch's default.
     """
 
     clip = 0.5
@@ -126,8 +128,9 @@ class IFMMIN(MissingModel):
     @torch.no_grad()
     def common(self, true: Inputs) -> Tensor:
         """Return the teacher's s [N, 128 M] of complete data."""
-        assert self.teacher is not None and isinstance(self.teacher.model, InvariantTeacher)
-        return side_by_side(self.teacher.model.invariant(self.teacher.model.encode(true)))
+        teacher = self.teacher.beside(self) if self.teacher is not None else None
+        assert isinstance(teacher, InvariantTeacher)
+        return side_by_side(teacher.invariant(teacher.encode(true)))
 
 
 def central_moment_discrepancy(a: Tensor, b: Tensor, moments: int = MOMENTS) -> Tensor:

@@ -102,4 +102,4 @@ def reverse_features(model: MissingModel, teacher: Frozen | None, true: Inputs, 
     """
     if teacher is None:
         raise ValueError(f"teacher: {type(model).__name__} expects prepare(setup) before training")
-    return side_by_side(teacher.model.embed(true, ~available.T)[0])
+    return side_by_side(teacher.beside(model).embed(true, ~available.T)[0])

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mla_fast.baselines.joint import JointModel
+from mla_fast.baselines.joint import JointModel, check_present
 
 FEATURES = 128
 Inputs = Mapping[str, Tensor]
@@ -24,27 +24,46 @@ def mlp(in_features: int, out_features: int, hidden: Sequence[int] = (FEATURES, 
     return nn.Sequential(*layers[:-2])
 
 
+def check_widths(widths: Mapping[str, int]) -> None:
+    """Raise ValueError unless there are two modalities or more, of one number or more."""
+    if len(widths) < 2 or min(widths.values()) < 1:
+        raise ValueError(f"widths: expected at least two modalities and the numbers of each, got {dict(widths)}")
+
+
 def visible(widths: Mapping[str, int], inputs: Inputs, present: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
     """Return ({modality: x [N, d], zero where it is absent}, available bool [M, N]).
 
-    widths: {modality: d}. inputs: {modality: [N, …] of d numbers a sample}, of one or more modalities; absent rows may hold
-    anything. present: bool [N, M] in the order of `widths`. Raises ValueError for unknown modalities and other widths.
+    widths: {modality: d}. inputs: {modality: [N, …] of d floating-point numbers a sample}, of one or more modalities; absent rows
+    may hold anything. present: bool [N, M] in the order of `widths`.
+
+    Raises ValueError for unknown modalities, other shapes and dtypes, and for NaN and Inf in a row that is not absent.
     """
     unknown = [modality for modality in inputs if modality not in widths]
     if unknown or not inputs:
         raise ValueError(f"inputs: expected modalities among {', '.join(widths)}, got {', '.join(inputs) or 'none'}")
     first = next(iter(inputs.values()))
+    N, M = len(first), len(widths)
+    check_present(present, N, M)
     found: dict[str, Tensor] = {}
     available: list[Tensor] = []
     for m, (modality, d) in enumerate(widths.items()):
-        here = torch.full((len(first),), modality in inputs, device=first.device)
+        here = torch.full((N,), modality in inputs, device=first.device)
         here = here if present is None else here & present[:, m]
-        x = inputs[modality].flatten(1) if modality in inputs else first.new_zeros(len(first), d)
-        if x.shape[1] != d:
-            raise ValueError(f"inputs[{modality!r}]: expected {d} numbers a sample, got {x.shape[1]}")
+        x = _rows(modality, inputs[modality], N, d) if modality in inputs else first.new_zeros(N, d)
         found[modality] = x.masked_fill(~here[:, None], 0)
+        if not bool((finite := found[modality].isfinite().all(1)).all()):
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"inputs[{modality!r}]: expected finite numbers in what is not missing, row {row} has others")
         available.append(here)
     return found, torch.stack(available)
+
+
+def _rows(modality: str, x: Tensor, N: int, d: int) -> Tensor:
+    rows = x.flatten(1) if x.dim() > 1 else x
+    if rows.shape != (N, d) or not rows.is_floating_point():
+        expected = f"expected {N} samples of {d} floating-point numbers"
+        raise ValueError(f"inputs[{modality!r}]: {expected}, got {x.dtype} {list(x.shape)}")
+    return rows
 
 
 def masked_reconstruction(predicted: Iterable[Tensor], true: Iterable[Tensor], available: Tensor) -> Tensor:
@@ -62,8 +81,9 @@ class MissingModel(JointModel):
     widths: {modality: the numbers d_m that a sample has}; the encoders E_m are three linear layers of 128 with ReLU and dropout
         between them. What is missing is a vector of zeros, which is encoded, too.
 
-    Trained by Adam at a rate that is constant for a fifth of the epochs and then falls linearly, the gradient of each sub-network
-    clipped, unless a method says otherwise (GCNet: Lian, Chen, Sun, Liu and Tao, TPAMI 2023, whose code compares such methods).
+    Trained by Adam at a rate that is constant for a fifth of the epochs and then falls linearly, the gradient of each encoder and
+    of each other part clipped, unless a method says otherwise (GCNet: Lian, Chen, Sun, Liu and Tao, TPAMI 2023, whose code
+    compares such methods; there each decoder is clipped by itself, here all of a method's are one part).
     Initial values are torch's, where GCNet draws N(0, 0.02²); the two have not been compared at equal length.
 
     needs_full: whether the loss needs the true values of what is masked in training, the argument `full`: inputs without
@@ -77,6 +97,7 @@ class MissingModel(JointModel):
     clip: ClassVar[float] = 5.0
 
     def __init__(self, widths: Mapping[str, int], classes: int, dropout: float = 0.5):
+        check_widths(widths)
         super().__init__({m: mlp(d, FEATURES, dropout=dropout) for m, d in widths.items()}, FEATURES)
         self.widths, self.classes, self.dropout = dict(widths), classes, dropout
         self.joined = FEATURES * len(self.widths)  # the width of h, all features side by side
@@ -97,11 +118,10 @@ class MissingModel(JointModel):
                 expected = f"expected the true values of what is masked, from which {name} learns"
                 raise ValueError(f"full: {expected}, got none; data that really lack modalities cannot train it")
             return values
-        values, _ = visible(self.widths, full, None)
-        if lost := [m for m, x in values.items() if m not in full or not bool(x.isfinite().all())]:
+        if lost := [m for m in self.widths if m not in full or not bool(full[m].isfinite().all())]:
             expected = f"expected finite values of all modalities, from which {name} learns"
             raise ValueError(f"full: {expected}, got others of {lost[0]!r}")
-        return values
+        return visible(self.widths, full, None)[0]
 
     def loss(
         self,
@@ -111,7 +131,11 @@ class MissingModel(JointModel):
         index: Tensor | None = None,
         full: Inputs | None = None,
     ) -> Tensor:
-        """Return the loss; full: the inputs with nothing masked, if ``needs_full`` and something is."""
+        """Return the loss, a scalar.
+
+        inputs, present: as for ``visible``; target: int64 [N]. index is not used. full: {modality: [N, d_m]}, the inputs with
+        nothing masked, if ``needs_full`` and something is. Raises ValueError as ``visible`` and ``true_values``.
+        """
         raise NotImplementedError
 
     def gradients(self, loss: Tensor) -> None:
@@ -138,3 +162,7 @@ class Frozen:
 
     def __init__(self, model: MissingModel):
         self.model = model.eval().requires_grad_(False)
+
+    def beside(self, learner: nn.Module) -> MissingModel:
+        """Return the model where `learner` is, in its dtype; it may have been moved since."""
+        return self.model.to(next(learner.parameters()))

@@ -29,6 +29,7 @@ class TATE(MissingModel):
 
     Adapted: the original has a token for every frame, word and second, this one token for each modality, E_m's output. Of its
     code's faults none is copied: there the tag is the same for all samples, dropout stays on in tests, and E' sees masked data.
+    W_{m,u} have biases.
     ValueError without ``prepare``.
     """
 
@@ -87,9 +88,9 @@ class TATE(MissingModel):
             raise ValueError("teacher: TATE expects prepare(setup) before training")
         h, available = self.embed(inputs, present)
         with torch.no_grad():
-            whole = self.teacher.model.embed(self.true_values(inputs, present, full))
-            assert isinstance(self.teacher.model, TATE)
-            guide = self.teacher.model.codes(*whole)
+            teacher = self.teacher.beside(self)
+            assert isinstance(teacher, TATE)
+            guide = teacher.codes(*teacher.embed(self.true_values(inputs, present, full)))
         return self.guided_loss(h, available, target, guide)
 
     def guided_loss(self, h: Tensor, available: Tensor, target: Tensor, guide: Tensor | None) -> Tensor:
