@@ -73,6 +73,16 @@ def test_no_group_is_in_two_parts(seed, tmp_path):
         assert x.mean().item() == pytest.approx(0, abs=1e-5) and x.std(correction=0).item() == pytest.approx(1, abs=1e-5)
 
 
+def test_folds_leave_out_one_group_after_the_other(tmp_path):
+    whole = load_task(str(save(tmp_path / "x.npz")), ["a", "b"], group="speaker", folds=True)
+    tested = []
+    for seed in range(6):
+        parts = [set(part.fields["speaker"].tolist()) for part in whole.split(seed)]
+        assert sum(map(len, parts)) == 6 and len(parts[2]) == 1
+        tested += parts[2]
+    assert tested == sorted(tested) and len(set(tested)) == 6
+
+
 def test_every_class_has_its_share_without_a_group():
     train, validation, test = task().parts(3)
     assert [len(part) for part in (train, validation, test)] == [68, 22, 30]
@@ -221,6 +231,14 @@ def test_killed_at_any_moment_the_results_are_the_same(tmp_path):
 REFUSED = {
     "modalities: expected at least two names": ["--modalities", "a"],
     "group: expected one of speaker, one, got 'room'": ["--group", "room"],
+    "folds: expected --group beside it": ["--folds"],
+    "seeds: expected 0 … 5, one for each value of 'speaker' with --folds, got 6": [
+        "--group",
+        "speaker",
+        "--folds",
+        "--seeds",
+        "6",
+    ],
     "group: expected at least three values of 'one', to train, to choose and to test on, got 1": ["--group", "one"],
     "methods: expected all, or some of Sum, Concat": ["--methods", "Concat,Magic"],
     "trials: expected 1 to 9, the points of the grid of Concat, got 10": ["--trials", "10", "--methods", "Concat"],

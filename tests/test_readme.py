@@ -80,6 +80,40 @@ def test_accumulation():
     assert optimizer.diagnostics()["layers"]["head"]["steps"] == 20 * 3  # three batches of 16 are one group
 
 
+def block(line):
+    """The block of code with this in it."""
+    (found,) = [code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if line in code]
+    return found
+
+
+def test_modalities_that_some_samples_lack_in_a_loop_of_your_own():
+    names = surroundings()
+    optimizer = mla.MLAOptimizer(torch.optim.SGD(names["model"].parameters(), lr=0.1), names["model"].head)
+    names |= {"optimizer": optimizer} | dict(zip(("audio", "image"), list(names["inputs"].values())[:2], strict=True))
+    prediction, training = block("plan = mla.dispatch"), block("targets = plan.pack")
+    before, first, second = loss(names), *names["model"].modalities[:2]
+    names["model"] = mla.MultimodalModel({"audio": names["encoders"][first], "image": names["encoders"][second]}, names["head"])
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        names["present"] = torch.rand(48, 2, generator=generator) > 0.4
+        names["present"][:, 1] &= step != 5
+        exec(compile(prediction, str(README), "exec"), names)
+        assert names["fused"].logits.shape == (48, CLASSES)
+        exec(compile(training, str(README), "exec"), names)
+    assert loss(names) < before and optimizer.diagnostics()["skipped_empty"] == 1
+
+
+def test_an_interaction_in_a_loop_of_your_own():
+    names = surroundings()
+    interaction = mla.Interaction(8, CLASSES, tuple(WIDTHS), rank=4)
+    model = names["model"] = mla.MultimodalModel(names["encoders"], names["head"], interaction=interaction)
+    names["optimizer"] = mla.MLAOptimizer(torch.optim.SGD(model.parameters(), lr=0.5), model.head)
+    before, r = [p.detach().clone() for p in model.head.parameters()], interaction.out.weight.detach().clone()
+    for _ in range(5):
+        exec(compile(block("model.interaction.loss(h, z, target)"), str(README), "exec"), names)
+    assert all(map(torch.equal, model.head.parameters(), before)) and not torch.equal(interaction.out.weight, r)
+
+
 def test_fabric():
     fabric = pytest.importorskip("lightning_fabric")
     names = run("Lightning Fabric", Fabric=fabric.Fabric)

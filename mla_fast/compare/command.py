@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--label", default="label", help="name of the labels (default: label)")
     p.add_argument("--layout", type=options.layouts, default={}, help="how to read arrays, as for train: text=tokens,image=image")
     p.add_argument("--group", help="an array whose values are each in one part only, as speaker")
+    p.add_argument("--folds", action="store_true", help="test seed k on the k-th value of --group alone: leave one group out")
     p.add_argument("--methods", type=options.names, default=["all"], help="all, or names separated by commas")
     p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2, 3, 4], help='as "0-4" or "0,2": a split and a run each')
     p.add_argument("--trials", type=options.positive, default=4, help="choices of hyperparameters, of every method (default: 4)")
@@ -59,7 +60,7 @@ def compare(arguments: argparse.Namespace) -> None:
         arrays = {
             "modalities": list(task.split(arguments.seeds[0])[0].modalities),
             "label": arguments.label,
-            **_layout(arguments),
+            **_only_if_asked(arguments),
         }
         print(compare_missing(task, arguments, Budget(epochs=arguments.epochs), **arrays))
         print(f"\nwrote {arguments.output / 'report.html'}, table.md, runs.jsonl and run.toml")
@@ -69,14 +70,14 @@ def compare(arguments: argparse.Namespace) -> None:
     names, left_out = select(arguments.methods, len(modalities))
     for name in left_out:
         print(f"{name} is left out: it is not defined for {len(modalities)} modalities")
-    data = {"modalities": list(modalities), "label": arguments.label, **_layout(arguments)}
+    data = {"modalities": list(modalities), "label": arguments.label, **_only_if_asked(arguments)}
     budget = Budget(epochs=arguments.epochs)
     print(compare_methods(task, names, arguments.seeds, arguments.trials, budget, arguments, **data))
     print(f"\nwrote {arguments.output / 'report.html'}, results.csv, runs.jsonl and run.toml")
 
 
-def _layout(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"layout": arguments.layout} if arguments.layout else {}
+def _only_if_asked(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in ("layout", "folds") if (value := getattr(arguments, name))}
 
 
 def _load(arguments: argparse.Namespace) -> Task:
@@ -84,7 +85,9 @@ def _load(arguments: argparse.Namespace) -> Task:
     check_device(arguments.device)
     if Path(arguments.data).exists():
         arguments.data = str(Path(arguments.data).resolve())
-    return load_task(arguments.data, arguments.modalities, arguments.label, arguments.group, arguments.layout)
+    task = load_task(arguments.data, arguments.modalities, arguments.label, arguments.group, arguments.layout, arguments.folds)
+    task.split(max(arguments.seeds))  # of folds there are as many as groups
+    return task
 
 
 def compare_methods(

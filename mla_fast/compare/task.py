@@ -102,15 +102,17 @@ def load_task(
     label: str = "label",
     group: str | None = None,
     layouts: Mapping[str, str] | None = None,
+    folds: bool = False,
 ) -> Task:
     """Return the task of ``"digits"``, ``"competition"`` or an .npz with arrays of these names.
 
-    layouts: {modality: layout} of those that dtype and shape leave in doubt, as for ``data.find_layouts``.
+    layouts: {modality: layout} of those that dtype and shape leave in doubt, as for ``data.find_layouts``. folds: seed k is
+    tested on one value of the group, the k-th in sorted order; without it a seed is tested on a quarter of them, drawn.
 
     Raises FileNotFoundError, or ValueError that names the argument: fewer than two modalities, a group of two values or one.
     """
     if source in BUILT_IN:
-        for name, value in (("group", group), ("layout", layouts)):
+        for name, value in (("group", group), ("layout", layouts), ("folds", folds)):
             if value:
                 raise ValueError(f"{name}: expected none for {source}, got {value!r}")
         return Task(source, source, partial(_built_in, source, tuple(modalities)))
@@ -120,10 +122,12 @@ def load_task(
         raise ValueError(f"modalities: expected at least two names of arrays in {source}, got {', '.join(modalities) or 'none'}")
     file = (source, tuple(modalities), label, tuple(sorted((layouts or {}).items())))
     whole, found = _load(*file)
+    if folds and group is None:
+        raise ValueError("folds: expected --group beside it, the array whose values are left out one at a time, got none")
     if group is not None and (values := int(group_column(whole, group).max()) + 1) < 3:
         raise ValueError(f"group: expected at least three values of {group!r}, to train, to choose and to test on, got {values}")
     digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
-    prepare = partial(_from_file, file, group)
+    prepare = partial(_from_file, file, group, folds)
     return Task(Path(source).stem, digest, prepare, group, layouts=found, vocabulary=data.vocabulary(whole, found))
 
 
@@ -136,8 +140,17 @@ def _load(
     return data.arrange(whole, found), found
 
 
-def _from_file(file: tuple[Any, ...], group: str | None, seed: int) -> Two:
-    return hold_out(_load(*file)[0], group, seed, "test")
+def _from_file(file: tuple[Any, ...], group: str | None, folds: bool, seed: int) -> Two:
+    whole = _load(*file)[0]
+    return leave_out(whole, group, seed) if folds and group is not None else hold_out(whole, group, seed, "test")
+
+
+def leave_out(dataset: MultimodalDataset, group: str, k: int) -> Two:
+    """Return (the rest, the samples of the k-th value of the group, in sorted order)."""
+    column = torch.from_numpy(group_column(dataset, group))
+    if k > column.max():
+        raise ValueError(f"seeds: expected 0 … {int(column.max())}, one for each value of {group!r} with --folds, got {k}")
+    return dataset.subset((column != k).nonzero()[:, 0]), dataset.subset((column == k).nonzero()[:, 0])
 
 
 def _built_in(name: str, modalities: tuple[str, ...], seed: int) -> Two:
