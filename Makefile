@@ -29,13 +29,13 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "==> the tests, a process on each core"
-	$(BIN)/python -m pytest -n auto -m "not exhaustive"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not exhaustive"
 
 test-all: test test-exhaustive
 
 test-exhaustive: $(READY)
 	@echo "==> the exhaustive part: all sizes of the interpreted kernels, long runs, more seeds"
-	$(BIN)/python -m pytest -n auto -m exhaustive
+	$(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive
 
 lint: $(READY)
 	@echo "==> ruff and mypy"
