@@ -230,6 +230,12 @@ def test_inputs_that_do_not_fit_are_refused():
                 model(few, C)
 
 
+@pytest.mark.parametrize("name", ["CCA", "DCCA", "DCCAE"])
+def test_there_is_at_least_one_direction(name):
+    with pytest.raises(ValueError, match="k: expected at least one direction, got 0"):
+        make(name, k=0)
+
+
 @pytest.mark.parametrize("name", MISSING_METHODS)
 def test_what_is_visible_has_to_be_finite(name):
     masked, target, present, index, full = batch(samples=40)

@@ -34,6 +34,7 @@ class CCA(FittedModel):
 
     def __init__(self, widths: Mapping[str, int], classes: int, k: int = 20):
         super().__init__(widths, classes)
+        check_directions(k)
         self.imputation = MeanImputation(widths)
         self.pairs = list(itertools.combinations(range(len(widths)), 2))
         sizes = list(widths.values())
@@ -97,6 +98,7 @@ class DCCA(FittedModel):
 
     def __init__(self, widths: Mapping[str, int], classes: int, k: int = 20):
         super().__init__(widths, classes)
+        check_directions(k)
         self.imputation = MeanImputation(widths)
         self.encoders = nn.ModuleList(_normalized(d, k) for d in widths.values())
         self.classifier = nn.Linear(k * len(widths), classes)
@@ -160,6 +162,12 @@ class DCCAE(DCCA):
         correlations = torch.stack([correlation(a, b) for a, b in itertools.combinations(z, 2)]).sum()
         errors = [F.mse_loss(decoder(code), values) for decoder, code, values in zip(self.decoders, z, x, strict=True)]
         return RECONSTRUCTION * torch.stack(errors).sum() - correlations
+
+
+def check_directions(k: int) -> None:
+    """Raise ValueError for fewer than one direction."""
+    if k < 1:
+        raise ValueError(f"k: expected at least one direction, got {k}")
 
 
 def canonical_directions(x: Tensor, y: Tensor, k: int, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
