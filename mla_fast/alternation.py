@@ -34,8 +34,9 @@ class Alternation:
     What it sees is the graph behind the features. Two calls of the head in one step whose encoders share no parameter, or that
     earlier steps of different names kept apart, are a joint loss, or accumulation with the modalities inside. Steps of
     different names through the very same parameters, or features that were joined before the head in every step, are joint
-    training. Gradients of encoders that no call went through are of another step, or zeros. It looks at the first 16 steps;
-    after them nothing is left of it.
+    training. Steps of one name through encoders that share no parameter keep one mean for several modalities, which the window
+    is to tell apart. Gradients of encoders that no call went through are of another step, or zeros. It looks at the first 16
+    steps; after them nothing is left of it.
     """
 
     def __init__(self, head: nn.Module):
@@ -57,18 +58,21 @@ class Alternation:
         """Forget calls that no step has taken."""
         self._calls = []
 
-    def look(self, modality: str | None, held: Iterable[Tensor]) -> bool:
-        """Look at a step of an optimizer that holds these parameters; returns whether there is nothing more to look for."""
+    def look(self, modality: str | None, held: Iterable[Tensor], windowed: bool) -> bool:
+        """Look at a step of an optimizer that holds these parameters; returns whether there is nothing more to look for.
+
+        windowed: the projection keeps a mean for each name.
+        """
         calls, self._calls = [call for call in self._calls if call.encoder], []
         if not calls:
             return False
         self._steps += 1
-        said = self._trouble(calls, modality, set(held))
+        said = self._trouble(calls, modality, set(held), windowed)
         if said is not None:
             warn(f"step: {said}. {_LOOP}")
         return said is not None or self._steps == LOOKS
 
-    def _trouble(self, calls: list[Call], modality: str | None, held: set[Tensor]) -> str | None:
+    def _trouble(self, calls: list[Call], modality: str | None, held: set[Tensor], windowed: bool) -> str | None:
         encoders = list(dict.fromkeys(call.encoder for call in calls))
         apart = {encoder: name for name, encoder in self._alone.items()}
         known = {apart[encoder] for encoder in encoders if encoder in apart}
@@ -86,14 +90,8 @@ class Alternation:
                 "of zero_grad(), zeros of an engine's, which momentum and weight decay step on, or one of another loss, which "
                 "belongs into the turn of their own modality"
             )
-        if modality is not None and len(encoders) == 1:
-            other = next((name for name, e in self._alone.items() if e == encoders[0] and name not in (None, modality)), None)
-            if other is not None:
-                return (
-                    f"those of {other!r} and of {modality!r} move the very same {encoders[0].bit_count()} parameters outside the "
-                    "head, so this is joint training, unless one encoder serves both on purpose"
-                )
-            self._alone[modality] = encoders[0]
+        if modality is not None and len(encoders) == 1 and (said := self._misnamed(modality, encoders[0], windowed)) is not None:
+            return said
         self._seen.update(encoders)
         self._joined += all(call.joined for call in calls)
         if self._joined == LOOKS and len(self._seen) == 1:
@@ -101,6 +99,23 @@ class Alternation:
                 "in every step features of parts that share nothing were joined before the head, so this is joint training, "
                 "unless they are one modality's"
             )
+        return None
+
+    def _misnamed(self, modality: str, encoder: int, windowed: bool) -> str | None:
+        """Return what is wrong with the name of a step through one encoder; None, and keep it in mind, if nothing is."""
+        other = next((name for name, e in self._alone.items() if e == encoder and name not in (None, modality)), None)
+        if other is not None:
+            return (
+                f"those of {other!r} and of {modality!r} move the very same {encoder.bit_count()} parameters outside the head, "
+                "so this is joint training, unless one encoder serves both on purpose"
+            )
+        before = self._alone.setdefault(modality, encoder)
+        if windowed and not before & encoder:
+            return (
+                f"those of {modality!r} move encoders that share no parameter, so that the window has one mean for all of them "
+                "and projects nothing, unless they are one modality's; each modality has a name of its own"
+            )
+        self._alone[modality] = encoder
         return None
 
     def _behind(self, root: Any) -> tuple[int, bool]:

@@ -104,7 +104,7 @@ def unpack_batch(
         raise TypeError(f"batch: expected (inputs: dict, target) or (inputs, target, present), got {describe(batch)}")
     inputs, target, present = batch if len(batch) == 3 else (*batch, None)
     if not inputs or not set(inputs).issubset(model.modalities):
-        raise ValueError(f"inputs: expected modalities among {', '.join(model.modalities)}, got {', '.join(inputs)}")
+        raise ValueError(f"inputs: expected modalities among {', '.join(model.modalities)}, got {', '.join(inputs) or 'none'}")
     check_target(model, target, loss)
     for modality, N in sample_counts(inputs).items():
         if N != len(target):
@@ -139,7 +139,7 @@ def unpack_unlabelled(
         raise TypeError(f"batch: expected inputs: dict, (inputs, present) or a batch as in training, got {describe(batch)}")
     sample_counts(inputs)
     present = rest[-1] if rest else None
-    if len(rest) == 1 and present is not None:
+    if len(rest) == 1 and isinstance(present, Tensor):
         unlike = (present.dtype != torch.bool) + (present.dim() == 1)  # of what bool [N, M] is
         if unlike == 2 or (unlike and loss is not None):
             present = None  # it is the target

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from mla_fast.batch import unpack_batch
 from mla_fast.distributed import all_reduce_sum, exchange, rank_and_size
 from mla_fast.fusing import fuse
 from mla_fast.inputs import Inputs
-from mla_fast.loss import Loss, given_loss, labels_of
+from mla_fast.loss import Loss, cross_entropy, given_loss, labels_of
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused
@@ -93,6 +92,7 @@ def evaluate(
 
     on_batch: called for each batch of this rank.
     """
+    check_evaluated("loader", loader)
     found, failure = _Found(model, use_test, loss, on_batch), None
     rank, size = rank_and_size(group)
     try:
@@ -117,6 +117,15 @@ def evaluate(
         of = [*(m for m in model.modalities if m in tallies), *(["interaction"] if model.interaction is not None else [])]
         report["use"] = {name: fused.accuracy() - tallies.get(Without(name), Tally(1)).accuracy() for name in of}
     return report
+
+
+def check_evaluated(name: str, loader: Any) -> None:
+    """Raise TypeError for unpaired loaders, whose samples have no modalities to fuse."""
+    if isinstance(loader, Mapping):
+        raise TypeError(
+            f"{name}: expected a loader of batches (inputs: dict, target), for fused accuracy, got a mapping with "
+            f"{', '.join(map(str, loader)) or 'nothing'}; for one modality alone [({{modality: x}}, y) for x, y in its loader]"
+        )
 
 
 class Without(NamedTuple):
@@ -169,7 +178,7 @@ class _Found:
 
     def _add_loss(self, name: str, logits: Tensor, target: Tensor) -> None:
         if self.given is None:
-            self.loss.add(name, F.cross_entropy(logits, target, reduction="sum").double(), len(target))
+            self.loss.add(name, cross_entropy(logits, target, "sum").double(), len(target))
         else:
             self.loss.add(name, given_loss(self.given, logits, target).double() * len(target), len(target))
 

@@ -14,11 +14,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mla_fast.batch import Batch, unpack_batch
 from mla_fast.caller import warn
 from mla_fast.inputs import Inputs
-from mla_fast.loss import Loss, check_loss
+from mla_fast.loss import Loss
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.recorder import Recorder
-from mla_fast.step import alternating_step, can_step_together, check_belong, steps_together
+from mla_fast.step import alternating_step, can_step_together, check_arguments, steps_together
+from mla_fast.trained import check_grad_mode
 
 DEVICES = ("cuda",)
 WARM_UP = 3  # eager steps before a capture: what is made by first steps must be there, kernels compiled, algorithms chosen
@@ -58,8 +59,7 @@ class GraphedStep:
     def __init__(
         self, model: MultimodalModel, optimizer: MLAOptimizer, *, amp: torch.dtype | None = None, loss: Loss | None = None
     ):
-        check_belong(model, optimizer)
-        check_loss(loss, model)
+        check_arguments(model, optimizer, amp, loss)
         if optimizer.device.type not in DEVICES:
             raise ValueError(f"model: expected on a GPU for CUDA graphs, got on {optimizer.device}")
         if not can_step_together(model):
@@ -82,6 +82,7 @@ class GraphedStep:
         self._said: set[str] = set()
 
     def __call__(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+        check_grad_mode()
         inputs, target, present = unpack_batch(self.model, batch, loss=self.loss)
         inputs = {modality: inputs[modality] for modality in self.model.modalities if modality in inputs}
         columns = None if present is None else self.model.columns(present, inputs)

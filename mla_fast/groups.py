@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +21,20 @@ def check_joins(optimizer: torch.optim.Optimizer, encoder: nn.Module, settings: 
         raise ValueError("encoder: expected parameters that are not the optimizer's yet, got some that it steps already")
     if unknown := [name for name in settings if name not in optimizer.defaults]:
         raise ValueError(f"{unknown[0]}: expected a setting of the optimizer, {', '.join(optimizer.defaults)}")
+    for name, value in settings.items():
+        if not _is_like(value, default := optimizer.defaults[name]):
+            raise TypeError(f"{name}: expected a value like the optimizer's, {default!r}, got {value!r}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a setting may be `value` where it is `default` by default; None tells nothing."""
+    if isinstance(default, (tuple, list)):
+        fits = isinstance(value, (tuple, list)) and len(value) == len(default)
+        return fits and all(map(_is_like, value, default))
+    if isinstance(default, bool) or default is None:
+        return default is None or isinstance(value, bool)
+    number = isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
+    return number if isinstance(default, (Real, Tensor)) else True
 
 
 def join(optimizer: torch.optim.Optimizer, name: str, encoder: nn.Module, settings: dict[str, Any]) -> None:
@@ -77,8 +92,8 @@ def extended(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[st
     if before == now:
         return saved
     if before != now[: len(before)]:
-        had, has = (", ".join(map(repr, added)) or "none" for added in (before, now))
-        raise ValueError(f"state_dict: expected one to which no other modalities were added than {has}, got one with {had}")
+        had, has = (", ".join(map(repr, added)) or "no modality" for added in (before, now))
+        raise ValueError(f"state_dict: expected one with {has} added, got one with {had} added")
     own = optimizer.state_dict()
     later = [group for group in own["param_groups"] if NAME in group and group[NAME] not in before]
     kept = {i: own["state"][i] for group in later for i in group["params"] if i in own["state"]}

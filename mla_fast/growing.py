@@ -10,95 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast import groups
-from mla_fast.caller import warn
-from mla_fast.head import has_own_weight, is_sharded
-from mla_fast.inputs import Inputs, describe
-from mla_fast.modality_dict import ModalityDict
+from mla_fast.addition_checks import Parts
+from mla_fast.inputs import Inputs
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.parts import evaluating, known_width, last_linear, unwrap_ddp
-from mla_fast.seen import SeenClasses
+from mla_fast.parts import last_linear, unwrap_ddp
+from mla_fast.seen import SeenClasses, counted_labels
 
 SEEN = "seen"  # in a state_dict, bool [M, C]; only where a modality has not seen all
-PROTECTS = 'projection="rls", target="update", bias="project"'
-
-
-class Parts(nn.Module):
-    """What a model has of modalities and classes, and the checks of what is to come."""
-
-    encoders: ModalityDict
-    head: nn.Module
-    interaction: nn.Module | None
-    fusion = "entropy"  # also for models that were pickled without it
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """The names of the modalities, in the order of the columns of ``present`` and of the training schedule (eq. 1)."""
-        return tuple(self.encoders)
-
-    @property
-    def classes(self) -> int | None:
-        """C if the head is an ``nn.Linear`` or ends in one, otherwise None."""
-        last = last_linear(self.head)
-        return None if last is None else last.out_features
-
-    def _check_stands_alone(self, what: str) -> None:
-        if self.interaction is not None:
-            raise ValueError(f"interaction: expected None, to {what}: one is made for the modalities and classes that there are")
-
-    def _check_belongs(self, optimizer: MLAOptimizer | None) -> None:
-        if optimizer is None:
-            return
-        if not isinstance(optimizer, MLAOptimizer):
-            raise TypeError(f"optimizer: expected the model's MLAOptimizer, got {type(optimizer).__name__}")
-        if not {layer.module for layer in optimizer.layers} & set(self.head.modules()):
-            raise ValueError("optimizer: expected the MLAOptimizer of this model's head, got that of another one")
-
-    def _check_addition(self, name: str, encoder: Any, optimizer: MLAOptimizer | None, settings: dict[str, Any]) -> None:
-        self._check_stands_alone("add_modality")
-        if name in self.encoders:
-            raise ValueError(f"name: expected one that no modality has, got {name!r} beside {', '.join(self.modalities)}")
-        ModalityDict({name: encoder})
-        if name in ("average", "fused"):
-            raise ValueError(f"name: expected another than {name!r}, which results use for all modalities together")
-        ours = {p for part in (*self.encoders.values(), self.head) for p in part.parameters()}
-        if ours & set(encoder.parameters()):
-            raise ValueError("encoder: expected parameters of its own, got some that are the model's, which would be frozen")
-        head = unwrap_ddp(self.head)
-        if isinstance(head, nn.Linear) and known_width(encoder) not in (None, head.in_features):
-            raise ValueError(
-                f"encoder: expected features [N, {head.in_features}] to match head.in_features, got [N, {known_width(encoder)}]"
-            )
-        self._check_belongs(optimizer)
-        if optimizer is None:
-            if settings:
-                raise ValueError(f"{next(iter(settings))}: expected an optimizer to set it for, got none")
-            return
-        groups.check_joins(optimizer, encoder, settings)
-        if (projection := optimizer.settings.projection) in ("window", "none"):
-            warn(
-                f"projection: {projection!r} does not keep the head from forgetting {', '.join(self.modalities)}, whose data is "
-                f"not there; train with {PROTECTS} from the start, to add a modality later"
-            )
-
-    @torch.no_grad()
-    def _check_example(self, name: str, encoder: nn.Module, example: Inputs) -> None:
-        with evaluating(encoder):
-            features = encoder(example)
-        width = getattr(unwrap_ddp(self.head), "in_features", None)
-        if not isinstance(features, Tensor) or features.dim() != 2 or width not in (None, features.shape[1]):
-            raise ValueError(f"encoder: expected features [N, {width or 's'}] for {name!r}, got {describe(features)}")
-
-    def _check_growth(self, count: Any, optimizer: MLAOptimizer | None) -> None:
-        self._check_stands_alone("add_classes")
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"count: expected at least 1 class, got {count!r}")
-        self._check_belongs(optimizer)
-        last = last_linear(self.head)
-        if last is None:
-            raise ValueError(f"head: expected an nn.Linear, or one that ends a sequence, got {type(self.head).__name__}")
-        whole = has_own_weight(last) and not is_sharded(last.weight)
-        if isinstance(self.head, DistributedDataParallel) or not whole:
-            raise ValueError("head: expected one that is neither distributed, split nor parametrized, to add classes before that")
 
 
 class Growing(Parts):
@@ -111,7 +29,6 @@ class Growing(Parts):
     """
 
     added: tuple[str, ...]
-    seen: SeenClasses
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +44,11 @@ class Growing(Parts):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "added" not in state:  # of a model that was pickled without it
             self._start_growing()
+        elif "seen" in state:  # when it was no module
+            before = self.__dict__.pop("seen")
+            self.seen = SeenClasses(self.modalities)
+            self.seen.counts = before.counts
+            self.seen.take(before.recorded())
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -146,17 +68,24 @@ class Growing(Parts):
         self.train(self.training)
 
     def saw(self, modality: str, target: Tensor, weights: Tensor | None = None) -> None:
-        """Record that `modality` has been trained on classes target [n], for ``predict``, which lets it vote on no others.
+        """Record that `modality` has been trained on classes target [n], int64, for ``predict``, which lets it vote on no others.
 
-        ``Trainer``, ``alternating_step`` and ``GraphedStep`` do so themselves. weights [n]: rows of zero do not count.
+        ``Trainer``, ``alternating_step`` and ``GraphedStep`` do so themselves; a loop of your own has to. Rows of label −100, as
+        of weight 0 (weights [n], if given), do not count; nobody waits for a device, where labels that name no class do not.
+
+        Raises TypeError or ValueError that names the argument, and records nothing.
         """
-        if (classes := self.classes) is not None:
-            self.seen.record(modality, target, classes, weights)
+        if modality not in self.encoders:
+            raise ValueError(f"modality: expected one of {', '.join(self.modalities)}, got {modality!r}")
+        if (classes := self.classes) is None:
+            raise ValueError(f"head: expected a call of it before, which tells its classes, got {type(self.head).__name__}")
+        self.seen.record(modality, target, classes, counted_labels(target, classes, weights))
 
     def seen_by(self, modalities: Iterable[str]) -> Tensor | None:
         """Return bool [M, C] on the CPU, which classes these have seen; None where all modalities have seen all, and before the
-        first addition, and where modalities are fused as their mean."""
-        return None if self.fusion == "mean" else self.seen.mask(modalities, self.modalities)
+        first addition, and where modalities are fused as their mean. Warns once of what a prediction by these leaves out because
+        it is in no record."""
+        return None if self.fusion == "mean" else self.seen.mask(modalities)
 
     def add_modality(
         self,
@@ -178,15 +107,15 @@ class Growing(Parts):
             ``"window"`` and ``"none"``, which do not keep the head from forgetting.
         classes: how many the head is to get beside its own; see ``add_classes``.
         example: a few inputs of the modality, to see before anything changes that the encoder's features fit the head. Without
-            it this is seen here for layers in sequence, and for others when they are first called.
+            it this is seen here for layers in sequence, and for others when they are first called. It has to be given where only
+            a call tells the head's classes, and there was none yet.
 
         Raises TypeError or ValueError that names the argument, and changes nothing.
         """
         self._check_addition(name, encoder, optimizer, settings)
         device = next(self.head.parameters()).device
         encoder.to(device)
-        if example is not None:
-            self._check_example(name, encoder, example)
+        self._check_example(name, encoder, example)
         if classes:
             self._check_growth(classes, optimizer)
         if isinstance(self.head, DistributedDataParallel) and any(p.requires_grad for p in encoder.parameters()):
@@ -199,8 +128,10 @@ class Growing(Parts):
                 layer.free = 0
         if classes:
             self.add_classes(classes, optimizer=optimizer)
+        if self.classes is not None:
+            self.seen.add(name, self.modalities, self.classes)
         self.encoders[name] = encoder.train(self.training)
-        self.added, self.seen.counts = (*self.added, name), True
+        self.added = (*self.added, name)
         self._settle()
 
     def remove_modality(self, name: str, *, optimizer: MLAOptimizer | None = None) -> nn.Module:
@@ -276,7 +207,7 @@ class Growing(Parts):
 
 
 def _put_seen(model: Growing, state: dict[str, Any], prefix: str, _: Any) -> None:
-    mask = model.seen_by(model.modalities)
+    mask = None if model.fusion == "mean" else model.seen.of(model.modalities)
     if mask is not None:
         state[prefix + SEEN] = mask
 
@@ -284,7 +215,7 @@ def _put_seen(model: Growing, state: dict[str, Any], prefix: str, _: Any) -> Non
 def _take_seen(model: Growing, state: dict[str, Any], prefix: str, *_: Any) -> None:
     mask = state.pop(prefix + SEEN, None)
     if mask is not None and len(mask) == len(model.modalities):
-        model.seen.load_state_dict(dict(zip(model.modalities, mask, strict=True)))
         model.seen.counts = True
+        model.seen.take(dict(zip(model.modalities, mask, strict=True)))
     elif any(name.startswith(f"{prefix}head.") for name in state):  # a whole one, of a model whose modalities have seen all
-        model.seen.load_state_dict({})
+        model.seen.take({})

@@ -15,6 +15,11 @@ from mla_fast.head import Collected, HeadLayer, HeadStep, local, on_host
 from mla_fast.settings import Settings
 from mla_fast.wrapped import parameters_of
 
+SKIPPED = (
+    "step skipped: features or a gradient of the head are not finite (counted in diagnostics()). BatchNorm's running statistics "
+    "stay finite where a MultimodalModel calls the encoder, and not where a loop of your own does"
+)
+
 
 class Verdict(NamedTuple):
     """bad: something is not finite, or torch.amp found an overflow; float32 [] on a device, which nobody waits for. snapshot: of

@@ -87,6 +87,10 @@ class HeadLayer:
             raise RuntimeError(
                 f"head: expected {self.name} with a weight of its own, got one that is computed since, as by pruning"
             )
+        if weight.dtype == torch.float64 != self.dtype:
+            raise RuntimeError(
+                f"head: expected {self.name} in {self.dtype} as P is, got {weight.dtype}; convert it before MLAOptimizer is built"
+            )
         if weight.grad is None or (x_bar is None and not weight.grad.any()):
             return None, x_bar, rows  # gradients of zeros are made by torch.distributed.checkpoint, to create the state
         if x_bar is None:
@@ -244,7 +248,10 @@ def trainable_linears(head: nn.Module, optimizer: torch.optim.Optimizer) -> list
             )
     trainable = [(name, m) for name, m in linears if m.weight.requires_grad]
     if not trainable:
-        raise ValueError("head: expected a trainable nn.Linear, but the weight of each is frozen (requires_grad=False)")
+        raise ValueError(
+            "head: expected a trainable nn.Linear, but the weight of each is frozen (requires_grad=False); freeze the head after "
+            "MLAOptimizer was built"
+        )
     held = set(map(id, parameters_of(optimizer)))
     first_with: dict[Tensor, str] = {}
     for name, module in trainable:

@@ -46,11 +46,13 @@ def check_target(model: MultimodalModel, target: Any, loss: Loss | None) -> None
     """Raise TypeError or ValueError unless a batch's target suits the loss; values are looked at on the CPU alone."""
     if loss is None:
         if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.dim() != 1:
-            raise TypeError(f"target: expected int64 [N], got {describe(target)}")
+            cure = "labels as target.long(), probabilities [N, C] and others with loss=nn.CrossEntropyLoss() or another loss"
+            raise TypeError(f"target: expected int64 [N], got {describe(target)}; {cure}")
         if target.device.type == "cpu" and len(target) and (classes := model.classes) is not None:
             low, high = map(int, target.aminmax())
             if low < 0 or high >= classes:
-                raise ValueError(f"target: expected labels in 0 … {classes - 1}, got {low if low < 0 else high}")
+                cure = "; loss=nn.CrossEntropyLoss(ignore_index=…) leaves rows out" if low < 0 else ""
+                raise ValueError(f"target: expected labels in 0 … {classes - 1}, got {low if low < 0 else high}{cure}")
         return
     if not isinstance(target, Tensor) or not target.dim():
         raise TypeError(f"target: expected a tensor [N, …], got {describe(target)}")
@@ -78,11 +80,19 @@ def mean_loss(logits: Tensor, target: Tensor, total: float, weights: Tensor | No
     if loss is not None:
         return given_loss(loss, logits, target) * (len(target) / total)
     if weights is not None:
-        each = F.cross_entropy(logits, target, reduction="none")
+        each = cross_entropy(logits, target, "none")
         return (each * weights.to(each.dtype)).sum()
     if len(target) == total:
-        return F.cross_entropy(logits, target)
-    return F.cross_entropy(logits, target, reduction="sum") / total
+        return cross_entropy(logits, target)
+    return cross_entropy(logits, target, "sum") / total
+
+
+def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Return eq. 2; ValueError names labels that are none, on the CPU, where the head's classes were not known before."""
+    try:
+        return F.cross_entropy(logits, target, reduction=reduction)
+    except IndexError as error:
+        raise ValueError(f"target: expected labels in 0 … {logits.shape[1] - 1}, got others: {error}") from error
 
 
 def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
@@ -166,11 +176,11 @@ def record_seen(model: MultimodalModel, modality: str, target: Tensor, weights: 
     if labels is None or classes is None:
         return
     if loss is None:
-        model.saw(modality, target, weights)
+        model.seen.record(modality, target, classes, weights)
     elif target.is_floating_point():
-        model.saw(modality, torch.arange(classes, device=target.device), (target > 0).any(0))
+        model.seen.record(modality, torch.arange(classes, device=target.device), classes, (target > 0).any(0))
     else:
-        model.saw(modality, labels.clamp(min=0), labels >= 0)
+        model.seen.record(modality, labels, classes, labels >= 0)
 
 
 def name_of(loss: Loss | None) -> str:

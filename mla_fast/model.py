@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mla_fast import buffers
+from mla_fast.caller import warn
 from mla_fast.fusing import FUSIONS, fuse
 from mla_fast.growing import Growing
 from mla_fast.inputs import Inputs, check_by_modality, describe, leaves, sample_count, sample_counts
@@ -17,7 +19,7 @@ from mla_fast.interaction import Interaction, check_fits
 from mla_fast.modality_dict import ModalityDict
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused
-from mla_fast.parts import evaluating, unwrap_ddp
+from mla_fast.parts import evaluating, parameters_in, unwrap, unwrap_ddp
 from mla_fast.streams import run_on_streams
 
 
@@ -51,7 +53,7 @@ class MultimodalModel(Growing):
 
     streams = False  # also for models that were pickled without it
     interaction: Interaction | None
-    _shared: tuple[tuple[nn.Module, ...], bool] = ((), False)  # (parts, whether they share parameters)
+    _said_forward = False
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class MultimodalModel(Growing):
     ):
         super().__init__()
         self.encoders = ModalityDict(encoders)
+        self.seen.names = self.modalities
         reserved = ("average", "fused", *(() if interaction is None else ("interaction", "without_interaction")))
         for name in reserved:
             if name in encoders:
@@ -84,15 +87,9 @@ class MultimodalModel(Growing):
 
     @property
     def shared_parameters(self) -> bool:
-        """Whether a parameter belongs to two encoders, or to an encoder and the head.
-
-        The answer is kept until an encoder or the head is replaced by another module.
-        """
-        parts = (*self.encoders.values(), self.head)
-        if self._shared[0] != parts:
-            parameters = [p for part in parts for p in part.parameters()]
-            self._shared = parts, len(set(parameters)) < len(parameters)
-        return self._shared[1]
+        """Whether a parameter belongs to two encoders, or to an encoder and the head."""
+        parts = [set(map(id, parameters_in(part))) for part in (*self.encoders.values(), self.head)]
+        return len(set().union(*parts)) < sum(map(len, parts))
 
     def features(self, modality: str, inputs: Inputs) -> Tensor:
         """Return the features [N, s] that the encoder of `modality` computes from its inputs [N, …]."""
@@ -109,7 +106,7 @@ class MultimodalModel(Growing):
         shape = features.shape
         if len(shape) != 2 or shape[0] != N:
             raise ValueError(f"features: expected [{N}, s] from the encoder of {modality!r}, got {list(shape)}")
-        head = unwrap_ddp(self.head)
+        head = unwrap(self.head)
         if isinstance(head, nn.Linear) and shape[1] != head.in_features:
             raise ValueError(
                 f"features: expected [N, {head.in_features}] to match head.in_features, "
@@ -131,17 +128,27 @@ class MultimodalModel(Growing):
     def forward(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """Return {modality: logits [N, C]} for each modality in `inputs`; N may differ between them.
 
-        ``predict`` does not call this method.
+        ``predict`` and ``Trainer.evaluate`` do not call this method, which a subclass had better not replace: they call
+        ``features`` and ``logits``, as it does.
         """
         check_by_modality(inputs)
         return {modality: self.logits(modality, self.features(modality, x)) for modality, x in inputs.items()}
 
     def logits(self, modality: str, features: Tensor) -> Tensor:
         """Return the head's logits [N, C] of a modality's features [N, s]."""
-        if torch.compiler.is_compiling() or len(features) != 1:
-            logits: Tensor = self.head(features)
-            return logits
-        return cast(Tensor, _call_or_note(self.head, features, modality, "the head"))
+        head, compiling = self.head, torch.compiler.is_compiling()
+        called = head(features) if compiling else _call_or_note(head, features, modality, "the head")
+        return self._checked(called, len(features))
+
+    def _checked(self, logits: Any, N: int) -> Tensor:
+        """Return what the head has returned, and remember its C, which not every head tells before."""
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise TypeError(f"head: expected floating logits [{N}, C] from {type(self.head).__name__}, got {describe(logits)}")
+        if logits.dim() != 2 or len(logits) != N:
+            raise ValueError(f"head: expected logits [{N}, C] from {type(self.head).__name__}, got {list(logits.shape)}")
+        if self._logits != logits.shape[1]:
+            self._logits = logits.shape[1]
+        return logits
 
     @torch.no_grad()
     def packed_features(self, inputs: Mapping[str, Inputs], plan: DispatchPlan | None = None) -> dict[str, Tensor]:
@@ -156,6 +163,9 @@ class MultimodalModel(Growing):
             raise ValueError("inputs: expected at least one modality, got none")
         if len(set(sizes.values())) != 1:
             raise ValueError(f"inputs: expected the same number of samples for every modality, got {sizes}")
+        if type(self).forward is not MultimodalModel.forward and not self._said_forward:
+            self._said_forward = True
+            warn(f"{type(self).__name__}.forward: predict and evaluate do not call it; override features or logits instead")
         packed = dict(inputs if plan is None else plan.pack(inputs))
         # If there are no rows at all, the first encoder computes the logits [0, C] from none.
         rows = {modality: x for modality, x in packed.items() if len(leaves(x)[0])} or dict(list(packed.items())[:1])
@@ -169,10 +179,12 @@ class MultimodalModel(Growing):
 
     @torch.no_grad()
     def logits_of(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Return the head's logits [K, C] of features [n, s], one modality after another, in evaluation mode."""
+        """Return the logits [K, C] of features [n, s], one modality after another, in evaluation mode."""
         with evaluating(self):
-            logits: Tensor = unwrap_ddp(self.head)(torch.cat(list(features.values())))
-            return logits
+            if type(self).logits is not MultimodalModel.logits:
+                return torch.cat([self.logits(modality, h) for modality, h in features.items()])
+            joined = torch.cat(list(features.values()))
+            return self._checked(unwrap_ddp(self.head)(joined), len(joined))
 
     def predict(self, inputs: Mapping[str, Inputs], present: Tensor | None = None) -> Fused:
         """Return the fused prediction (eqs. 6–8) for N samples, each with any of the modalities, in evaluation mode.
@@ -223,11 +235,14 @@ class LoneRowError(ValueError):
 
 
 def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> Any:
-    """Call a part; an error gets a note with its name and inputs, and says what to do where it is about a single row."""
-    lone = len(leaves(inputs)[0]) == 1 and torch.is_grad_enabled()
+    """Call a part; an error gets a note with its name and inputs, and says what to do where it is about a single row. What its
+    forward pass in training has made of its buffers stays only if it is finite."""
+    training = torch.is_grad_enabled()
+    lone = training and len(leaves(inputs)[0]) == 1
     before = [(buffer, buffer.clone()) for buffer in part.buffers()] if lone else []
+    kept = buffers.kept(part) if training else []
     try:
-        return part(inputs)
+        called = part(inputs)
     except Exception as error:
         if lone and "more than 1 value per channel" in str(error):
             for buffer, value in before:  # some layers have counted the row
@@ -239,3 +254,5 @@ def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> 
         if hasattr(error, "add_note"):
             error.add_note(f"in {name}, which was given {describe(inputs)}")
         raise
+    buffers.put_back_unless_finite(kept)
+    return called

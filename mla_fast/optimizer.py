@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mla_fast import wrapped
 from mla_fast.caller import warn
 from mla_fast.features import remove_hooks
-from mla_fast.guard import Verdict, check_modality, check_stepped, look_at
+from mla_fast.guard import SKIPPED, Verdict, check_modality, check_stepped, look_at
 from mla_fast.head import HeadLayer, HeadStep, collect, trainable_linears
 from mla_fast.head_loss import checked_loss
 from mla_fast.head_state import Stateful
@@ -52,10 +52,11 @@ class MLAOptimizer(Stateful):
             where torch.distributed has several) · a ``ProcessGroup`` · None (every process trains a model of its own).
 
     A step in which x̄ or the head's gradient is not finite, or a batch of no rows went through the head, changes nothing: no
-    parameter, no momentum, no P (what the forward pass changes, as BatchNorm does, is changed). ``diagnostics()`` counts such
-    steps. One in which the head has no gradient at all moves what else has one, and warns if a modality is named. On CUDA
-    nothing here waits for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is
-    fused: the encoders' gradients are then the caller's to guard, and a count of steps that it keeps on the CPU (Adam's) goes on.
+    parameter, no momentum, no P. What the forward pass changes, as BatchNorm does, is changed; where the model is called, and not
+    an encoder by itself, running statistics that would no longer be finite are put back. ``diagnostics()`` counts such steps. One
+    in which the head has no gradient at all moves what else has one, and warns if a modality is named. On CUDA nothing here waits
+    for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is fused: the
+    encoders' gradients are then the caller's to guard, and a count of steps that it keeps on the CPU (Adam's) goes on.
 
     ``GraphedStep`` captures whole batches in CUDA graphs. Who captures a step by hand takes one with every modality before, and
     captures anew after ``load_state_dict``; ``steps`` in diagnostics does not count such replays.
@@ -127,11 +128,15 @@ class MLAOptimizer(Stateful):
         if "optimizer" in self.__dict__:  # not while the base class goes through the groups that are there already
             self.optimizer.add_param_group(param_group)
 
-    def head_loss(self, features: Tensor, target: Tensor, **options: Any) -> Tensor:
+    def head_loss(
+        self, features: Tensor, target: Tensor, *, class_weight: Tensor | None = None, label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+    ) -> Tensor:  # fmt: skip
         """Return F.cross_entropy(head(features), target, …), eq. 2, without the logits [N, C] in memory, of one ``nn.Linear``.
 
-        features [N, s] count in x̄ as if the head were called; options and errors are those of ``mla_fast.linear_cross_entropy``,
+        features [N, s] count in x̄ as if the head were called; the rest and errors are those of ``mla_fast.linear_cross_entropy``,
         and RuntimeError for another head, or over ranks."""
+        options = {"class_weight": class_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
         return checked_loss(self.watch.head, self.layers[0], self.process_group, features, target, **options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -168,9 +173,7 @@ class MLAOptimizer(Stateful):
         Where a wrapper's ``step`` takes no modality (Fabric's, Accelerate's), set ``optimizer.modality`` before.
         """
         if closure is not None and not callable(closure):
-            raise TypeError(
-                f"closure: expected a callable, got {closure!r}; the modality goes by name, step(modality={closure!r})"
-            )
+            raise TypeError(f"closure: expected a callable, got {closure!r}; the modality is step(modality={closure!r})")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -197,14 +200,13 @@ class MLAOptimizer(Stateful):
         check_modality(found, modality, self.modality, self.settings)
         check_stepped([] if found.unseen else self.layers, self.optimizer)
         named = self.modality if modality is None else modality
-        self.watch.before(named, self.optimizer)
+        self.watch.before(named, self.optimizer, self.settings.projection == "window")
         if found.empty:
             self.skipped["empty"] += 1
             return True
-        undone = None if self._step_supports_amp_scaling else self.optimizer
         verdict = look_at(
-            found.steps, found.idle, found_inf=getattr(self, "found_inf", None), account=self._account,
-            backend=self.layers[0].projection.backend, wrapped=undone, group=self.process_group,
+            found.steps, found.idle, found_inf=getattr(self, "found_inf", None), account=self._account, group=self.process_group,
+            backend=self.layers[0].projection.backend, wrapped=None if self._step_supports_amp_scaling else self.optimizer,
         )  # fmt: skip
         if verdict.bad is True:
             self.skip_nonfinite()
@@ -215,9 +217,8 @@ class MLAOptimizer(Stateful):
 
     def skip_nonfinite(self) -> None:
         """Count a step that something not finite has kept from being taken, and say so the first time."""
-        overflow = hasattr(self, "found_inf")  # under torch.amp a step now and then is skipped as a matter of course
-        if not overflow and not self.skipped["nonfinite"]:
-            warn("step skipped: features or a gradient of the head are not finite (counted in diagnostics())")
+        if not hasattr(self, "found_inf") and not self.skipped["nonfinite"]:  # torch.amp skips some as a matter of course
+            warn(SKIPPED)
         self.skipped["nonfinite"] += 1
 
     def _project_and_step(self, steps: list[HeadStep], modality: str | None, verdict: Verdict) -> None:
@@ -261,8 +262,8 @@ class MLAOptimizer(Stateful):
         (float32 is safe up to about 1e5); now ``P_norm`` ‖P‖_F and ``P_trace``; and ``frozen``: less than a thousandth of the
         gradient is left, so the head has stopped learning. Raise alpha then, or use the window.
         """
-        report: dict[str, Any] = {f"skipped_{reason}": count for reason, count in self.counted().items()}
-        return report | {"layers": {layer.name: layer.diagnostics() for layer in self.layers}}
+        skipped = {f"skipped_{reason}": count for reason, count in self.counted().items()}
+        return {**skipped, "layers": {layer.name: layer.diagnostics() for layer in self.layers}}
 
     def counted(self) -> dict[str, int]:
         """Return the numbers of skipped steps, those included that the device has counted; waits for it."""

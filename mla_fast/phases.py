@@ -61,8 +61,6 @@ class Phases:
         if self._position.batches:
             raise ValueError(f"name: expected to add {name!r} between epochs, got {self._position.batches} batches into one")
         self.model.add_modality(name, encoder, optimizer=self.optimizer, classes=classes, example=example, **settings)
-        if (known := self.model.classes) is not None:
-            self.model.seen.declare(name, torch.zeros(known, dtype=torch.bool))
         self.additions[name] = self.epoch
         self._begin_phase(scheduler)
 
@@ -77,7 +75,7 @@ class Phases:
         for group in self.optimizer.param_groups:
             group["lr"] = group.pop("initial_lr", group["lr"])
         self.scheduler = None if scheduler is None else scheduler(self.optimizer)
-        check_scheduler(self.scheduler, self.scheduler_interval)
+        check_scheduler(self.scheduler, self.scheduler_interval, self.optimizer)
         self._position = Position()
 
     def _next(self, batches: Replayable, count: int) -> list[tuple[Any, ...]]:
@@ -108,6 +106,6 @@ class Phases:
 
     def _share_seen(self) -> None:
         """Count what the modalities have seen on all ranks."""
-        for of_rank in all_gather_object(self.model.seen.state_dict(), self.optimizer.process_group):
+        for of_rank in all_gather_object(self.model.seen.recorded(), self.optimizer.process_group):
             for modality, mask in of_rank.items():
                 self.model.seen.declare(modality, mask)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mla_fast import buffers
 from mla_fast.batch import BatchRows, Rows, Whole
 from mla_fast.distributed import rank_and_size
 from mla_fast.head import on_host
@@ -165,8 +166,10 @@ def _loss(z: Tensor, r: Tensor, whole: Whole, total: Tensor, loss: Loss | None) 
 @torch.no_grad()
 def _logits(model: MultimodalModel, features: Features, whole: Whole) -> Tensor:
     """Return z [M, N, C] of the head as it is."""
-    sizes = [len(h) for h in features.values()]
-    logits = unwrap_ddp(model.head)(torch.cat(list(features.values()))).split(sizes)
+    sizes, head = [len(h) for h in features.values()], unwrap_ddp(model.head)
+    kept = buffers.kept(head)
+    logits = head(torch.cat(list(features.values()))).split(sizes)
+    buffers.put_back_unless_finite(kept)
     return torch.stack(list(whole.unpack(dict(zip(features, logits, strict=True))).values()))
 
 

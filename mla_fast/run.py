@@ -55,7 +55,7 @@ class Run:
             **run,
             "model": portable_state_dict(self.model),
             "added": list(self.model.added),
-            "seen": self.model.seen.state_dict(),
+            "seen": self.model.seen.recorded(),
             **{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
             "kinds": self._kinds(),
             "loss": name_of(self.loss),
@@ -93,8 +93,8 @@ class Run:
             raise CheckpointError(f"{path}: saved inside of an epoch, {error}, got {size}") from error
         self._load_parts(path, saved, kinds)
         load_portable_state_dict(self.model, own | saved["model"])
-        kept = {name: mask for name, mask in self.model.seen.state_dict().items() if name in later}
-        self.model.seen.load_state_dict(kept | saved.get("seen", {}))
+        kept = {name: mask for name, mask in self.model.seen.recorded().items() if name in later}
+        self.model.seen.take(kept | saved.get("seen", {}))
         now = name_of(self.loss)
         if (before := saved.get("loss", now)) != now:
             warn(f"resume: the run was saved with loss {before}, and goes on with {now}")

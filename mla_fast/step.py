@@ -18,6 +18,7 @@ from mla_fast.loss import Loss, check_loss, mean_loss, record_seen
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.pull import Pull, pull_of
+from mla_fast.trained import check_grad_mode, look_at
 from mla_fast.wrapped import parameters_of
 
 
@@ -37,7 +38,8 @@ def alternating_step(
     This is step by step in another order, not an approximation: the step of one modality moves its own encoder and the head, so
     no features change under the others. It needs encoders that share no parameter (ValueError), a wrapped optimizer that steps
     every parameter by itself (torch's own do; one that counts its steps as a whole counts M + 1), and room for what all encoders
-    want for their backward pass at once, as joint training does. Hooks of ``optimizer.step`` run once, at the end.
+    want for their backward pass at once, as joint training does. It calls ``optimizer.zero_grad()`` first, so gradients from
+    before do not count. Hooks of ``optimizer.step`` run once, at the end.
 
     model, optimizer: a ``MultimodalModel`` and the ``MLAOptimizer`` with its head. batch: ``(inputs, target)`` or ``(inputs,
     target, present)`` as for ``Trainer``, on the model's device. amp: dtype for autocast, bfloat16; float16 overflows without a
@@ -46,11 +48,14 @@ def alternating_step(
     Returns the mean loss {modality: 0-d tensor} of those that had a row; over ranks, the mean of the ranks' is the mean of all.
     A modality with a single row that a BatchNorm in its encoder cannot train on takes no step (``diagnostics()`` counts them),
     nor does one whose features or head gradient are not finite. On CUDA, where nobody waits to see it, its head takes none, nor,
-    with a fused wrapped optimizer, does any encoder. Labels that lie on a GPU are not looked at beforehand: one that names no
-    class fails there, as in ``F.cross_entropy``.
+    with a fused wrapped optimizer, does any encoder. Running statistics (BatchNorm's) that would no longer be finite stay as they
+    were, on any device. Labels that lie on a GPU are not looked at beforehand: one that names no
+    class fails there, as in ``F.cross_entropy``. Warns of encoders whose parameters no step moves.
+
+    Raises RuntimeError under ``no_grad``, TypeError or ValueError that names the argument.
     """
-    check_belong(model, optimizer)
-    check_loss(loss, model)
+    check_grad_mode()
+    check_arguments(model, optimizer, amp, loss)
     if not can_step_together(model):
         raise ValueError(
             "model: expected encoders and a head that share no parameter, and MultimodalModel's own forward; "
@@ -92,6 +97,8 @@ def steps_together(
         with torch.no_grad():
             bad.append(optimizer.take_step(modality))
         record_seen(model, modality, rows[modality].target, rows[modality].weights, loss)
+        if bad[-1] is not True:
+            look_at(model, optimizer, modality, features[modality].requires_grad)
         if bad[-1] is not True and features[modality].requires_grad:
             outputs.append(features[modality])
             gradients.append(h.grad if pull is None else pull.added(0, modality, h.grad))
@@ -224,6 +231,14 @@ def _weighted(optimizer: MLAOptimizer, weights: Tensor | None) -> Iterator[None]
 def autocast(optimizer: MLAOptimizer, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """Return autocast on the head's device, or what the caller has."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(optimizer.device.type, dtype=dtype)
+
+
+def check_arguments(model: MultimodalModel, optimizer: MLAOptimizer, amp: Any, loss: Any) -> None:
+    """Raise TypeError or ValueError unless these can train together."""
+    check_belong(model, optimizer)
+    check_loss(loss, model)
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp: expected torch.bfloat16, torch.float16 or None, got {amp!r}")
 
 
 def check_belong(model: MultimodalModel, optimizer: MLAOptimizer) -> None:

@@ -17,7 +17,7 @@ from mla_fast.caller import warn
 from mla_fast.evaluate import evaluate
 from mla_fast.graph import GraphedStep
 from mla_fast.inputs import Inputs
-from mla_fast.loss import Loss, check_loss
+from mla_fast.loss import Loss
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
@@ -25,7 +25,7 @@ from mla_fast.phases import Phases
 from mla_fast.random_state import Replayable
 from mla_fast.resume import Loader, Position, batches_in
 from mla_fast.run import Run
-from mla_fast.step import can_step_together, check_belong, steps_together
+from mla_fast.step import can_step_together, check_arguments, check_belong, steps_together
 from mla_fast.trainer_checks import (
     check_fit,
     check_scheduler,
@@ -71,7 +71,8 @@ class Trainer(Phases):
             accumulation, ranks, batches of several loaders) is trained on eagerly, with a warning that says so.
 
     Batches are trained on by ``alternating_step``, or in turn where scaler, accumulate, clip_norm, backward or a model that it
-    refuses ask for it: the same steps, one backward pass for each.
+    refuses ask for it: the same steps, one backward pass for each. Hooks of ``optimizer.step`` then run once a modality, and
+    otherwise once a batch.
     """
 
     def __init__(
@@ -94,9 +95,8 @@ class Trainer(Phases):
         in_turn: bool = False,
         cuda_graph: bool = False,
     ):
-        check_belong(model, optimizer)
-        check_loss(loss, model)
-        check_scheduler(scheduler, scheduler_interval)
+        check_arguments(model, optimizer, amp, loss)
+        check_scheduler(scheduler, scheduler_interval, optimizer)
         check_trainer(model, optimizer, amp, scaler, accumulate, clip_norm, backward, callbacks)
         self.model, self.optimizer, self.scheduler, self.scheduler_interval = model, optimizer, scheduler, scheduler_interval
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
@@ -138,7 +138,8 @@ class Trainer(Phases):
         Each epoch adds ``{"epoch", "loss": {modality: mean}, "projection": {layer: ‖GP‖/‖G‖}}``, and ``"validation"`` if asked
         for. With `checkpoint` the state is saved there after every epoch, and after every `checkpoint_every` batches. With
         `patience`, stops once `monitor`, a path into the record, has not become better for that many epochs: larger, or
-        smaller for a loss. Raises ValueError for a batch that does not fit the model.
+        smaller for a loss; the model keeps the last weights, not the best. Raises ValueError for a batch that does not fit the
+        model, and RuntimeError under ``no_grad``.
         """
         check_belong(self.model, self.optimizer)
         check_fit(epochs, validation, checkpoint, checkpoint_every, patience, monitor)

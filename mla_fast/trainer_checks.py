@@ -16,10 +16,12 @@ from mla_fast import graph
 from mla_fast.callbacks import flatten
 from mla_fast.caller import warn
 from mla_fast.distributed import is_distributed
+from mla_fast.evaluate import check_evaluated
 from mla_fast.head import FROZEN
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.step import can_step_together
+from mla_fast.trained import check_grad_mode
 
 
 def check_trainer(
@@ -48,18 +50,19 @@ def check_trainer(
         raise TypeError(f"backward: expected a function of the loss, got {backward!r}")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler: expected a torch.amp.GradScaler or None, got {scaler!r}")
-    if amp not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"amp: expected torch.bfloat16, torch.float16 or None, got {amp!r}")
     if amp is torch.float16 and scaler is None:
         raise ValueError("scaler: expected a torch.amp.GradScaler with amp=torch.float16, whose small gradients vanish, got None")
     if scaler is not None and backward is not None:
         raise ValueError("backward: expected None with a scaler, whose scaled loss goes backward, got both")
 
 
-def check_scheduler(scheduler: Any, interval: str) -> None:
+def check_scheduler(scheduler: Any, interval: str, optimizer: MLAOptimizer) -> None:
     """Check ``Trainer``'s scheduler and scheduler_interval."""
     if scheduler is not None and (isinstance(scheduler, type) or not hasattr(scheduler, "step")):
         raise TypeError(f"scheduler: expected a learning-rate scheduler, got {scheduler!r}")
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", optimizer.param_groups)
+    if groups is not optimizer.param_groups:  # which a wrapper of it has, too
+        raise ValueError("scheduler: expected one of the MLAOptimizer or of what it wraps, got one of another optimizer")
     if interval not in ("epoch", "batch"):
         raise ValueError(f'scheduler_interval: expected "epoch" or "batch", got {interval!r}')
     if interval == "batch" and isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
@@ -106,12 +109,14 @@ def check_fit(
     patience: int | None,
     monitor: str,
 ) -> None:
-    """Check the arguments of ``Trainer.fit``."""
+    """Check the arguments of ``Trainer.fit``, and that there are gradients."""
+    check_grad_mode()
     for name, value in (("epochs", epochs), ("checkpoint_every", checkpoint_every), ("patience", patience)):
         if not (value is None or _is_count(value) or (name == "epochs" and value == math.inf)):
             raise ValueError(f"{name}: expected a whole number, got {value!r}")
     if checkpoint_every is not None and (checkpoint is None or checkpoint_every < 1):
         raise ValueError(f"checkpoint_every: expected at least 1 batch, and a checkpoint to write to, got {checkpoint_every}")
+    check_evaluated("validation", validation)
     if patience is not None and patience < 1:
         raise ValueError(f"patience: expected at least 1 epoch or None, got {patience}")
     if patience is not None and validation is None and monitor.startswith("validation/"):

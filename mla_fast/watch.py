@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,6 +14,7 @@ from mla_fast.head import HeadLayer, HeadStep, on_host
 from mla_fast.wrapped import parameters_of
 
 LOOKS_FOR_FROZEN = 100  # steps between looks
+LOOKS_AT_ENCODERS = 64
 
 
 class Watch:
@@ -25,13 +29,16 @@ class Watch:
         self._unprojected = [(name, p) for name, p in frozen if p is not None]
         self._features = layers[0].features
         self._features.alternation = Alternation(head)
-        self._said_frozen, self._said_unpaired = False, False
+        self._said, self._steps = set[str](), Counter[str]()
         for layer in layers:
             if type(layer.module).forward is not nn.Linear.forward or "forward" in vars(layer.module):
                 warn(
                     f"head: {layer.name} ({type(layer.module).__name__}) has a forward of its own: x̄ is the mean of what goes "
                     "into the module, which must be what its weight is multiplied with (normalise features before a cosine head)"
                 )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {"_said": set[str](), "_steps": Counter[str](), **state}  # of what was pickled without them, too
 
     def alternates(self) -> None:
         """Believe that steps alternate, where the loop is ours."""
@@ -42,10 +49,10 @@ class Watch:
         if self._features.alternation is not None:
             self._features.alternation.forget()
 
-    def before(self, modality: str | None, optimizer: torch.optim.Optimizer) -> None:
-        """Look at a step that `optimizer` is about to take."""
+    def before(self, modality: str | None, optimizer: torch.optim.Optimizer, windowed: bool) -> None:
+        """Look at a step that `optimizer` is about to take; windowed: the projection keeps a mean for each modality."""
         if self._features.alternation is not None:
-            if self._features.alternation.look(modality, parameters_of(optimizer)):
+            if self._features.alternation.look(modality, parameters_of(optimizer), windowed):
                 self._features.alternation = None
         if late := [name for name, p in self._unprojected if p.requires_grad and p.grad is not None]:
             self._unprojected = []
@@ -54,11 +61,21 @@ class Watch:
                 "build MLAOptimizer anew"
             )
 
+    def say(self, what: str, message: str) -> None:
+        """Warn of something, the first time."""
+        if what not in self._said:
+            self._said.add(what)
+            warn(message)
+
+    def due(self, modality: str) -> bool:
+        """Count a step of a modality's encoder; returns whether to look at it, at first often."""
+        self._steps[modality] += 1
+        count = self._steps[modality]
+        return count % LOOKS_AT_ENCODERS == 0 or count & (count - 1) == 0
+
     def unpaired(self) -> None:
         """Warn of batches that an interaction learns nothing from."""
-        if not self._said_unpaired:
-            self._said_unpaired = True
-            warn("interaction: it does not train on batches of one modality, which show no two of a sample")
+        self.say("unpaired", "interaction: it does not train on batches of one modality, which show no two of a sample")
 
     def after(self, steps: list[HeadStep]) -> None:
         """Look now and then at what was left of steps, where that need not wait for a device."""
@@ -68,9 +85,9 @@ class Watch:
 
     def frozen(self, layers: list[str]) -> None:
         """Warn that these have stopped learning."""
-        if layers and not self._said_frozen:
-            self._said_frozen = True
-            warn(
+        if layers:
+            self.say(
+                "frozen",
                 f"{', '.join(layers)}: less than a thousandth of the gradient is left after the projection, so this layer has "
-                'stopped learning; raise alpha, or use projection="window", which does not shrink'
+                'stopped learning; raise alpha, or use projection="window", which does not shrink',
             )

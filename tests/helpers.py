@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mla_fast as mla
-from mla_fast import guard, head, reference
+from mla_fast import buffers, guard, head, reference
 
 WIDTHS = {"audio": 4, "image": 6, "text": 3}
 CLASSES = 3
@@ -155,5 +155,5 @@ def relative(got, expected):
 
 def on_device(monkeypatch):
     """The path of CUDA tensors: what is not finite is read on the device, never by the host."""
-    for module in (guard, head):
+    for module in (buffers, guard, head):
         monkeypatch.setattr(module, "on_host", lambda t: False)

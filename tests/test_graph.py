@@ -269,6 +269,22 @@ def test_a_bad_step_is_counted_and_takes_nothing_with_it(stand_in):
     assert ours[1].diagnostics()["skipped_nonfinite"] == 1
 
 
+def with_batch_norm():
+    model = make_model()
+    for modality, encoder in model.encoders.items():
+        model.encoders[modality] = nn.Sequential(*encoder, nn.BatchNorm1d(5))
+    return model
+
+
+def test_a_bad_batch_that_is_replayed_leaves_running_statistics(stand_in):
+    (step, *ours), plain = graphed_and_plain(fused_sgd, with_batch_norm)
+    batches = [batch(i) for i in range(7)]
+    batches[5][0]["image"][2, 1] = torch.nan
+    follow(step, plain, batches, equal_nan=True)
+    assert stand_in.replays == 4 and all(t.isfinite().all() for t in ours[0].state_dict().values())
+    assert_alike(*ours, *plain)
+
+
 def test_what_cannot_be_captured_is_trained_on_eagerly_and_says_so_once(stand_in, monkeypatch):
     def told(match, change=lambda step: None, **settings):
         (step, *ours), plain = graphed_and_plain(**settings)

@@ -426,3 +426,15 @@ def test_a_successor_keeps_its_hooks():
     first.detach()
     train(head, second, head_steps(2))
     assert second.diagnostics()["layers"]["head"]["steps"] == 2
+
+
+def test_a_head_that_becomes_wider_than_p_is_refused():
+    model = make_head()
+    optimizer = wrap(model)
+    (step,) = head_steps(1)
+    model.double()
+    backward(model, optimizer, step[0], step[1].double(), step[2])
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="^head: expected head in torch.float32 as P is, got torch.float64; convert it before"):
+        optimizer.step(modality=step[0])
+    assert torch.equal(model.weight, before)

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 
 import pytest
 import torch
@@ -126,6 +127,78 @@ def test_features_that_are_no_floating_tensor_are_refused(what):
         TypeError, match="^features: expected a floating tensor from the encoder of 'audio', got (tuple|torch.int64)"
     ):
         mla.MultimodalModel({"audio": Encoder()}, nn.Linear(4, 2)).predict({"audio": torch.ones(3, 4)})
+
+
+class Returns(nn.Module):
+    """A head that returns something else than logits."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.what = nn.Linear(5, 3), what
+
+    def forward(self, h):
+        return self.what(self.layer(h))
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "got"),
+    [
+        (lambda z: {"logits": z}, TypeError, "dict with logits"),
+        (lambda z: z[..., None], ValueError, r"\[6, 3, 1\]"),
+        (lambda z: z[:, 0], ValueError, r"\[6\]"),
+        (lambda z: z[1:], ValueError, r"\[5, 3\]"),
+        (lambda z: z.argmax(1), TypeError, r"torch.int64 \[6\]"),
+    ],
+)
+def test_what_is_no_logits_is_refused(what, error, got):
+    model = make_model(head=Returns(what))
+    optimizer = mla.MLAOptimizer(torch.optim.SGD(model.parameters()), model.head)
+    inputs = make_inputs(modalities=["audio"])
+    for call in (
+        lambda: model(inputs),
+        lambda: model.predict(inputs),
+        lambda: mla.alternating_step(model, optimizer, (inputs, torch.zeros(6, dtype=torch.int64))),
+        lambda: mla.Trainer(model, optimizer).evaluate([(inputs, torch.zeros(6, dtype=torch.int64))]),
+    ):
+        with pytest.raises(error, match=rf"^head: expected (floating )?logits \[6, C\] from Returns, got {got}"):
+            call()
+
+
+class Doubled(mla.MultimodalModel):
+    def forward(self, inputs):
+        return {modality: 2 * z for modality, z in super().forward(inputs).items()}
+
+
+class Tempered(mla.MultimodalModel):
+    def logits(self, modality, features):
+        return 2 * super().logits(modality, features)
+
+
+def test_a_forward_that_predict_does_not_call_is_said_once():
+    model = make_model()
+    model.__class__ = Doubled
+    trainer = mla.Trainer(model, mla.MLAOptimizer(torch.optim.SGD(model.parameters()), model.head), progress=False)
+    for call in (
+        lambda: model.predict(make_inputs()),
+        lambda: trainer.evaluate([(make_inputs(), torch.zeros(6, dtype=torch.int64))]),
+    ):
+        model._said_forward = False
+        with pytest.warns(
+            UserWarning, match="^Doubled.forward: predict and evaluate do not call it; override features or logits"
+        ):
+            call()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_predict_calls_logits_where_a_subclass_has_its_own(masked):
+    model, inputs = make_model(), make_inputs()
+    model.__class__ = Tempered
+    present = torch.rand(6, 3, generator=torch.Generator().manual_seed(2)) > 0.4 if masked else None
+    expected = mla.entropy_fusion(list(model.eval()(inputs).values()), present)
+    torch.testing.assert_close(tuple(model.predict(inputs, present)), tuple(expected), rtol=1e-6, atol=1e-6)
 
 
 def test_side_by_side_every_stream_waits_for_what_was_before_and_is_waited_for(monkeypatch):

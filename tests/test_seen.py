@@ -154,14 +154,49 @@ def test_the_record():
     seen = SeenClasses()
     seen.record("a", torch.tensor([0, 2, 2]), 4)
     seen.record("a", torch.tensor([1, 3]), 4, torch.tensor([0.5, 0.0]))  # a row that weighs nothing is not of this modality
-    assert seen.mask("a", "ab") is None  # nothing has been added
-    seen.counts = True
-    assert seen.mask("ab", "ab").tolist() == [[True, True, True, False], [True] * 4]
+    assert seen.of("a") is None and not list(seen.buffers())  # nothing has been added
     seen.grow("ab", 4, 2)
-    assert seen.mask("b", "ab").tolist() == [[True] * 4 + [False] * 2]
+    first, second = [True, True, True, False, False, False], [True] * 4 + [False] * 2
+    assert seen.of("ba").tolist() == [second, first] and len(list(seen.buffers())) == 1
     again = SeenClasses()
-    again.load_state_dict(seen.state_dict())
     again.counts = True
-    assert torch.equal(again.mask("ab", "ab"), seen.mask("ab", "ab"))
+    again.take(seen.recorded())
+    assert torch.equal(again.of("ab"), seen.of("ab"))
+    seen.add("c", "ab", 6)
+    assert seen.of("cb").tolist() == [[False] * 6, second]
     seen.forget("b")
-    assert seen.mask("a", "a").tolist() == [[True, True, True, False, False, False]] and seen.mask("c", "c") is None
+    assert seen.of("ca").tolist() == [[False] * 6, first] and seen.names == ("a", "c")
+    seen.record("c", torch.tensor([5, 5]), 6)
+    seen.declare("c", torch.arange(6) == 3)
+    assert seen.of("c")[0].tolist() == [False, False, False, True, False, True]
+    seen.take({name: torch.ones(6, dtype=torch.bool) for name in "ac"})
+    assert seen.of("ac") is None
+
+
+def test_what_was_seen_is_read_once_between_changes(monkeypatch):
+    """On a device every reading waits."""
+    seen, reads = SeenClasses(), []
+    seen.add("b", ["a"], 3)
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: reads.append(t) or cpu(t))
+    for _ in range(3):
+        assert seen.of("b").tolist() == [[False] * 3]
+    assert len(reads) == 1
+    seen.record("b", torch.tensor([1]), 3)
+    row = seen.rows[1]
+    for expected in ([False, True, False], [True] * 3):
+        for _ in range(2):
+            assert seen.of("b") is None if all(expected) else seen.of("b").tolist() == [expected]
+        row.fill_(1.0)
+    assert len(reads) == 3
+    row.data.zero_()  # as a replayed graph writes: torch does not count it
+    seen.changed()
+    assert seen.of("b").tolist() == [[False] * 3]
+
+
+def test_another_head_begins_anew():
+    seen = SeenClasses()
+    for name in "ab":
+        seen.record(name, torch.tensor([0, 2]), 3)
+    seen.record("a", torch.tensor([9]), 10)
+    assert list(seen.recorded()) == ["a"] and seen.classes == 10
