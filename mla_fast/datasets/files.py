@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mla_fast.datasets.npy import load_npy
+from mla_fast.datasets.pickles import load_plain
 
 LFS = b"version https://git-lfs"
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -74,22 +76,12 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickle NumPy arrays and nothing else."""
-
-    ALLOWED = {"_reconstruct": "numpy.core.multiarray", "ndarray": "numpy", "dtype": "numpy"}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if self.ALLOWED.get(name) == module.replace("numpy._core", "numpy.core"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"expected a NumPy array, got {module}.{name}")
-
-
 def load_array(path: Path) -> NDArray[Any]:
     """Return the array of a ``.npy``, or of a ``.pkl`` that holds nothing else, as float32; raise DecodeError otherwise."""
     try:
-        with path.open("rb") as file:
-            array = _ArraysOnly(file).load() if path.suffix == ".pkl" else np.load(file, allow_pickle=False)
+        array = load_plain(path, "a NumPy array") if path.suffix == ".pkl" else load_npy(path)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+            raise ValueError(f"expected a NumPy array of numbers, got {getattr(array, 'dtype', type(array).__name__)}")
         return np.asarray(array, dtype=np.float32)
-    except (OSError, ValueError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        raise DecodeError(path, f"not an array ({error})") from None
+    except (OSError, ValueError, MemoryError) as error:
+        raise DecodeError(path, f"not an array ({str(error).removeprefix(f'{path}: ')})") from None
