@@ -30,7 +30,8 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--label", default="label", help="name of the labels (default: label)")
     p.add_argument("--layout", type=options.layouts, default={}, help="how to read arrays, as for train: text=tokens,image=image")
     p.add_argument("--group", help="an array whose values are each in one part only, as speaker")
-    p.add_argument("--folds", action="store_true", help="test seed k on the k-th value of --group alone: leave one group out")
+    help = "test seed k on the k-th value of --group alone: leave one group out"
+    p.add_argument("--folds", action=argparse.BooleanOptionalAction, default=False, help=help)
     p.add_argument("--methods", type=options.names, default=["all"], help="all, or names separated by commas")
     p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2, 3, 4], help='as "0-4" or "0,2": a split and a run each')
     p.add_argument("--trials", type=options.positive, default=4, help="choices of hyperparameters, of every method (default: 4)")

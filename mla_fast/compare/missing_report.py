@@ -101,15 +101,15 @@ def _best_at(groups: Mapping[str, Sequence[Record]], rates: Sequence[float], met
     if seeds < 2:
         return f"{said}{highest}; one seed cannot tell what is better."
     tied = ties(here, best)
-    return f"{said}; {', '.join(tied)} tie with it or are above{highest}." if tied else f"{said}; no other ties with it."
+    return f"{said}; level with it or above: {', '.join(tied)}{highest}." if tied else f"{said}; no other is level with it."
 
 
 def _shares(found: Sequence[Record]) -> list[str]:
     """Return how much is really missing where that is not the rate: of every sample a modality stays, and data may lack some."""
     shares: dict[float, list[float]] = {}
     for record in found:
-        rate: float = record["rate"]
-        shares.setdefault(rate, []).append(record.get("share", rate))
+        if "share" in record:
+            shares.setdefault(record["rate"], []).append(record["share"])
     off = {rate: mean for rate, of in sorted(shares.items()) if abs((mean := statistics.fmean(of)) - rate) > 0.01}
     if not off:
         return []
