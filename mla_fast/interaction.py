@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mla_fast.inputs import describe
+
 GRADIENTS = ("encoders", "detached")
 IGNORED = -100  # the label that cross-entropy leaves out
 
@@ -112,13 +114,16 @@ class Interaction(nn.Module):
             z = {m: model.head(h) for m, h in features.items()}
             interaction.loss(features, z, target).backward()    # with gradient="detached" the features stay out of it
 
-        features {modality: [N, s]}, logits {modality: z_m [N, C]} and target [N] are of all N samples; present as in ``forward``.
+        features {modality: [N, s]}, logits {modality: z_m [N, C]} and target, int64 [N], are of all N samples; present as in
+        ``forward``. Raises TypeError or ValueError that names the argument.
         """
         if self.gradient == "detached":
             features = {modality: h.detach() for modality, h in features.items()}
         if missing := [m for m in features if m not in logits]:
             raise ValueError(f"logits: expected those of {', '.join(features)}, got none of {', '.join(missing)}")
         r = self(features, present)
+        if not isinstance(target, Tensor) or target.dtype != torch.int64 or target.shape != r.shape[:1]:
+            raise TypeError(f"target: expected int64 [{len(r)}], got {describe(target)}")
         return corrected_loss(torch.stack([logits[modality] for modality in features]), r, target, present, total)
 
     @torch.no_grad()

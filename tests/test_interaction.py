@@ -267,6 +267,14 @@ def test_bad_arguments_are_named(arguments, error):
         mla.Interaction(*arguments)
 
 
+@pytest.mark.parametrize("target", [torch.zeros(3), torch.zeros(3, dtype=torch.int32), torch.zeros(3, 1).long(), [0, 1, 2]])
+def test_labels_of_its_loss_are_class_numbers(target):
+    r = mla.Interaction(4, CLASSES, ("a", "b"))
+    features, logits = {m: torch.randn(3, 4) for m in "ab"}, {m: torch.randn(3, CLASSES) for m in "ab"}
+    with pytest.raises(TypeError, match=r"^target: expected int64 \[3\], got "):
+        r.loss(features, logits, target)
+
+
 def test_one_that_does_not_fit_the_model_is_refused():
     encoders, head = {m: nn.Linear(4, S) for m in ("a", "b")}, nn.Linear(S, CLASSES)
     for beside, kind, error in (
