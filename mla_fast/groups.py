@@ -29,12 +29,12 @@ def check_joins(optimizer: torch.optim.Optimizer, encoder: nn.Module, settings: 
 def _is_like(value: Any, default: Any) -> bool:
     """Whether a setting may be `value` where it is `default` by default; None tells nothing."""
     if isinstance(default, (tuple, list)):
-        fits = isinstance(value, (tuple, list)) and len(value) == len(default)
-        return fits and all(map(_is_like, value, default))
-    if isinstance(default, bool) or default is None:
-        return default is None or isinstance(value, bool)
-    number = isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
-    return number if isinstance(default, (Real, Tensor)) else True
+        return isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_is_like, value, default))
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, (Real, Tensor)):
+        return isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
+    return True
 
 
 def join(optimizer: torch.optim.Optimizer, name: str, encoder: nn.Module, settings: dict[str, Any]) -> None:

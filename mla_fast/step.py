@@ -18,7 +18,7 @@ from mla_fast.loss import Loss, check_loss, mean_loss, record_seen
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.pull import Pull, pull_of
-from mla_fast.trained import check_grad_mode, look_at
+from mla_fast.trained import check_grad_mode, look_at_encoder
 from mla_fast.wrapped import parameters_of
 
 
@@ -49,8 +49,8 @@ def alternating_step(
     A modality with a single row that a BatchNorm in its encoder cannot train on takes no step (``diagnostics()`` counts them),
     nor does one whose features or head gradient are not finite. On CUDA, where nobody waits to see it, its head takes none, nor,
     with a fused wrapped optimizer, does any encoder. Running statistics (BatchNorm's) that would no longer be finite stay as they
-    were, on any device. Labels that lie on a GPU are not looked at beforehand: one that names no
-    class fails there, as in ``F.cross_entropy``. Warns of encoders whose parameters no step moves.
+    were, on any device. Labels that lie on a GPU are not looked at beforehand: one that names no class fails there, as in
+    ``F.cross_entropy``. Warns of encoders whose parameters no step moves.
 
     Raises RuntimeError under ``no_grad``, TypeError or ValueError that names the argument.
     """
@@ -98,7 +98,7 @@ def steps_together(
             bad.append(optimizer.take_step(modality))
         record_seen(model, modality, rows[modality].target, rows[modality].weights, loss)
         if bad[-1] is not True:
-            look_at(model, optimizer, modality, features[modality].requires_grad)
+            look_at_encoder(model, optimizer, modality, features[modality].requires_grad)
         if bad[-1] is not True and features[modality].requires_grad:
             outputs.append(features[modality])
             gradients.append(h.grad if pull is None else pull.added(0, modality, h.grad))

@@ -16,7 +16,7 @@ def check_grad_mode() -> None:
         raise RuntimeError("grad mode: expected gradients enabled in training, got torch.no_grad() or inference_mode() around it")
 
 
-def look_at(model: MultimodalModel, optimizer: MLAOptimizer, modality: str, differentiable: bool | None = None) -> None:
+def look_at_encoder(model: MultimodalModel, optimizer: MLAOptimizer, modality: str, differentiable: bool | None = None) -> None:
     """Warn, once each, of an encoder that does not learn and of one that should not.
 
     It looks before a modality's steps 1, 2, 4, 8, … and every 64th, since parameters may be frozen, replaced or given to the

@@ -18,7 +18,7 @@ from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.pull import pull_of
 from mla_fast.step import autocast, can_step_together, features_of, leave_out, plain_layer
-from mla_fast.trained import look_at
+from mla_fast.trained import look_at_encoder
 from mla_fast.wrapped import parameters_of
 
 
@@ -49,7 +49,7 @@ def steps_in_turn(
             found = _backward(model, optimizer, modality, parts, total, amp, backward, loss)
         if found is not None:
             losses[modality] = found
-            look_at(model, optimizer, modality)
+            look_at_encoder(model, optimizer, modality)
             _step(optimizer, modality, scaler, clip_norm)
             for rows in batches:
                 if modality in rows:

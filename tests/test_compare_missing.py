@@ -141,11 +141,16 @@ def test_data_that_really_lack_modalities(tmp_path, capsys):
         (["--methods", "MMIN"], "methods: expected --protocol beside MMIN"),
         (["--protocol", "cpm"], "protocol: expected --missing beside it"),
         (["--protocol", "cpm", "--missing", "0.1", "--methods", "Magic"], "methods: expected all, or some of"),
+        (
+            ["--protocol", "cpm", "--missing", "0.1", "--group", "speaker", "--folds", "--seeds", "0,6"],
+            "seeds: expected 0 … 5, one for each value of 'speaker' with --folds, got 6",
+        ),
     ],
 )
 def test_refuses(tmp_path, capsys, options, message):
     assert command(tmp_path, "--data", save(tmp_path / "x.npz"), *options) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out" / "runs.jsonl").exists()
+    assert not (tmp_path / "out" / "settings.json").exists()
 
 
 def test_rates_have_steps():

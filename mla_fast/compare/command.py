@@ -86,9 +86,7 @@ def _load(arguments: argparse.Namespace) -> Task:
     check_device(arguments.device)
     if Path(arguments.data).exists():
         arguments.data = str(Path(arguments.data).resolve())
-    task = load_task(arguments.data, arguments.modalities, arguments.label, arguments.group, arguments.layout, arguments.folds)
-    task.split(max(arguments.seeds))  # of folds there are as many as groups
-    return task
+    return load_task(arguments.data, arguments.modalities, arguments.label, arguments.group, arguments.layout, arguments.folds)
 
 
 def compare_methods(

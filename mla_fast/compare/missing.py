@@ -105,11 +105,12 @@ def compare_missing(task: Task, arguments: argparse.Namespace, budget: Budget, *
     if tokens := [name for name, layout in (task.layouts or {}).items() if layout == "tokens"]:
         raise ValueError(f"protocol: expected arrays of numbers, which a vector of zeros stands for, got tokens of {tokens[0]!r}")
     budget = replace(budget, features=WIDTH, hidden=(WIDTH, WIDTH))
+    # What is wrong with the data, for any seed, is said before anything is written.
+    same = {seed: _rates_of_same_masks(task, arguments, seed) for seed in arguments.seeds}
     # Rates are not among the settings: more of them may be asked for later.
     settings = settings_of(task, budget, [], arguments.device, protocol=arguments.protocol, **names)
     digest = ranks.from_first(lambda: begin(arguments, settings))
     device = ranks.device_name(arguments.device)
-    same = {seed: _rates_of_same_masks(task, arguments, seed) for seed in arguments.seeds}
     jobs = [
         Job(masked(task, rate, arguments.protocol), name, seed, trial, budget, (), device, digest, rate)
         for seed in arguments.seeds

@@ -14,7 +14,7 @@ from mla_fast.compare.findings import percent, ties
 from mla_fast.compare.methods import TABLE_2
 from mla_fast.compare.records import Record
 from mla_fast.compare.statistics import by_method, choose, estimate, leader
-from mla_fast.compare.statistics import values as accuracies
+from mla_fast.compare.statistics import values as values_of
 from mla_fast.tables import markdown_table
 
 FEW = 3  # seeds, of which a 95 % bootstrap interval is the span
@@ -30,11 +30,17 @@ ByRate = Mapping[str, Mapping[float, Mapping[int, float]]]  # {method: {rate: {s
 def by_rate(found: Sequence[Record], measure: str = "accuracy") -> dict[str, dict[float, dict[int, float]]]:
     """Return a measure of the test part, of the trial that is best on validation, for each method, rate and seed."""
     values: dict[str, dict[float, dict[int, float]]] = {}
-    for rate in sorted({record["rate"] for record in found}):
-        for record in choose([record for record in found if record["rate"] == rate]):
-            values.setdefault(record["method"], {}).setdefault(rate, {})[record["seed"]] = record["test"][measure]
+    for rate, groups in _chosen(found).items():
+        for name, runs in groups.items():
+            values.setdefault(name, {})[rate] = values_of(runs, "test", measure)
     order = {name: place for place, name in enumerate(TABLE_2)}  # records are in that in which runs have ended
     return dict(sorted(values.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _chosen(found: Sequence[Record]) -> dict[float, dict[str, list[Record]]]:
+    """Return {rate: {method: a run of each seed}}, of the trial that is best on validation."""
+    rates = sorted({record["rate"] for record in found})
+    return {rate: by_method(choose([record for record in found if record["rate"] == rate])) for rate in rates}
 
 
 def table(found: Sequence[Record], title: str, measure: str = "accuracy") -> str:
@@ -61,15 +67,14 @@ def _cell(seeds: Mapping[int, float] | None, best: float) -> str:
 def reading(found: Sequence[Record]) -> list[str]:
     """Return who is best at each rate and what ties with it, how much is missing, and what falls short of late fusion."""
     values = by_rate(found)
-    rates = sorted({rate for rows in values.values() for rate in rows})
-    groups = {rate: by_method(choose([record for record in found if record["rate"] == rate])) for rate in rates}
-    said = [_best_at(groups[same[0]], same, len(values)) for same in _alike(values, rates)]
+    groups = _chosen(found)
+    said = [_best_at(groups[same[0]], same, len(values)) for same in _alike(values, list(groups))]
     seeds = {record["seed"] for record in found}
     if 1 < len(seeds) <= FEW:
         said.append(
             f"{len(seeds)} seeds are few: an interval is their span, and what does not tie was behind in every one of them."
         )
-    return [*said, *_shares(found), *_short_of_late_fusion(values, rates[0])]
+    return [*said, *_shares(found), *_short_of_late_fusion(values, next(iter(groups)))]
 
 
 def _alike(values: ByRate, rates: Sequence[float]) -> list[list[float]]:
@@ -94,7 +99,7 @@ def _best_at(groups: Mapping[str, Sequence[Record]], rates: Sequence[float], met
     part = f", {len(here)} of {methods} methods run" if len(here) < methods else ""
     best = leader(here)
     shares = " to ".join(f"{100 * rate:.0f} %" for rate in sorted({rates[0], rates[-1]}))
-    reached = {name: list(accuracies(runs, "test", "accuracy").values()) for name, runs in here.items()}
+    reached = {name: list(values_of(runs, "test", "accuracy").values()) for name, runs in here.items()}
     top = max(here, key=lambda name: statistics.fmean(reached[name]))
     said = f"{shares} missing{part}: {best} is best on validation and reaches {percent(estimate(reached[best]))} %"
     highest = "" if top == best else f", {top} highest with {100 * statistics.fmean(reached[top]):.1f} %"
