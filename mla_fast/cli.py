@@ -190,6 +190,8 @@ def _add_data_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--standardize", choices=PER, default="feature", help=help)
     p.add_argument("--label", default="label", help="name of the labels: whole numbers, booleans or names (default: label)")
     p.add_argument("--missing", type=_rate, default=0.0, help="remove modalities of samples at this rate, in training and test")
+    help = "of --missing: each entry by itself (the default), or one of each sample kept and as many others as make the rate"
+    p.add_argument("--protocol", choices=tuple(data.PROTOCOLS), help=help)
     p.add_argument("--test-where", help="hold out the rows where an array has these values, as speaker=2,4")
     p.add_argument("--test-fraction", type=float, default=0.2, help="without --test-where, hold out this part (default: 0.2)")
     help = "of what is left, hold out this fraction, or rows as speaker=3, and keep the epoch that does best on it as best.pt"

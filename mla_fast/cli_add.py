@@ -77,9 +77,11 @@ def _config(arguments: argparse.Namespace, before: dict[str, Any], epoch: int) -
         "validation": "keeps the last epoch",
         "patience": "keeps the last epoch",
         "class_weights": "weighs all classes alike",
+        "missing": "takes rows that have the new modality",
+        "protocol": "takes rows that have the new modality",
     }
     for option, how in keeps.items():
-        if (given := getattr(arguments, option)) is not None:
+        if given := getattr(arguments, option):
             raise ValueError(f"--{option.replace('_', '-')}: expected none with --add, which {how}, got {given}")
     check_names("encoder", arguments.encoder, [name])
     for option in DEFAULTS:
@@ -88,14 +90,12 @@ def _config(arguments: argparse.Namespace, before: dict[str, Any], epoch: int) -
             raise ValueError(f"--{flag}: expected none with --add: the run before has {before[option]}, got {given}")
     before["class_weights"] = None  # they are of data and classes that were there
     config = {**before, **{option: getattr(arguments, option) for option in NEW}}
-    config["validation"], config["encoder"] = None, {**before["encoder"], **arguments.encoder}
+    config |= {"validation": None, "protocol": None, "encoder": {**before["encoder"], **arguments.encoder}}
     if config["data"] == str(arguments.data.resolve()):
         for option in ("test_where", "test_fraction", "seed"):  # or what was trained on would be tested on
             if before[option] != config[option]:
                 flag, same = option.replace("_", "-"), "of the run before, whose data these are"
                 raise ValueError(f"--{flag}: expected {before[option]!r} {same}, got {config[option]!r}")
-    if config["missing"]:
-        raise ValueError(f"--missing: expected none with --add, whose rows all have the new modality, got {config['missing']}")
     config["data"], config["modalities"] = str(arguments.data.resolve()), [*before["modalities"], name]
     kept = {option: config[option] for option in ("lr", "momentum", "weight_decay", "epochs")}
     config["additions"] = [*before.get("additions", []), {"modality": name, "since": epoch, "from": before["data"], **kept}]

@@ -18,8 +18,9 @@ FAR = 5  # deviations between the means of a feature in two data sets, beyond wh
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of a checkpoint with what older versions did not write: they read every array in one way."""
     layouts = {name: "features" if len(shape) == 1 else "image" for name, shape in config["encoders"].items()}
-    older = {"layouts": layouts, "vocabulary": {}, "standardize": "array", "class_names": None, "interaction": 0}
-    return older | {"validation": None, "encoder": {}, "label_smoothing": 0.0, "class_weights": None, "threads": None} | config
+    older: dict[str, Any] = {"layouts": layouts, "vocabulary": {}, "standardize": "array", "class_names": None, "interaction": 0}
+    older |= {"validation": None, "encoder": {}, "label_smoothing": 0.0, "class_weights": None, "threads": None}
+    return older | {"protocol": "independent" if config.get("missing") else None} | config
 
 
 def read_for_training(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str]]:
@@ -117,7 +118,7 @@ def _read(config: dict[str, Any]) -> tuple[data.MultimodalDataset, dict[str, str
 
 def _masked(dataset: data.MultimodalDataset, config: dict[str, Any]) -> data.MultimodalDataset:
     rate = config.get("missing", 0.0)
-    return data.with_missing(dataset, rate, config["seed"]) if rate else dataset
+    return data.with_missing(dataset, rate, config["seed"], config["protocol"]) if rate else dataset
 
 
 def _classes(dataset: data.MultimodalDataset, config: dict[str, Any]) -> int:
@@ -170,6 +171,9 @@ def print_reading(
     print(f"read from {config['data']}" + (" (--layout and --standardize read otherwise)" if training else ""))
     for name, how in read.items():
         print(f"  {name:{width}}  {arrays[name]:{kinds}}  {how}")
+    if config.get("missing") and dataset.present is not None:
+        away = 1 - dataset.present.double().mean().item()
+        print(f"taken away: {100 * away:.1f} % of {dataset.present.numel()} entries ({config['protocol']} protocol)")
 
 
 def _how(dataset: data.MultimodalDataset, array: str, name: str, config: dict[str, Any], training: bool) -> str:

@@ -166,6 +166,9 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     names = "encoder label missing test_where test_fraction seed epochs batch_size lr momentum weight_decay features amp".split()
     more = "accumulate clip_norm standardize interaction validation label_smoothing class_weights".split()
     config = {name: getattr(arguments, name) for name in (*names, *more)}
+    if arguments.protocol is not None and not arguments.missing:
+        raise ValueError(f"--protocol: expected --missing beside it, as 0.3, got {arguments.protocol} alone")
+    config["protocol"] = arguments.protocol or ("independent" if arguments.missing else None)
     config["data"] = str(arguments.data.resolve())
     config["modalities"] = list(arguments.modalities)
     config["layouts"] = dict(arguments.layout)

@@ -1,9 +1,12 @@
 import os
+import secrets
+import zlib
 
 import pytest
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads, which wait by spinning; torch's are the fixture's below
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 # Without a GPU the Triton kernels are interpreted, which must be said before they are imported.
@@ -23,6 +26,26 @@ if ops.INTERPRETED and ops.available("triton"):
         row["config"]["BLOCK_C"] = 16
     for op in ("entropy_fusion", "entropy_fusion_backward"):
         launch.TABLE[op][0]["config"]["elements"] = 1024
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads its option and pytest-xdist starts workers, which inherit it
+def pytest_configure(config):
+    seed = os.environ.setdefault("MLA_FAST_TEST_SEED", secrets.token_hex(4))
+    if config.getoption("--hypothesis-seed", None) is None:
+        config.option.hypothesis_seed = seed
+
+
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.write_line(f"MLA_FAST_TEST_SEED={os.environ['MLA_FAST_TEST_SEED']} draws these inputs again")
+
+
+@pytest.hookimpl(tryfirst=True)  # before a fixture draws
+def pytest_runtest_setup(item):
+    """A test's inputs follow from its name and the run's seed, whatever ran before it in the same process."""
+    seed = zlib.crc32(f"{os.environ['MLA_FAST_TEST_SEED']} {item.nodeid}".encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks

@@ -11,6 +11,7 @@ import torch
 
 from mla_fast import cli_eval, cli_train, ops, threads
 from mla_fast.cli import main
+from mla_fast.data import PROTOCOLS
 
 
 @pytest.fixture
@@ -189,16 +190,21 @@ def test_eval_on_other_data_takes_all_of_it(archive, tmp_path, capsys, monkeypat
     assert "of 'sound' has a mean" in capsys.readouterr().out
 
 
-def test_training_with_missing_modalities(archive, tmp_path, capsys):
-    assert train(archive, tmp_path, "--missing", "0.5") == 0
+@pytest.mark.parametrize("protocol", [None, "independent", "cpm"])
+def test_training_with_missing_modalities(protocol, archive, tmp_path, capsys):
+    assert train(archive, tmp_path, "--missing", "0.6", *([] if protocol is None else ["--protocol", protocol])) == 0
     trained = json.loads((tmp_path / "metrics.json").read_text())
-    assert trained["config"]["missing"] == 0.5
-    capsys.readouterr()
+    assert trained["config"]["missing"] == 0.6 and trained["config"]["protocol"] == (protocol or "independent")
+    present = PROTOCOLS[protocol or "independent"](90, 2, 0.6, trained["config"]["seed"])
+    away = f"{100 * (~present).double().mean().item():.1f} % of 180 entries ({protocol or 'independent'} protocol)"
+    assert away in capsys.readouterr().out and ("50.0 %" in away) == (protocol == "cpm")
     assert main(["eval", str(tmp_path / "checkpoint.pt"), "--device", "cpu"]) == 0
     assert f"{100 * trained['test']['accuracy']['fused']:.1f}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train(archive, tmp_path / "bad", "--missing", "1.0")
     assert "argument --missing: expected a probability in [0, 1), got 1.0" in capsys.readouterr().err
+    assert train(archive, tmp_path / "bad", "--protocol", "cpm") != 0
+    assert "--protocol: expected --missing beside it, as 0.3, got cpm alone" in capsys.readouterr().err
 
 
 def test_settings_of_the_training_loop(archive, tmp_path, capsys):

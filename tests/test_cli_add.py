@@ -96,6 +96,7 @@ def test_resuming_and_overwriting(old, tmp_path, capsys):
         ("--projection: expected none with --add: the projection goes on as 'rls', got 'window'", ["--projection", "window"]),
         ("--standardize: expected none with --add: the run before has feature, got none", ["--standardize", "none"]),
         ("--missing: expected none with --add", ["--missing", "0.2"]),
+        ("--protocol: expected none with --add", ["--protocol", "cpm"]),
         ("--features: expected none with --add: the run before has 64, got 32", ["--features", "32"]),
     ],
 )

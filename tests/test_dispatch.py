@@ -177,13 +177,16 @@ def test_fuse_is_fusion_with_a_mask(padded, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_gradients(padded, backend):
+@pytest.mark.parametrize("nowhere", [None, 0, 2])
+def test_gradients(nowhere, padded, backend):
     present = torch.rand(6, 3) > 0.4
+    if nowhere is not None:
+        present[:, nowhere] = False
     plan = mla.dispatch(present, padded=padded, backend=backend)
     inputs = [torch.randn(6, *shape, dtype=torch.float64, requires_grad=True) for shape in ((2,), (), (3, 1))]
     assert gradcheck(lambda *x: tuple(plan.pack(x)), inputs)
     assert gradcheck(lambda *x: tuple(itertools.chain(*plan.pack_features(x))), inputs)
-    packed = [t.detach().requires_grad_() for t in plan.pack(inputs)]
+    packed = [torch.randn(t.shape, dtype=torch.float64, requires_grad=True) for t in plan.pack(inputs)]
     assert gradcheck(lambda *x: tuple(plan.unpack(x)), packed)
     features = torch.randn(sum(plan.sizes), 3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(plan.segment_mean, features)
