@@ -1,5 +1,5 @@
 // CPU implementations of the operators. Their schemas, fakes and autograd rules are in mla_fast/ops/, which is the same
-// with and without this extension; the CUDA implementations are in kernels/.
+// with and without this extension; those for CUDA are in kernels/ (Triton) and csrc/cuda/ (dispatch).
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(mla_fast, CPU, m) {

@@ -14,8 +14,11 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 PAGES = {  # where the sections of the README have come to stand, and what else links point at
     "#modalities-that-act-on-each-other": "interaction.md",
+    "#add-a-modality-later": "adding.md",
     "docs/architecture.md": "architecture.md",
     "docs/losses.md": "losses.md",
+    "docs/ranks.md": "ranks.md",
+    "docs/scale.md": "scale.md",
     "bench/REPORT.md": "report.md",
 }
 

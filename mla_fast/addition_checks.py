@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mla_fast import groups
 from mla_fast.caller import warn
-from mla_fast.head import has_own_weight, is_sharded
+from mla_fast.head import has_own_weight
 from mla_fast.inputs import Inputs, describe
 from mla_fast.modality_dict import ModalityDict
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.parts import evaluating, known_width, last_linear, unwrap
+from mla_fast.parts import evaluating, is_sharded, known_width, last_linear, unwrap
 from mla_fast.seen import SeenClasses
 
 PROTECTS = 'projection="rls", target="update", bias="project"'

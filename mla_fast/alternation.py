@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mla_fast.caller import warn
+from mla_fast.parts import is_sharded
 
 LOOKS = 16  # steps that are looked at
+STILL = 3  # steps of a modality after which its parameters have moved, if they do at all
 _MERGES = ("CatBackward", "StackBackward", "AddBackward", "MulBackward")
 _LOOP = (
     "MLA takes one modality a step: for each modality zero_grad(), backward() of its own loss (several times to accumulate), "
@@ -35,8 +37,8 @@ class Alternation:
     earlier steps of different names kept apart, are a joint loss, or accumulation with the modalities inside. Steps of
     different names through the very same parameters, or features that were joined before the head in every step, are joint
     training. Steps of one name through encoders that share no parameter keep one mean for several modalities, which the window
-    is to tell apart. Gradients of encoders that no call went through are of another step, or zeros. It looks at the first 16
-    steps; after them nothing is left of it.
+    is to tell apart. Gradients of encoders that no call went through are of another step, or zeros. Parameters of encoders that
+    no optimizer moves from step to step were forgotten. It looks at the first 16 steps; after them nothing is left of it.
     """
 
     def __init__(self, head: nn.Module):
@@ -46,6 +48,7 @@ class Alternation:
         self._alone: dict[str | None, int] = {}  # the encoder of the last step of each name
         self._seen: set[int] = set()
         self._steps, self._joined = 0, 0
+        self._unmoved: dict[Tensor, tuple[int, int]] = {}  # of what the optimizer does not hold: its version, and for how long
 
     def call(self, features: Tensor) -> Call:
         """Return what the graph behind `features` says; ``add`` it once they are differentiated."""
@@ -90,6 +93,8 @@ class Alternation:
                 "of zero_grad(), zeros of an engine's, which momentum and weight decay step on, or one of another loss, which "
                 "belongs into the turn of their own modality"
             )
+        if (said := self._forgotten(now, modality, held)) is not None:
+            return said
         if modality is not None and len(encoders) == 1 and (said := self._misnamed(modality, encoders[0], windowed)) is not None:
             return said
         self._seen.update(encoders)
@@ -100,6 +105,22 @@ class Alternation:
                 "unless they are one modality's"
             )
         return None
+
+    def _forgotten(self, encoders: int, modality: str | None, held: set[Tensor]) -> str | None:
+        """Return what is wrong where parameters behind the features are not held, and have stood still for three steps."""
+        behind = [p for p, bit in self._bits.items() if encoders >> bit & 1]
+        if any(map(is_sharded, held)):  # fully_shard calls with others than it has
+            return None
+        for p in behind:
+            version, times = self._unmoved.get(p, (-1, 0))
+            self._unmoved[p] = p._version, times + 1 if p not in held and p._version == version else 0
+        forgotten = sum(self._unmoved[p][1] >= STILL for p in behind)
+        if not forgotten:
+            return None
+        return (
+            f"{forgotten} of {len(behind)} parameters of the encoder of {modality!r} are not the optimizer's, and none of its "
+            "steps or another's has moved them: give them to it, or requires_grad_(False) if that is meant"
+        )
 
     def _misnamed(self, modality: str, encoder: int, windowed: bool) -> str | None:
         """Return what is wrong with the name of a step through one encoder; None, and keep it in mind, if nothing is."""

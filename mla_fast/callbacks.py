@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mla_fast.files import replacing
+
 
 def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Return the numbers of a nested record by path: ``{"loss": {"audio": 0.3}}`` becomes ``{"loss/audio": 0.3}``."""
@@ -57,13 +59,10 @@ class CSV:
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < record["epoch"]]
         rows.append(flatten(record))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.tmp")
-        with beside.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path, "w") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        beside.replace(self.path)
 
 
 class Log:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mla_fast.files import replacing
+
 FORMAT, VERSION = "mla_fast.checkpoint", 3
 
 
@@ -34,18 +36,11 @@ def write_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
         torch.save({"format": FORMAT, "version": VERSION, **_plain(payload, "checkpoint")}, buffer)
     finally:
         torch.serialization.set_crc32_options(checksums)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one that a killed process left behind is overwritten
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path, "wb", durable=True) as file:
             file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; the previous checkpoint is untouched", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)  # gone already if it was moved
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mla_fast import cli_data, cli_train, data
+from mla_fast import cli_data, cli_train, data, ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_encoders import check_names
-from mla_fast.cli_output import check_output, device
+from mla_fast.cli_options import device
+from mla_fast.cli_output import check_output
 from mla_fast.settings import Settings
 from mla_fast.trainer import Trainer
 
@@ -26,6 +27,8 @@ DEFAULTS = {
 
 def add(arguments: argparse.Namespace) -> None:
     """Add a modality to the run of a checkpoint, train it, and evaluate all before and after, where there is data of them."""
+    if ranks.several():
+        raise ValueError("--add: expected one process: start it without torchrun")
     if arguments.start.resolve().parent == arguments.output.resolve():
         raise ValueError(f"--output: expected another folder than that of --from, got {arguments.output}")
     check_output(arguments)

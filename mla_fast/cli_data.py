@@ -171,6 +171,8 @@ def print_reading(
     print(f"read from {config['data']}" + (" (--layout and --standardize read otherwise)" if training else ""))
     for name, how in read.items():
         print(f"  {name:{width}}  {arrays[name]:{kinds}}  {how}")
+    if dataset.present is not None and (nothing := int((~dataset.present.any(1)).sum())):
+        print(f"note: {nothing} of {len(dataset)} rows have none of these modalities: nothing is trained or tested on them")
     if config.get("missing") and dataset.present is not None:
         away = 1 - dataset.present.double().mean().item()
         print(f"taken away: {100 * away:.1f} % of {dataset.present.numel()} entries ({config['protocol']} protocol)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +12,6 @@ from torch import nn
 
 from mla_fast.encoders import encoder_for
 from mla_fast.parts import evaluating
-
-
-def pairs(text: str) -> dict[str, str]:
-    """Return {"audio": "a", "text": "b"} for ``"audio=a,text=b"``."""
-    found = dict(pair.split("=", 1) for pair in text.split(",") if "=" in pair)
-    if len(found) != len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected MODALITY=VALUE, several with commas between, got {text!r}")
-    return found
 
 
 def check_names(option: str, names: Iterable[str], modalities: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import torch
 
 from mla_fast import cli_data, data, ranks
 from mla_fast.checkpoint import read_checkpoint
-from mla_fast.cli_output import device
+from mla_fast.cli_options import autocast_dtype, device
 from mla_fast.cli_result import print_result
 from mla_fast.cli_train import build, check_alike, described, is_complete, shuffled
-from mla_fast.compare.records import replace
 from mla_fast.evaluate import evaluate as evaluate_model
 from mla_fast.features import world
+from mla_fast.files import replacing
 from mla_fast.step import autocast
 from mla_fast.threads import limited
 from mla_fast.trainer import Trainer
@@ -53,7 +52,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Trainer, dict[str, Any], data.
     if seen_before:
         print("note: some of these rows were trained on, before a modality was added")
     if arguments.data is not None:
-        config = {**config, "data": str(arguments.data)}
+        config = {**config, "data": str(arguments.data), "missing": 0.0}  # as they are, whatever training took away
     there = cli_data.available(config)
     dataset, arrays = cli_data.read_for_evaluation(there)
     cli_data.print_reading(dataset, arrays, there)
@@ -83,11 +82,10 @@ def predict(arguments: argparse.Namespace) -> None:
     with _as_asked(trainer, config, arguments):
         rows = list(_predictions(trainer, dataset, names))
     weights = [f"weight_{modality}" for modality in trainer.model.modalities]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["row", "predicted", *(f"probability_{name}" for name in names), *weights])
-    writer.writerows([i, *row] for i, row in enumerate(rows))
-    replace(output, file.getvalue())
+    with replacing(output, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["row", "predicted", *(f"probability_{name}" for name in names), *weights])
+        writer.writerows([i, *row] for i, row in enumerate(rows))
     if nothing := sum(not row[0] for row in rows):
         print(f"note: {nothing} rows have no prediction: no modality, or logits that are NaN")
     print(f"wrote {output}, {len(rows)} rows")
@@ -103,8 +101,7 @@ def _trained(config: dict[str, Any], saved: dict[str, Any], device_name: str) ->
 def _as_asked(trainer: Trainer, config: dict[str, Any], arguments: argparse.Namespace) -> Iterator[None]:
     """Compute with the --amp that is asked for, on --threads or as many as training took, if they are there."""
     threads = arguments.threads or min(config["threads"] or torch.get_num_threads(), torch.get_num_threads())
-    amp = torch.bfloat16 if arguments.amp == "bf16" else None
-    with limited(threads if trainer.device.type == "cpu" else None), autocast(trainer.optimizer, amp):
+    with limited(threads if trainer.device.type == "cpu" else None), autocast(trainer.optimizer, autocast_dtype(arguments.amp)):
         yield
 
 

@@ -9,20 +9,24 @@ from typing import Any
 import numpy as np
 
 from mla_fast import datasets
+from mla_fast.cli_options import add, count, positive
+from mla_fast.files import replacing
 
 
 def add_command(commands: Any) -> None:
     """Add the command to the subparsers of ``mla-fast``."""
     p = commands.add_parser("features", help="make an .npz of IEMOCAP's released features")
     source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--iemocap", type=Path, help="GCNet's release: features/{wav2vec…,deberta…,manet…} and the label pickle")
-    source.add_argument("--mmin", type=Path, help="MMIN's folds: {A,V,L}/FOLD/{trn,val,tst}.npy and target/FOLD")
-    source.add_argument("--cpm", type=Path, help="CPM-Net's folds: FOLD/{trn,val,tst}.npz")
-    p.add_argument("--classes", type=int, choices=(4, 6), default=4)
-    help = "of GCNet's release, whose utterances are the test part (default: 5)"
-    p.add_argument("--session", type=int, choices=range(1, 6), help=help)
-    p.add_argument("--fold", type=int, help="of MMIN's or CPM-Net's (default: 1)")
-    p.add_argument("--output", type=Path, required=True, help="the .npz")
+    help = "folder of GCNet's release: features/{wav2vec…,deberta…,manet…} and the label pickle"
+    source.add_argument("--iemocap", type=Path, help=help)
+    source.add_argument("--mmin", type=Path, help="folder of MMIN's folds: {A,V,L}/FOLD/{trn,val,tst}.npy and target/FOLD")
+    source.add_argument("--cpm", type=Path, help="folder of CPM-Net's folds: FOLD/{trn,val,tst}.npz")
+    add(p, "--classes", positive, 4, "how many emotions are told apart", choices=(4, 6))
+    help = "session of GCNet's release whose utterances are the test part (default: 5)"
+    add(p, "--session", positive, None, help, choices=range(1, 6))
+    add(p, "--fold", count, None, "number of the fold of MMIN or CPM-Net (default: 1)")
+    p.add_argument("--output", type=Path, required=True, help="the .npz to write")
+    p.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     p.set_defaults(command=features)
 
 
@@ -30,6 +34,9 @@ def features(arguments: argparse.Namespace) -> None:
     """Write the arrays and print what they are and what was left out."""
     if arguments.output.suffix != ".npz":
         raise ValueError(f"output: expected a file .npz, got {arguments.output}")
+    if arguments.output.exists() and (arguments.output.is_dir() or not arguments.overwrite):
+        cure = "" if arguments.output.is_dir() else "; --overwrite replaces it"
+        raise FileExistsError(f"--output: {arguments.output} is there already{cure}")
     root = arguments.iemocap or arguments.mmin or arguments.cpm
     if not root.is_dir():
         raise FileNotFoundError(f"root: expected a folder, got {root}, which is none")
@@ -40,11 +47,8 @@ def features(arguments: argparse.Namespace) -> None:
         _refuse("session", arguments.session, "--iemocap")
         read = datasets.read_mmin if arguments.mmin is not None else datasets.read_cpm
         arrays, said = read(root, 1 if arguments.fold is None else arguments.fold, arguments.classes)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    beside = arguments.output.with_name(f".{arguments.output.name}")
-    with beside.open("wb") as file:
+    with replacing(arguments.output, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    beside.replace(arguments.output)
     for name, array in arrays.items():
         print(f"  {name:10}  {array.dtype} {list(array.shape)}")
     for line in said:

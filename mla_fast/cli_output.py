@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mla_fast import ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_config import write_options
@@ -45,6 +43,13 @@ def _check_free(arguments: argparse.Namespace) -> None:
     if there and not (arguments.resume or arguments.overwrite):
         choice = "--resume continues that run, --overwrite begins anew and deletes it"
         raise FileExistsError(f"--output: {arguments.output} has {' and '.join(there)} of another run; {choice}")
+
+
+def read_resumed(checkpoint: Path) -> dict[str, Any]:
+    """Return the checkpoint that --resume continues from; raise FileNotFoundError if there is none."""
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: nothing to resume; leave out --resume to start a new run")
+    return read_checkpoint(checkpoint)
 
 
 def begin(arguments: argparse.Namespace, trainer: Trainer, epochs: int) -> None:
@@ -138,17 +143,6 @@ def finish(output: Path, trainer: Trainer, test: Any, *, complete: bool, best: K
     except ImportError as error:
         print(f'no report.html: {error.name} is missing (pip install "mla_fast[demo]")')
     print(f"wrote {', '.join(str(output / name) for name in written[:-1])} and {output / written[-1]}")
-
-
-def device(name: str) -> torch.device:
-    """Return the device that --device names; raise ValueError where torch cannot use it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: expected auto or an available device, got {name!r} ({reason})") from None
 
 
 def _without_nan(value: Any) -> Any:

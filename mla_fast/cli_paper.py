@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -12,18 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from mla_fast import cli_output, datasets
-from mla_fast.checkpoint import read_checkpoint
-from mla_fast.cli_encoders import check_names, one_width, own_encoder, pairs, width_of
+from mla_fast import cli_options, cli_output, datasets
+from mla_fast.cli_encoders import check_names, one_width, own_encoder, width_of
 from mla_fast.compare.study import new_head
 from mla_fast.data.dataset import listed
 from mla_fast.datasets.audio import Fbank
 from mla_fast.encoders import M3AE, CAVMAEAudio, ResNet18, load_cavmae, load_m3ae
 from mla_fast.encoders.m3ae import SIZES
 from mla_fast.model import MultimodalModel
-from mla_fast.ops import ORDERS
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.settings import BIASES, PROJECTIONS, TARGETS
+from mla_fast.settings import Settings
 from mla_fast.trainer import Trainer
 
 SETS = {
@@ -35,7 +34,7 @@ SETS = {
     "clip-food101": datasets.ClipFood101,
 }
 WITH_TEXT = ("food-101", "mvsa", "iemocap")
-PAPER = {
+PAPER: dict[str, Any] = {
     "epochs": 100,
     "batch_size": 64,
     "lr": 1e-3,
@@ -44,11 +43,7 @@ PAPER = {
     "decay_at": 70,
     "seed": 0,
     "workers": 2,
-    "projection": "rls",
-    "order": "update_first",
-    "target": "gradient",
-    "bias": "free",
-    "alpha": 1.0,
+    **dataclasses.asdict(Settings()),
     "split": "",
     "tokenizer": "bert-base-uncased",
     "cache": "",
@@ -72,35 +67,28 @@ def add_commands(commands: Any) -> None:
     p = commands.add_parser("paper", help=help, prog="mla-fast train")
     add_data_options(p)
     add_settings(p)
-    p.add_argument("--projection", choices=PROJECTIONS, default=PAPER["projection"], help="default: rls, the paper's")
-    for name, choices in (("order", ORDERS), ("target", TARGETS), ("bias", BIASES)):
-        p.add_argument(f"--{name}", choices=choices, default=PAPER[name], help=f"of the projection (default: {PAPER[name]})")
-    p.add_argument("--alpha", type=float, default=PAPER["alpha"], help="of the projection (default: 1)")
-    p.add_argument("--amp", choices=("bf16",), help="autocast of the forward passes")
-    help = "no projection, MLA's order of patches and exact GELU, filter banks not standardised"
-    p.add_argument(
-        "--as-released", action=argparse.BooleanOptionalAction, default=False, help=f"as the released code computes: {help}"
-    )
-    p.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder for checkpoint.pt and metrics.json")
-    again = p.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue the run in --output, to more --epochs if you like")
-    again.add_argument("--overwrite", action="store_true", help="delete the run in --output and begin anew")
+    cli_options.add_projection_options(p)
+    cli_options.add_amp_option(p)
+    help = "compute as the released code: no projection, MLA's order of patches and exact GELU, filter banks not standardised"
+    p.add_argument("--as-released", action=argparse.BooleanOptionalAction, default=False, help=help)
+    cli_options.add(p, "--output", Path, Path("runs/paper"), "folder of the run")
+    cli_options.add_rerun_options(p)
     p.set_defaults(command=train, name="train", full_name="train SET ROOT")
 
 
 def add_settings(p: argparse.ArgumentParser) -> None:
     """Add the settings of training, the paper's by default."""
-    p.add_argument("--config", type=Path, help="a .toml of these settings, which options on the command line override")
-    for name in ("epochs", "batch_size", "decay_at", "seed", "lr", "momentum", "weight_decay"):
-        kind = type(PAPER[name])
-        p.add_argument(f"--{name.replace('_', '-')}", type=kind, default=PAPER[name], help=f"default: {PAPER[name]}")
-    p.add_argument("--cache", default="", help="folder that mla-fast prepare has written")
-    help = "of one's own in place of the paper's, called without arguments, as audio=package.module:Encoder"
-    p.add_argument("--encoder", type=pairs, default={}, help=help)
-    p.add_argument("--weights", type=pairs, default={}, help="files for M3AE and CAV-MAE, as text=m3ae_base.npz,audio=cavmae.pth")
-    help = "of M3AE and CAV-MAE without weights (default: base, the paper's); small shows in a quarter of the time that all runs"
-    p.add_argument("--size", choices=SIZES, default="base", help=help)
-    p.add_argument("--device", default="auto")
+    cli_options.add_config_option(p)
+    cli_options.add_training_options(p, PAPER, falls="--decay-at epochs")
+    cli_options.add(p, "--decay-at", cli_options.positive, PAPER["decay_at"], "epochs before the learning rate falls")
+    p.add_argument("--cache", default="", help="folder that mla-fast prepare has written (default: none)")
+    help = "your own encoder in place of the paper's, as audio=package.module:Encoder; called without arguments"
+    cli_options.add(p, "--encoder", cli_options.pairs, {}, help)
+    help = "files of weights for M3AE and CAV-MAE, as text=m3ae_base.npz,audio=cavmae.pth (default: random weights)"
+    cli_options.add(p, "--weights", cli_options.pairs, {}, help)
+    help = "size of M3AE and CAV-MAE without --weights; base is the paper's, small tries a run out in a quarter of the time"
+    cli_options.add(p, "--size", str, PAPER["size"], help, choices=SIZES)
+    cli_options.add_device_option(p)
 
 
 def is_meant(typed: Sequence[str]) -> bool:
@@ -116,16 +104,12 @@ def is_meant(typed: Sequence[str]) -> bool:
 
 def add_data_options(p: argparse.ArgumentParser) -> None:
     """Add a data set, its folder, and how it is read."""
-    p.add_argument("dataset", choices=SETS)
-    p.add_argument("root", type=Path, help="its folder, as published")
-    p.add_argument("--modalities", type=lambda text: text.split(","), default=[], help="of its modalities these, as audio,text")
-    p.add_argument("--split", default="", help="lists, speaker or session, where a data set has several")
-    p.add_argument(
-        "--tokenizer",
-        default=PAPER["tokenizer"],
-        help="name or folder of a tokenizer of transformers (default: bert-base-uncased)",
-    )
-    p.add_argument("--workers", type=int, default=PAPER["workers"], help="processes that decode (default: 2)")
+    p.add_argument("dataset", choices=SETS, help="data set of the paper")
+    p.add_argument("root", type=Path, help="folder of the data set, as published")
+    cli_options.add(p, "--modalities", cli_options.names, [], "modalities to use, as audio,text (default: all)")
+    p.add_argument("--split", default="", help="split to use where a data set has several: lists, speaker or session")
+    cli_options.add(p, "--tokenizer", str, PAPER["tokenizer"], "name or folder of a tokenizer of transformers")
+    cli_options.add(p, "--workers", cli_options.count, PAPER["workers"], "processes that decode samples")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -144,8 +128,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Train as the paper does, evaluate on the test part after the last epoch, and write checkpoint.pt and metrics.json."""
     cli_output.check_output(arguments)
     settings = settings_of(arguments)
-    data = {"train": make_dataset(arguments, settings, "train")}
-    data |= {part: make_dataset(arguments, settings, part) for part in data["train"].parts if part != "train"}
+    data = make_parts(arguments, settings)
     for dataset in data.values():
         print(dataset.describe())
     torch.manual_seed(settings["seed"])
@@ -189,15 +172,22 @@ def make_dataset(arguments: argparse.Namespace, settings: dict[str, Any], part: 
     return data
 
 
+def make_parts(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, datasets.LazyDataset]:
+    """Return all parts of the data set by name, "train" first."""
+    train_set = make_dataset(arguments, settings, "train")
+    others = (part for part in train_set.parts if part != "train")
+    return {"train": train_set, **{part: make_dataset(arguments, settings, part) for part in others}}
+
+
 def _trainer(arguments: argparse.Namespace, settings: dict[str, Any], data: datasets.LazyDataset) -> Trainer:
-    device = cli_output.device(arguments.device)
+    device = cli_options.device(arguments.device)
     encoders, features = make_encoders(arguments.dataset, settings, data)
     model = MultimodalModel(encoders, new_head(features, data.classes)).to(device)
     how = {name: settings[name] for name in ("lr", "momentum", "weight_decay")}
     of_head = {name: settings[name] for name in ("projection", "order", "target", "bias", "alpha")}
     optimizer = MLAOptimizer(torch.optim.SGD(model.parameters(), **how), model.head, **of_head)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [settings["decay_at"]])
-    amp = torch.bfloat16 if settings["amp"] == "bf16" else None
+    amp = cli_options.autocast_dtype(settings["amp"])
     return Trainer(model, optimizer, scheduler=scheduler, seed=settings["seed"], amp=amp)
 
 
@@ -237,9 +227,7 @@ def make_encoder(dataset: str, modality: str, settings: dict[str, Any]) -> nn.Mo
 
 def _resume(trainer: Trainer, checkpoint: Path) -> None:
     """Continue a run; raise ValueError if a setting but the epochs differs, FileNotFoundError if there is none."""
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"{checkpoint}: nothing to resume; leave out --resume to start a new run")
-    before, config = read_checkpoint(checkpoint)["config"], json.loads(json.dumps(trainer.config))
+    before, config = cli_output.read_resumed(checkpoint)["config"], json.loads(json.dumps(trainer.config))
     for name, value in config.items():
         saved = (before or {}).get(name, PAPER.get(name))
         if name == "identity" and saved != value:

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from mla_fast import cli_output, cli_paper, datasets
+from mla_fast import cli_options as options
+from mla_fast import cli_paper, datasets
 from mla_fast.cli_config import write_options
-from mla_fast.compare import options, records, study, study_report
+from mla_fast.compare import records, study, study_report
 from mla_fast.compare.published import STUDIES, Study, find_study
 from mla_fast.compare.records import Record
 from mla_fast.compare.runner import claim
@@ -27,12 +28,12 @@ def add_command(commands: Any) -> None:
     p = commands.add_parser("study", help=help, prog="mla-fast compare")
     cli_paper.add_data_options(p)
     cli_paper.add_settings(p)
-    p.add_argument("--study", choices=STUDIES, required=True, help="which table or figure of the paper")
-    help = "paper, released or both: the latter has no projection, its patches and fusion, and picks the best epoch on test"
-    p.add_argument("--settings", type=_settings, default=list(study.SETTINGS), help=f"{help} (default: both)")
-    p.add_argument("--methods", type=options.names, default=[], help="of the study's rows these (default: all)")
-    p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2], help='as "0-2" (the default) or "0,2"')
-    p.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the results; what is done is kept")
+    p.add_argument("--study", choices=STUDIES, required=True, help="table or figure of the paper")
+    help = "paper, released or both (the default); released has no projection, its own patches and fusion, the best epoch on test"
+    options.add(p, "--settings", _settings, list(study.SETTINGS), help)
+    options.add(p, "--methods", options.names, [], "rows of the study to run, separated by commas (default: all)")
+    options.add(p, "--seeds", options.seeds, [0, 1, 2], 'seeds to run every row with, as "0-2" (the default) or "0,2"')
+    options.add(p, "--output", Path, Path("runs/study"), "folder of the results, which keeps what is done already")
     p.set_defaults(command=compare, name="compare", full_name="compare SET ROOT --study")
 
 
@@ -47,7 +48,7 @@ def compare(arguments: argparse.Namespace) -> None:
     """Run what is not done yet, each run to runs.jsonl as it is done, and write table.md."""
     what = find_study(arguments.study, arguments.dataset)
     settings = cli_paper.settings_of(arguments)
-    device = cli_output.device(arguments.device)
+    device = options.device(arguments.device)
     data, _ = _parts(arguments, settings)(arguments.settings[0])
     for part in data.values():
         print(part.describe())
@@ -97,8 +98,7 @@ def _parts(arguments: argparse.Namespace, settings: dict[str, Any]) -> study.Par
 
     def parts(setting: str) -> tuple[dict[str, datasets.LazyDataset], Callable[[], tuple[dict[str, nn.Module], int]]]:
         own = settings | {"as_released": setting == "released"}
-        data = {"train": cli_paper.make_dataset(arguments, own, "train")}
-        data |= {part: cli_paper.make_dataset(arguments, own, part) for part in data["train"].parts if part != "train"}
+        data = cli_paper.make_parts(arguments, own)
         return data, lambda: cli_paper.make_encoders(arguments.dataset, own, data["train"])
 
     return parts

@@ -14,9 +14,10 @@ from torch import nn
 
 from mla_fast import cli_data, data, ranks
 from mla_fast.callbacks import TensorBoard
-from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_encoders import make_encoders
-from mla_fast.cli_output import KeepBest, begin, check_output, device, finish
+from mla_fast.cli_options import autocast_dtype, device
+from mla_fast.cli_output import KeepBest, begin, check_output, finish, read_resumed
+from mla_fast.compare.learners import step_decay
 from mla_fast.distributed import distribute
 from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
@@ -27,14 +28,6 @@ from mla_fast.trainer import Trainer
 
 def train(arguments: argparse.Namespace) -> None:
     """Train on an .npz, evaluate on the part held out, and write checkpoints, metrics.json, run.toml and report.html."""
-    if (arguments.add is None) != (arguments.start is None):
-        raise ValueError("--add: expected together with --from, the checkpoint of the run to add to")
-    if arguments.add is not None:
-        if ranks.several():
-            raise ValueError("--add: expected one process: start it without torchrun")
-        from mla_fast.cli_add import add  # which builds on this module
-
-        return add(arguments)
     if not arguments.modalities:
         raise ValueError("--modalities: expected names of arrays in the .npz, as audio,image, got none")
     ranks.check_batch_size(arguments.batch_size)
@@ -114,9 +107,7 @@ def _resume(trainer: Trainer, checkpoint: Path, config: dict[str, Any]) -> bool:
 
     Raises FileNotFoundError if there is none, and ValueError if its settings differ, or for fewer epochs than are done.
     """
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"{checkpoint}: nothing to resume; leave out --resume to start a new run")
-    saved = read_checkpoint(checkpoint)
+    saved = read_resumed(checkpoint)
     before = described(saved["config"], checkpoint)
     for name, value in list(config.items()):
         if name == "statistics" and before.get(name) != value:
@@ -168,7 +159,7 @@ def _config(arguments: argparse.Namespace) -> dict[str, Any]:
     config = {name: getattr(arguments, name) for name in (*names, *more)}
     if arguments.protocol is not None and not arguments.missing:
         raise ValueError(f"--protocol: expected --missing beside it, as 0.3, got {arguments.protocol} alone")
-    config["protocol"] = arguments.protocol or ("independent" if arguments.missing else None)
+    config["protocol"] = arguments.protocol = arguments.protocol or ("independent" if arguments.missing else None)
     config["data"] = str(arguments.data.resolve())
     config["modalities"] = list(arguments.modalities)
     config["layouts"] = dict(arguments.layout)
@@ -190,10 +181,9 @@ def build(config: dict[str, Any], device: torch.device, *, alone: bool = False) 
     model = distribute(model) if ranks.several() and not alone else model
     sgd = torch.optim.SGD(model.parameters(), lr=config["lr"], momentum=config["momentum"], weight_decay=config["weight_decay"])
     optimizer = MLAOptimizer(sgd, model.head, process_group=None if alone else "auto", **config["head"])
-    amp = torch.bfloat16 if config["amp"] == "bf16" else None
-    how = {"amp": amp, "accumulate": config["accumulate"], "clip_norm": config["clip_norm"], "loss": _loss(config)}
-    how["progress"] = ranks.is_first()
-    trainer = Trainer(model, optimizer, scheduler=_scheduler(optimizer, config["epochs"]), seed=config["seed"], **how)
+    how: dict[str, Any] = {"amp": autocast_dtype(config["amp"]), "loss": _loss(config), "progress": ranks.is_first()}
+    how |= {name: config[name] for name in ("accumulate", "clip_norm")}
+    trainer = Trainer(model, optimizer, scheduler=step_decay(optimizer, config["epochs"]), seed=config["seed"], **how)
     for addition in later:
         add_to(trainer, config, addition)
     return trainer
@@ -205,7 +195,7 @@ def add_to(trainer: Trainer, config: dict[str, Any], addition: dict[str, Any]) -
     for group in trainer.optimizer.param_groups:  # the head's, too
         group.update(settings, initial_lr=settings["lr"])
     encoders, classes = make_encoders({**config, "features": trainer.model.head.in_features}, [name])[0], addition["classes"]
-    trainer.add_modality(name, encoders[name], scheduler=lambda o: _scheduler(o, addition["epochs"]), classes=classes, **settings)
+    trainer.add_modality(name, encoders[name], scheduler=lambda o: step_decay(o, addition["epochs"]), classes=classes, **settings)
 
 
 def balanced(target: torch.Tensor, classes: int) -> list[float]:
@@ -233,7 +223,3 @@ class RowsMean(nn.CrossEntropyLoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         losses = F.cross_entropy(input, target, self.weight, reduction="none", label_smoothing=self.label_smoothing)
         return losses.mean()
-
-
-def _scheduler(optimizer: MLAOptimizer, epochs: int) -> torch.optim.lr_scheduler.MultiStepLR:
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * epochs))])

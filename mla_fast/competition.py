@@ -125,7 +125,7 @@ def train_mla(
     optimizer = MLAOptimizer(_sgd(model), head=model.head, projection=projection, target=target)
     Trainer(model, optimizer, progress=False).fit([(train.inputs, train.target)] * rounds, epochs=1)
     return _evaluate(
-        model.packed_logits(test.inputs).unflatten(0, (len(test.inputs), -1)).sum(0),
+        model.logits_of(model.packed_features(test.inputs)).unflatten(0, (len(test.inputs), -1)).sum(0),
         test,
         found_pairs(model.encoders, directions),
     )

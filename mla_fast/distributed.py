@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mla_fast.head import is_sharded
 from mla_fast.model import MultimodalModel
+from mla_fast.parts import is_sharded
 
 
 class RankError(ValueError):

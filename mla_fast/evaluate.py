@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mla_fast.batch import unpack_batch
 from mla_fast.distributed import all_reduce_sum, exchange, rank_and_size
@@ -17,6 +18,7 @@ from mla_fast.loss import Loss, cross_entropy, given_loss, labels_of
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.dispatch import DispatchPlan, dispatch
 from mla_fast.ops.fusion import Fused
+from mla_fast.parts import evaluating
 
 OnBatch = Callable[[tuple[str, ...], Fused, Tensor], None]  # (the modalities of a batch, its prediction, its target)
 
@@ -28,12 +30,18 @@ class Sums(dict[str, list[Any]]):
         total = self.setdefault(name, [0, 0])
         total[0], total[1] = total[0] + value, total[1] + count
 
+    def add_finite(self, name: str, value: Tensor) -> None:
+        """Count a value [] unless it is NaN or infinite, as of a step that was not taken; nobody waits for a device."""
+        finite = value.isfinite()
+        self.add(name, torch.where(finite, value, 0), finite)
+
     def over_ranks(self, names: Sequence[str], group: dist.ProcessGroup | None, device: torch.device) -> Sums:
-        """Return the sums and counts of all ranks together, of which some may have seen none of the names."""
+        """Return the sums and counts of all ranks together, of those names that a rank has."""
         if group is None:
             return self
-        both = [[float(total), float(count)] for total, count in (self.get(name, (0, 0)) for name in names)]
-        return Sums(zip(names, all_reduce_sum(torch.tensor(both, dtype=torch.float64), group, device).tolist(), strict=True))
+        own = [[*map(float, self.get(name, (0, 0))), float(name in self)] for name in names]
+        of_all = all_reduce_sum(torch.tensor(own, dtype=torch.float64), group, device).tolist()
+        return Sums((name, [total, count]) for name, (total, count, there) in zip(names, of_all, strict=True) if there)
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / float(count) if count else float("nan") for name, (total, count) in self.items()}
@@ -96,8 +104,9 @@ def evaluate(
     found, failure = _Found(model, use_test, loss, on_batch), None
     rank, size = rank_and_size(group)
     try:
-        for i, batch in enumerate(loader):
-            found.add(i * size + rank, *unpack_batch(model, batch, device, loss))
+        with evaluating(loss) if isinstance(loss, nn.Module) else contextlib.nullcontext():
+            for i, batch in enumerate(loader):
+                found.add(i * size + rank, *unpack_batch(model, batch, device, loss))
     except Exception as error:  # for all of them
         failure = error
     samples, tallies = _of_all_ranks(found, group, failure)

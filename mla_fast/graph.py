@@ -24,6 +24,7 @@ from mla_fast.trained import check_grad_mode
 DEVICES = ("cuda",)
 WARM_UP = 3  # eager steps before a capture: what is made by first steps must be there, kernels compiled, algorithms chosen
 MAX_GRAPHS = 4  # kinds of batches; each keeps its inputs and its share of a pool of memory
+OVER_RANKS = "several processes train together, which agree on every batch"
 _MIXES_ROWS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -134,7 +135,7 @@ class GraphedStep:
         if self._refused is not None:
             return self._refused
         if self.optimizer.process_group is not None:
-            return "several processes train together, which agree on every batch"
+            return OVER_RANKS
         if _has_hooks(self.optimizer):
             return "the optimizer has step hooks, which no replay would call; remove them"
         if torch.is_autocast_enabled(self.optimizer.device.type):

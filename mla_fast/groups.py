@@ -75,8 +75,10 @@ def replace(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Paramet
 
 
 def _with_rows(value: Any, old: Tensor, new: Tensor) -> Any:
-    if not isinstance(value, Tensor) or value.shape != old.shape or value.dim() == 0:
+    if not isinstance(value, Tensor) or value.dim() != old.dim() or value.dim() == 0:
         return value
+    if len(value) != len(old) or any(n not in (1, of) for n, of in zip(value.shape[1:], old.shape[1:], strict=True)):
+        return value  # of Adafactor's factors that of the rows is [C, 1]
     return torch.cat([value, value.new_zeros(len(new) - len(old), *value.shape[1:])])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,17 @@ from mla_fast import groups
 from mla_fast.addition_checks import Parts
 from mla_fast.inputs import Inputs
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.parts import last_linear, unwrap_ddp
+from mla_fast.parts import begin_training, last_linear, unwrap_ddp
 from mla_fast.seen import SeenClasses, counted_labels
 
 SEEN = "seen"  # in a state_dict, bool [M, C]; only where a modality has not seen all
+
+
+class Frozen(NamedTuple):
+    """What of an encoder, by name, was trained and what was in training mode until it was frozen."""
+
+    parameters: list[str]
+    modules: list[str]
 
 
 class Growing(Parts):
@@ -36,7 +43,7 @@ class Growing(Parts):
 
     def _start_growing(self) -> None:
         self.added, self.seen = (), SeenClasses()
-        self._frozen: dict[str, list[str]] = {}  # of each frozen encoder, the parameters that were trained until then
+        self._frozen: dict[str, Frozen] = {}
         self.register_state_dict_post_hook(_put_seen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_take_seen)  # type: ignore[no-untyped-call]
 
@@ -64,7 +71,7 @@ class Growing(Parts):
 
     def take_growth(self, other: Growing) -> None:
         """Take over what `other`, with the same encoders, knows of its additions."""
-        self.added, self.seen, self._frozen = other.added, other.seen, {name: list(of) for name, of in other._frozen.items()}
+        self.added, self.seen, self._frozen = other.added, other.seen, dict(other._frozen)
         self.train(self.training)
 
     def saw(self, modality: str, target: Tensor, weights: Tensor | None = None) -> None:
@@ -112,6 +119,8 @@ class Growing(Parts):
 
         Raises TypeError or ValueError that names the argument, and changes nothing.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("add_modality: expected to be called outside of inference_mode(), whose tensors are never trained")
         self._check_addition(name, encoder, optimizer, settings)
         device = next(self.head.parameters()).device
         encoder.to(device)
@@ -130,7 +139,8 @@ class Growing(Parts):
             self.add_classes(classes, optimizer=optimizer)
         if self.classes is not None:
             self.seen.add(name, self.modalities, self.classes)
-        self.encoders[name] = encoder.train(self.training)
+        begin_training(encoder) if self.training else encoder.eval()
+        self.encoders[name] = encoder
         self.added = (*self.added, name)
         self._settle()
 
@@ -191,7 +201,8 @@ class Growing(Parts):
         for name in names:
             if name in old and name not in self._frozen:
                 encoder = self.encoders[name]
-                self._frozen[name] = [of for of, p in encoder.named_parameters() if p.requires_grad]
+                trained = [of for of, p in encoder.named_parameters() if p.requires_grad]
+                self._frozen[name] = Frozen(trained, [of for of, module in encoder.named_modules() if module.training])
                 encoder.requires_grad_(False).eval()
                 for p in encoder.parameters():
                     p.grad = None
@@ -200,10 +211,11 @@ class Growing(Parts):
 
     def _thaw(self, name: str) -> None:
         if name in self._frozen:
-            trained, encoder = self._frozen.pop(name), self.encoders[name]
+            before, encoder = self._frozen.pop(name), self.encoders[name]
             for of, p in encoder.named_parameters():
-                p.requires_grad_(of in trained)
-            encoder.train(self.training)
+                p.requires_grad_(of in before.parameters)
+            for of, module in encoder.named_modules():
+                module.training = self.training and of in before.modules
 
 
 def _put_seen(model: Growing, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mla_fast import ops
 from mla_fast.features import FeatureMean
+from mla_fast.parts import is_sharded
 from mla_fast.projection import Projection, make_projection
 from mla_fast.settings import Settings
 from mla_fast.wrapped import parameters_of
@@ -214,11 +215,6 @@ def on_host(t: Tensor) -> bool:
 def local(t: Tensor) -> Tensor:
     """What of t is on this rank."""
     return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]  # a DTensor's own method
-
-
-def is_sharded(t: Tensor) -> bool:
-    """Whether t is a DTensor, whose module takes a second to import."""
-    return hasattr(t, "device_mesh")
 
 
 def has_own_weight(module: nn.Module) -> bool:

@@ -15,8 +15,12 @@ def is_bare(layer: HeadLayer) -> bool:
     """Whether a call of it is a product and nothing else: an ``nn.Linear`` that nobody watches but this layer."""
     module = layer.module
     kind = split_head.kind_before(module) if layer.sharded else type(module)
-    hooks = [h for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()) if not split_head.gathers(h)]
-    return kind is nn.Linear and "forward" not in vars(module) and len(hooks) == 2
+    return kind is nn.Linear and "forward" not in vars(module) and len(hooks_of(module)) == 2
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Return the hooks of its forward pass, but for those of ``fully_shard``."""
+    return [h for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()) if not split_head.gathers(h)]
 
 
 def is_unobserved(layer: HeadLayer) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -98,8 +100,8 @@ def cross_entropy(logits: Tensor, target: Tensor, reduction: str = "mean") -> Te
 def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
     """Return a loss that is given of logits [n, C] and target [n, …], 0-d; 0 of no rows.
 
-    A floating target is in the logits' dtype, float32 or wider, and so is any of a loss that compares outputs with numbers; [n]
-    beside one output is [n, 1], except for losses of classes.
+    A floating target, and any target of a loss that compares each output with a number, is converted to the logits' dtype, at
+    least float32. A target [n] becomes [n, 1] beside one output, unless the loss has an ``ignore_index``.
 
     Raises ValueError that names `target` where the loss does not take it, and `loss` where it returns something else.
     """
@@ -125,6 +127,8 @@ def given_loss(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
         ) from error
     if not isinstance(found, Tensor) or found.dim() or not found.is_floating_point():
         raise ValueError(f"loss: expected a floating 0-d tensor from {name_of(loss)}, the mean over rows, got {describe(found)}")
+    if target.shape == logits.shape and logits.shape[1] == 1 and not elementwise:
+        _check_squeeze(loss, logits.detach(), target)
     return found
 
 
@@ -134,6 +138,34 @@ def _called(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
     with warnings.catch_warnings():  # torch broadcasts [n] over [n, C] and warns: nobody means that
         warnings.filterwarnings("error", message="Using a target size")
         return loss(logits, target)
+
+
+_LOOKED_AT = weakref.WeakSet[Any]()
+
+
+def _check_squeeze(loss: Loss, logits: Tensor, target: Tensor) -> None:
+    """Raise ValueError for a function that takes the 1 of logits [n, 1] away and not that of target [n, 1], so that one is
+    broadcast over the other and nothing but the targets' mean is learned: a loss's first batch whose first rows differ tells."""
+    function = getattr(loss, "__func__", loss)
+    z, y = logits[:2], target[:2]
+    capturing = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or has_state(loss) or function in _LOOKED_AT or len(z.unique()) < 2 or len(y.unique()) < 2:
+        return
+    by_column, by_row, differ = True, True, True
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError):
+        warnings.simplefilter("ignore")
+        first, second = loss(z[:1], y[:1]), loss(z[1:], y[1:])
+        by_column, by_row = (bool(torch.isclose(loss(z, of), (first + second) / 2, rtol=1e-4)) for of in (y, y[:, 0]))
+        differ = bool(first != second)
+    if not differ:  # as of a correlation, which a row has none of
+        return
+    if by_row and not by_column:
+        raise ValueError(
+            f"loss: expected {name_of(loss)} to be a mean over rows of logits [N, 1] and target [N, 1], which a target [N] "
+            "becomes beside one output, got one for a target [N] alone: it squeezes the logits and broadcasts them over it"
+        )
+    with contextlib.suppress(TypeError):  # of what no weak reference can be had
+        _LOOKED_AT.add(function)
 
 
 def _is_elementwise(loss: Loss) -> bool:
@@ -181,6 +213,12 @@ def record_seen(model: MultimodalModel, modality: str, target: Tensor, weights: 
         model.seen.record(modality, torch.arange(classes, device=target.device), classes, (target > 0).any(0))
     else:
         model.seen.record(modality, labels, classes, labels >= 0)
+
+
+def has_state(loss: Loss | None) -> bool:
+    """Whether a loss has something that training changes; the weights of torch's own losses are settings."""
+    own = isinstance(loss, nn.Module) and not type(loss).__module__.startswith("torch.nn.")
+    return own and bool(loss.state_dict())  # type: ignore[union-attr]
 
 
 def name_of(loss: Loss | None) -> str:

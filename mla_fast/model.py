@@ -91,6 +91,13 @@ class MultimodalModel(Growing):
         parts = [set(map(id, parameters_in(part))) for part in (*self.encoders.values(), self.head)]
         return len(set().union(*parts)) < sum(map(len, parts))
 
+    @property
+    def own_parameters(self) -> bool:
+        """Whether there are trainable parameters that belong to no encoder, to the head or the interaction: a subclass's own."""
+        parts = [self.encoders, self.head, *([] if self.interaction is None else [self.interaction])]
+        of_parts = {id(p) for part in parts for p in parameters_in(part)}
+        return any(p.requires_grad and id(p) not in of_parts for p in parameters_in(self))
+
     def features(self, modality: str, inputs: Inputs) -> Tensor:
         """Return the features [N, s] that the encoder of `modality` computes from its inputs [N, …]."""
         encoders = self.encoders
@@ -99,7 +106,8 @@ class MultimodalModel(Growing):
         N, encoder = sample_count("inputs", modality, inputs), encoders[modality]
         encoder = encoder if torch.is_grad_enabled() and modality not in self.frozen else unwrap_ddp(encoder)
         name = f"the encoder of {modality!r}"
-        features = encoder(inputs) if torch.compiler.is_compiling() else _call_or_note(encoder, inputs, modality, name)
+        compiling = torch.compiler.is_compiling()
+        features = _traced(encoder, inputs) if compiling else _call_or_note(encoder, inputs, modality, name)
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"features: expected a floating tensor from the encoder of {modality!r}, got {got}")
@@ -128,16 +136,16 @@ class MultimodalModel(Growing):
     def forward(self, inputs: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """Return {modality: logits [N, C]} for each modality in `inputs`; N may differ between them.
 
-        ``predict`` and ``Trainer.evaluate`` do not call this method, which a subclass had better not replace: they call
-        ``features`` and ``logits``, as it does.
+        ``predict`` and ``Trainer.evaluate`` do not call this method or its hooks, and a subclass had better not replace it: they
+        call ``features`` and ``logits``, as it does.
         """
         check_by_modality(inputs)
         return {modality: self.logits(modality, self.features(modality, x)) for modality, x in inputs.items()}
 
     def logits(self, modality: str, features: Tensor) -> Tensor:
         """Return the head's logits [N, C] of a modality's features [N, s]."""
-        head, compiling = self.head, torch.compiler.is_compiling()
-        called = head(features) if compiling else _call_or_note(head, features, modality, "the head")
+        compiling = torch.compiler.is_compiling()
+        called = _traced(self.head, features) if compiling else _call_or_note(self.head, features, modality, "the head")
         return self._checked(called, len(features))
 
     def _checked(self, logits: Any, N: int) -> Tensor:
@@ -173,18 +181,22 @@ class MultimodalModel(Growing):
             return self.all_features(rows)
 
     @torch.no_grad()
-    def packed_logits(self, inputs: Mapping[str, Inputs], plan: DispatchPlan | None = None) -> Tensor:
-        """Return logits [K, C] of ``packed_features``, one modality of `inputs` after another, by one call of the head."""
-        return self.logits_of(self.packed_features(inputs, plan))
-
-    @torch.no_grad()
     def logits_of(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return the logits [K, C] of features [n, s], one modality after another, in evaluation mode."""
         with evaluating(self):
-            if type(self).logits is not MultimodalModel.logits:
-                return torch.cat([self.logits(modality, h) for modality, h in features.items()])
-            joined = torch.cat(list(features.values()))
-            return self._checked(unwrap_ddp(self.head)(joined), len(joined))
+            return self.joined_logits(features)
+
+    def joined_logits(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return the same in the mode that the model is in, by one call of the head unless ``logits`` is overridden."""
+        if self.overrides_logits:
+            return torch.cat([self.logits(modality, h) for modality, h in features.items()])
+        joined = torch.cat(list(features.values()))
+        return self._checked(unwrap_ddp(self.head)(joined), len(joined))
+
+    @property
+    def overrides_logits(self) -> bool:
+        """Whether a subclass, or an attribute of this model, takes the place of ``logits``."""
+        return type(self).logits is not MultimodalModel.logits or "logits" in vars(self)
 
     def predict(self, inputs: Mapping[str, Inputs], present: Tensor | None = None) -> Fused:
         """Return the fused prediction (eqs. 6–8) for N samples, each with any of the modalities, in evaluation mode.
@@ -234,13 +246,21 @@ class LoneRowError(ValueError):
     """Raised for a single row that an encoder's BatchNorm cannot train on."""
 
 
+def _traced(part: nn.Module, inputs: Inputs) -> Any:
+    """Call a part inside of a compiled model."""
+    kept = buffers.kept(part)
+    called = part(inputs)
+    buffers.put_back_unless_finite(kept)
+    return called
+
+
 def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> Any:
-    """Call a part; an error gets a note with its name and inputs, and says what to do where it is about a single row. What its
-    forward pass in training has made of its buffers stays only if it is finite."""
+    """Call a part; an error gets a note with its name and inputs, and says what to do where it is about a single row. What a
+    pass in training has made of its running statistics stays only if it is finite, and is made once."""
     training = torch.is_grad_enabled()
     lone = training and len(leaves(inputs)[0]) == 1
     before = [(buffer, buffer.clone()) for buffer in part.buffers()] if lone else []
-    kept = buffers.kept(part) if training else []
+    kept = buffers.kept(part)
     try:
         called = part(inputs)
     except Exception as error:
@@ -254,5 +274,7 @@ def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> 
         if hasattr(error, "add_note"):
             error.add_note(f"in {name}, which was given {describe(inputs)}")
         raise
-    buffers.put_back_unless_finite(kept)
+    after = buffers.put_back_unless_finite(kept)
+    if training and isinstance(called, Tensor):
+        buffers.hold_in_backward(after, called)
     return called

@@ -36,7 +36,8 @@ class MLAOptimizer(Stateful):
 
     Args:
         optimizer: any optimizer whose ``step`` does not require a closure; it holds the head's parameters among others.
-        head: the shared head, a module with at least one ``nn.Linear`` that is trainable now; it has one MLAOptimizer, the last.
+        head: the shared head, a module with at least one ``nn.Linear`` that is trainable now. A new MLAOptimizer replaces the
+            head's previous one.
         alpha: α > 0 of eq. 5, or a callable of the step number. Large: the head stays free longer. A 0-d float64 tensor on
             the head's device is read there at each step: change it in place, between replays of a CUDA graph too.
         projection: ``"rls"`` (the paper's P, eq. 5; the head's steps shrink like 1/t) · ``"window"`` (P from the other
@@ -53,13 +54,13 @@ class MLAOptimizer(Stateful):
 
     A step in which x̄ or the head's gradient is not finite, or a batch of no rows went through the head, changes nothing: no
     parameter, no momentum, no P. What the forward pass changes, as BatchNorm does, is changed; where the model is called, and not
-    an encoder by itself, running statistics that would no longer be finite are put back. ``diagnostics()`` counts such steps. One
-    in which the head has no gradient at all moves what else has one, and warns if a modality is named. On CUDA nothing here waits
-    for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is fused: the
+    an encoder by itself, running statistics that would no longer be finite are put back. ``diagnostics()`` counts such steps. If
+    the head has no gradient at all, the step moves the other parameters, and warns if a modality was named. On CUDA nothing here
+    waits for the device, and a step that is not finite is undone for the head alone unless the wrapped optimizer is fused: the
     encoders' gradients are then the caller's to guard, and a count of steps that it keeps on the CPU (Adam's) goes on.
 
-    ``GraphedStep`` captures whole batches in CUDA graphs. Who captures a step by hand takes one with every modality before, and
-    captures anew after ``load_state_dict``; ``steps`` in diagnostics does not count such replays.
+    ``GraphedStep`` captures whole batches in CUDA graphs. To capture a step yourself, first take an eager step with every
+    modality, and capture anew after ``load_state_dict``; ``steps`` in diagnostics does not count such replays.
 
     Drop gradients with this optimizer's ``zero_grad``, which drops the features collected with them; after
     ``torch.autograd.grad`` through the head too, which counts them as ``backward`` does. Under torch.compile they are counted in

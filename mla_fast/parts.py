@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 P = TypeVar("P", bound=nn.Module)
@@ -49,6 +50,11 @@ def parameters_in(part: nn.Module) -> list[nn.Parameter]:
     return [p for module in modules_in(part) for p in module._parameters.values() if p is not None]
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether t is a DTensor, whose module takes a second to import."""
+    return hasattr(t, "device_mesh")
+
+
 @contextlib.contextmanager
 def evaluating(part: nn.Module) -> Iterator[None]:
     """Put a part into evaluation mode, and afterwards those of its modules into training mode that were."""
@@ -60,6 +66,20 @@ def evaluating(part: nn.Module) -> Iterator[None]:
     finally:
         for module in training:  # and no others: an encoder may be in evaluation mode on purpose
             module.training = True
+
+
+def begin_training(part: nn.Module) -> None:
+    """Put a part into training mode, but for what is frozen: what is in evaluation mode and has parameters or buffers, none of
+    which requires gradients."""
+    frozen = [m for m in part.modules() if not m.training and _has_state(m) and not any(p.requires_grad for p in m.parameters())]
+    stay = [module for m in frozen for module in m.modules() if not module.training]
+    part.train()
+    for module in stay:
+        module.training = False
+
+
+def _has_state(part: nn.Module) -> bool:
+    return any(True for _ in itertools.chain(part.parameters(), part.buffers()))
 
 
 def last_linear(part: nn.Module) -> nn.Linear | None:

@@ -58,18 +58,22 @@ class Phases:
         makes room for what `scheduler` returns of the optimizer, by default none. Until it has been trained the modality has no
         vote. ``additions`` says after how many epochs each came; ``fit(loader, trainer.epoch + 20)`` trains 20 more.
         """
-        if self._position.batches:
-            raise ValueError(f"name: expected to add {name!r} between epochs, got {self._position.batches} batches into one")
+        self._check_between_epochs("add", name)
         self.model.add_modality(name, encoder, optimizer=self.optimizer, classes=classes, example=example, **settings)
         self.additions[name] = self.epoch
         self._begin_phase(scheduler)
 
     def remove_modality(self, name: str, *, scheduler: MakeScheduler | None = None) -> nn.Module:
         """Take a modality away and return its encoder, as ``model.remove_modality`` does; scheduler as in ``add_modality``."""
+        self._check_between_epochs("remove", name)
         encoder = self.model.remove_modality(name, optimizer=self.optimizer)
         self.additions.pop(name, None)
         self._begin_phase(scheduler)
         return encoder
+
+    def _check_between_epochs(self, what: str, name: str) -> None:
+        if batches := self._position.batches:
+            raise ValueError(f"name: expected to {what} {name!r} between epochs, got {batches} batches into one")
 
     def _begin_phase(self, scheduler: MakeScheduler | None) -> None:
         for group in self.optimizer.param_groups:
@@ -89,11 +93,10 @@ class Phases:
         losses = self._position.losses
         if not losses:
             raise ValueError(
-                "loader: expected at least one batch with a sample in it in every epoch (a generator lasts for one), "
-                f"got none in epoch {self.epoch + 1}"
+                "loader: expected at least one batch with a sample in it in every epoch (generators are exhausted after one "
+                f"epoch), got none in epoch {self.epoch + 1}"
             )
-        sums = losses.over_ranks(self.model.modalities, self.optimizer.process_group, self.device)
-        return {modality: mean for modality, mean in sums.means().items() if sums[modality][1]}
+        return losses.over_ranks(self.model.modalities, self.optimizer.process_group, self.device).means()
 
     def _take_additions(self, saved: dict[str, Any]) -> None:
         """Count as a checkpoint does; modalities that were added to it since begin where it ends."""

@@ -142,7 +142,7 @@ class Position:
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of a checkpoint."""
-        losses = {modality: (total.cpu(), number) for modality, (total, number) in self.losses.items()}
+        losses = {modality: (total.cpu(), float(number)) for modality, (total, number) in self.losses.items()}
         return {
             "random": self.random or random_states(),
             "data": self.data,

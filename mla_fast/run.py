@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from mla_fast.distributed import (
     without_compile,
 )
 from mla_fast.growing import SEEN
-from mla_fast.loss import Loss, name_of
+from mla_fast.loss import Loss, has_state, name_of
 from mla_fast.modality_dict import parameter_prefix
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.resume import shared_anew
+
+LOSS_STATE = "loss_state"  # in a checkpoint
 
 
 class Run:
@@ -42,9 +44,12 @@ class Run:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        self._of_kinds = tuple(self.parts)
+        if has_state(loss):
+            self.parts[LOSS_STATE] = loss
 
     def _kinds(self) -> dict[str, str]:
-        kinds = {**self.parts, "optimizer": self.optimizer.optimizer}
+        kinds = {**{name: self.parts[name] for name in self._of_kinds}, "optimizer": self.optimizer.optimizer}
         names = {name: "none" if part is None else type(part).__name__ for name, part in kinds.items()}
         return {**names, "fusion": self.model.fusion}
 
@@ -91,13 +96,13 @@ class Run:
             of_rank = shared_anew(of_ranks, rank) if another else of_ranks[rank % len(of_ranks)]
         except ValueError as error:
             raise CheckpointError(f"{path}: saved inside of an epoch, {error}, got {size}") from error
-        self._load_parts(path, saved, kinds)
-        load_portable_state_dict(self.model, own | saved["model"])
-        kept = {name: mask for name, mask in self.model.seen.recorded().items() if name in later}
-        self.model.seen.take(kept | saved.get("seen", {}))
         now = name_of(self.loss)
         if (before := saved.get("loss", now)) != now:
             warn(f"resume: the run was saved with loss {before}, and goes on with {now}")
+        self._load_parts(path, saved, {*kinds, LOSS_STATE} if LOSS_STATE in saved and before == now else set(kinds))
+        load_portable_state_dict(self.model, own | saved["model"])
+        kept = {name: mask for name, mask in self.model.seen.recorded().items() if name in later}
+        self.model.seen.take(kept | saved.get("seen", {}))
         return saved, None if later else of_rank
 
     def _added_since(self, path: str | Path, saved: Mapping[str, Any]) -> list[str]:
@@ -110,7 +115,7 @@ class Run:
             )
         return added[len(before) :]
 
-    def _load_parts(self, path: str | Path, saved: dict[str, Any], names: Mapping[str, str]) -> None:
+    def _load_parts(self, path: str | Path, saved: dict[str, Any], names: Set[str]) -> None:
         """Load all, or raise CheckpointError and load none."""
         parts = {name: part for name, part in self.parts.items() if part is not None and name in names}
         before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}

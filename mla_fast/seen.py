@@ -63,7 +63,9 @@ class SeenClasses(nn.Module):
         """Count classes target [n] as seen; with weights [n], those of rows that weigh something. Nobody waits for a device."""
         row = self._row(modality, classes, target)
         target = target if target.device == row.device else target.to(row.device)
-        if weights is not None or not target.is_cpu:  # F.cross_entropy ignores negative labels, which are refused on the CPU
+        if (
+            weights is not None or not target.is_cpu
+        ):  # on the CPU scatter_ refuses a negative label, on a device it counts nowhere
             counted = target >= 0 if weights is None else (target >= 0) & (weights.to(row.device) > 0)
             target = torch.where(counted, target, classes)
         row.scatter_(0, target, 1.0)

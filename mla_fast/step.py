@@ -17,6 +17,7 @@ from mla_fast.head import HeadLayer
 from mla_fast.loss import Loss, check_loss, mean_loss, record_seen
 from mla_fast.model import LoneRowError, MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.parts import is_sharded, parameters_in
 from mla_fast.pull import Pull, pull_of
 from mla_fast.trained import check_grad_mode, look_at_encoder
 from mla_fast.wrapped import parameters_of
@@ -38,8 +39,10 @@ def alternating_step(
     This is step by step in another order, not an approximation: the step of one modality moves its own encoder and the head, so
     no features change under the others. It needs encoders that share no parameter (ValueError), a wrapped optimizer that steps
     every parameter by itself (torch's own do; one that counts its steps as a whole counts M + 1), and room for what all encoders
-    want for their backward pass at once, as joint training does. It calls ``optimizer.zero_grad()`` first, so gradients from
-    before do not count. Hooks of ``optimizer.step`` run once, at the end.
+    want for their backward pass at once, as joint training does. Parameters beside encoders and head, as a temperature in an
+    overridden ``logits`` or in `loss`, move with the head's steps; a layer that several encoders share is refused. It calls
+    ``optimizer.zero_grad()`` first, so gradients from before do not count. Hooks of ``optimizer.step`` run once, at the end, when
+    the head has moved: ``Trainer`` takes turns where there are any before the step.
 
     model, optimizer: a ``MultimodalModel`` and the ``MLAOptimizer`` with its head. batch: ``(inputs, target)`` or ``(inputs,
     target, present)`` as for ``Trainer``, on the model's device. amp: dtype for autocast, bfloat16; float16 overflows without a
@@ -58,7 +61,7 @@ def alternating_step(
     check_arguments(model, optimizer, amp, loss)
     if not can_step_together(model):
         raise ValueError(
-            "model: expected encoders and a head that share no parameter, and MultimodalModel's own forward; "
+            "model: expected encoders and a head that share no parameter, and MultimodalModel's own forward without hooks; "
             "Trainer takes them one after another, which is right"
         )
     inputs, target, present = unpack_batch(model, batch, loss=loss)
@@ -85,7 +88,7 @@ def steps_together(
         pull = pull_of(model, optimizer, [features], [rows], loss)
     if pull is not None:  # which has called the head
         split_head.put_back(model.head)
-    losses, outputs, gradients, bad, head = dict[str, Tensor](), [], [], [], list(model.head.parameters())
+    losses, outputs, gradients, bad, beside = dict[str, Tensor](), [], [], [], _beside_encoders(model, optimizer)
     for modality in features:
         h = features[modality].detach().requires_grad_()
         try:
@@ -102,10 +105,11 @@ def steps_together(
         if bad[-1] is not True and features[modality].requires_grad:
             outputs.append(features[modality])
             gradients.append(h.grad if pull is None else pull.added(0, modality, h.grad))
-        for p in head:
+        for p in beside:
             p.grad = None
     try:
-        _step_encoders(optimizer, outputs, gradients, pull, bad)
+        _backward(outputs, gradients, beside)
+        _step_encoders(optimizer, pull, bad)
     except BaseException:
         optimizer.zero_grad()  # what there is of this batch is not for another step to take
         raise
@@ -148,7 +152,7 @@ def plain_layer(model: MultimodalModel, optimizer: MLAOptimizer, loss: Loss | No
     that autograd can be spared: with it every modality's step takes the host longer, on a GPU by a tenth of a batch of 64 through
     ResNet-18s."""
     layer = optimizer.layers[0]
-    if loss is not None or type(model).logits is not MultimodalModel.logits or "logits" in vars(model):
+    if loss is not None or model.overrides_logits:
         return None
     return layer if layer.module is model.head and head_loss.is_unobserved(layer) else None
 
@@ -191,17 +195,27 @@ def _spares_a_call(
     return features.dtype == layer.dtype and rows.weights is None and not automatic
 
 
-def _step_encoders(
-    optimizer: MLAOptimizer,
-    outputs: list[Tensor],
-    gradients: list[Tensor | None],
-    pull: Pull | None,
-    bad: list[bool | Tensor],
-) -> None:
-    """Differentiate the features and step what has a gradient, the encoders; a fused wrapped optimizer only where no flag on a
-    device is set. bad: of the head's steps, none where no modality had one."""
+def _beside_encoders(model: MultimodalModel, optimizer: MLAOptimizer) -> list[Tensor]:
+    """Return the parameters that the head's steps may move: the head's, and what the optimizer has beside the encoders'."""
+    of_encoders = set(map(id, parameters_in(model.encoders)))
+    others = [p for p in parameters_of(optimizer) if id(p) not in of_encoders and not is_sharded(p)]
+    return list(dict.fromkeys([*model.head.parameters(), *others]))
+
+
+def _backward(outputs: list[Tensor], gradients: list[Tensor | None], beside: list[Tensor]) -> None:
+    """Differentiate the features of all encoders at once; ValueError where they have more in common than their head."""
     if outputs:
         torch.autograd.backward(outputs, gradients)
+    if len(outputs) > 1 and (common := sum(p.grad is not None for p in beside)):
+        raise ValueError(
+            f"model: expected features that depend on their own encoder alone, got {common} parameters of the optimizer beside "
+            "the encoders that have gradients of several modalities; Trainer(…, in_turn=True) takes them one after another"
+        )
+
+
+def _step_encoders(optimizer: MLAOptimizer, pull: Pull | None, bad: list[bool | Tensor]) -> None:
+    """Step what has a gradient, the encoders; a fused wrapped optimizer only where no flag on a device is set. bad: of the head's
+    steps, none where no modality had one."""
     if pull is not None:
         pull.restore()
     if not bad:
@@ -242,7 +256,7 @@ def check_arguments(model: MultimodalModel, optimizer: MLAOptimizer, amp: Any, l
 
 
 def check_belong(model: MultimodalModel, optimizer: MLAOptimizer) -> None:
-    """Raises TypeError or ValueError unless the optimizer is an MLAOptimizer with the model's head."""
+    """Raise TypeError or ValueError unless the optimizer is an MLAOptimizer with the model's head."""
     if not isinstance(model, MultimodalModel):
         raise TypeError(f"model: expected a MultimodalModel (in distributed training mla.distribute's), got {_kind(model)}")
     if not isinstance(optimizer, MLAOptimizer):
@@ -255,9 +269,20 @@ def check_belong(model: MultimodalModel, optimizer: MLAOptimizer) -> None:
 
 
 def can_step_together(model: MultimodalModel) -> bool:
-    """No parameter is shared, and nobody has replaced what the model does with its encoders and its head."""
+    """No parameter is shared, and nobody has replaced what the model does with its encoders and its head, or hooks into it."""
     own = type(model).forward is MultimodalModel.forward and "forward" not in model.__dict__
-    return own and not model.shared_parameters
+    return own and not head_loss.hooks_of(model) and not model.shared_parameters
+
+
+def why_in_turn(model: MultimodalModel, optimizer: MLAOptimizer) -> str | None:
+    """Return why modalities have to take their steps one after another, or None."""
+    if not can_step_together(model):
+        return "parts of the model share parameters, or it has a forward or hooks of its own"
+    if model.own_parameters:
+        return "the model has parameters of its own, beside encoders and head"
+    if optimizer._optimizer_step_pre_hooks:
+        return "the optimizer has hooks before its step, which are to see each modality's gradients"
+    return None
 
 
 def _kind(model: Any) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.parts import parameters_in
+from mla_fast.parts import modules_in, parameters_in
 from mla_fast.wrapped import parameters_of
 
 
@@ -26,7 +26,8 @@ def look_at_encoder(model: MultimodalModel, optimizer: MLAOptimizer, modality: s
         return
     trainable = [p for p in parameters_in(model.encoders[modality]) if p.requires_grad]
     held = set(map(id, parameters_of(optimizer)))
-    if missing := sum(id(p) not in held for p in trainable):
+    gathered = any(hasattr(module, "reshard") for module in modules_in(model.encoders[modality]))  # by fully_shard, for now
+    if not gathered and (missing := sum(id(p) not in held for p in trainable)):
         optimizer.watch.say(
             f"held {modality}",
             f"optimizer: expected the parameters of the encoder of {modality!r} among its groups, got "

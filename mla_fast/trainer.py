@@ -21,11 +21,12 @@ from mla_fast.loss import Loss
 from mla_fast.model import MultimodalModel
 from mla_fast.ops.fusion import Fused
 from mla_fast.optimizer import MLAOptimizer
+from mla_fast.parts import begin_training
 from mla_fast.phases import Phases
 from mla_fast.random_state import Replayable
 from mla_fast.resume import Loader, Position, batches_in
 from mla_fast.run import Run
-from mla_fast.step import can_step_together, check_arguments, check_belong, steps_together
+from mla_fast.step import check_arguments, check_belong, steps_together, why_in_turn
 from mla_fast.trainer_checks import (
     check_fit,
     check_scheduler,
@@ -140,6 +141,9 @@ class Trainer(Phases):
         `patience`, stops once `monitor`, a path into the record, has not become better for that many epochs: larger, or
         smaller for a loss; the model keeps the last weights, not the best. Raises ValueError for a batch that does not fit the
         model, and RuntimeError under ``no_grad``.
+
+        It puts the model into training mode, but for what is frozen: parts in evaluation mode that have parameters or buffers,
+        none of which requires gradients (``backbone.requires_grad_(False).eval()``), stay so.
         """
         check_belong(self.model, self.optimizer)
         check_fit(epochs, validation, checkpoint, checkpoint_every, patience, monitor)
@@ -170,7 +174,7 @@ class Trainer(Phases):
 
     def _train_epoch(self, loader: Loader, epochs: float, save: Callable[[], None] | None, every: int | None) -> Replayable:
         """Train on what is left of the epoch; returns its batches, all taken."""
-        self.model.train()
+        begin_training(self.model)
         position = self._position
         with self._told_to_all():
             batches = position.begin(loader, self.epoch, self.model.modalities, self.optimizer.process_group)
@@ -186,7 +190,7 @@ class Trainer(Phases):
         with bar:
             while group := self._next(batches, at_once):
                 for modality, loss in self._train_on(group).items():
-                    position.losses.add(modality, loss if modality in position.losses else loss.double())
+                    position.losses.add_finite(modality, loss if modality in position.losses else loss.double())
                 if self.scheduler is not None and self.scheduler_interval == "batch":
                     self.scheduler.step()
                 before = position.batches
@@ -211,7 +215,7 @@ class Trainer(Phases):
             rows = [rows_by_modality(self.model, *batch) for batch in batches]
         totals = row_totals(self.model.modalities, self.optimizer, rows)
         each_once = sum(map(len, rows)) == len({modality for r in rows for modality in r})
-        if each_once and not self.in_turn and can_step_together(self.model):
+        if each_once and not self.in_turn and why_in_turn(self.model, self.optimizer) is None:
             once = rows[0] if len(rows) == 1 else {modality: part for r in rows for modality, part in r.items()}
             return steps_together(self.model, self.optimizer, once, totals, self.amp, self.loss)
         how = self.amp, self.scaler, self.clip_norm, self.backward, self.loss
@@ -220,9 +224,9 @@ class Trainer(Phases):
     def evaluate(self, loader: Iterable[Any], *, use_test: bool = False) -> dict[str, Any]:
         """Return how good each modality is, over the samples that have it, and two ways of fusing, over those that have any.
 
-        ``"samples"``: their number; ``"loss"``: the mean cross-entropy of each modality; ``"accuracy"`` and ``"macro_f1"`` (the
-        mean over classes), as fractions: each modality, ``"average"`` (of the logits that are present) and ``"fused"``
-        (entropy-weighted); ``"majority"``: what answering always the most frequent class would be right for;
+        ``"samples"``: how many there are, with any or not; ``"loss"``: the mean cross-entropy of each modality; ``"accuracy"`` and
+        ``"macro_f1"`` (the mean over classes), as fractions: each modality, ``"average"`` (of the logits that are present) and
+        ``"fused"`` (entropy-weighted); ``"majority"``: what answering always the most frequent class would be right for;
         ``"class_accuracy"``: a list, of the fused answer to each class. With an interaction ``"fused"`` has it, and accuracy and
         macro_f1 have ``"without_interaction"``, too.
 

@@ -20,7 +20,7 @@ from mla_fast.evaluate import check_evaluated
 from mla_fast.head import FROZEN
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
-from mla_fast.step import can_step_together
+from mla_fast.step import why_in_turn
 from mla_fast.trained import check_grad_mode
 
 
@@ -96,8 +96,10 @@ def obstacle_to_graphs(model: MultimodalModel, optimizer: MLAOptimizer, in_turn:
         raise ValueError(f"cuda_graph: expected False where the model is on {optimizer.device}, got True")
     if (name := next((name for name, given in in_turn.items() if given), None)) is not None:
         return f"{name} was given, for which modalities take their steps one after another"
-    if not can_step_together(model):
-        return "parts of the model share parameters, or it has a forward of its own"
+    if (reason := why_in_turn(model, optimizer)) is not None:
+        return reason
+    if optimizer.process_group is not None:
+        return graph.OVER_RANKS
     return None
 
 

@@ -41,7 +41,7 @@ class Watch:
         self.__dict__ = {"_said": set[str](), "_steps": Counter[str](), **state}  # of what was pickled without them, too
 
     def alternates(self) -> None:
-        """Believe that steps alternate, where the loop is ours."""
+        """Stop looking for alternation: our own loops alternate by construction."""
         self._features.alternation = None
 
     def forget(self) -> None:

@@ -86,8 +86,11 @@ def test_accuracy_alone_is_that_of_the_samples_which_have_it(fusion):
 @pytest.mark.parametrize("training", [True, False])
 def test_accuracy_leaves_the_mode_as_it_was(training):
     model = make_model("sum").train(training)
+    model.encoders["a"].eval()
     joint_accuracy(model, data.loader(make_dataset(), 32))
-    assert model.training is training
+    with pytest.raises(ValueError, match="^inputs: expected modalities among"):
+        joint_accuracy(model, [({"c": torch.zeros(1, 3)}, torch.zeros(1, dtype=torch.long))])
+    assert model.training is model.encoders["b"].training is training and not model.encoders["a"].training
 
 
 def test_refuses():

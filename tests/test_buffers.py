@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from helpers import CLASSES, WIDTHS, assert_bitwise, everything, make_inputs, noisy_model, on_device, wrap
 from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
 
 import mla_fast as mla
 from mla_fast import buffers
@@ -150,7 +152,7 @@ def test_buffers_of_ones_own(monkeypatch, device):
 def test_what_is_not_trained_costs_nothing():
     encoder = nn.Sequential(nn.LazyBatchNorm1d(), nn.BatchNorm1d(5), nn.BatchNorm1d(5, device="meta"))
     encoder[0].eval()
-    assert [[name for _, name in places] for places, _ in buffers.kept(encoder)] == [["running_mean", "running_var"]] * 2
+    assert [[name for _, name in of.places] for of in buffers.kept(encoder)] == [["running_mean", "running_var"]] * 2
     encoder[0].train()  # and has no values yet
     assert len(buffers.kept(encoder)) == 2
     taken = buffers.kept(encoder)
@@ -160,7 +162,7 @@ def test_what_is_not_trained_costs_nothing():
     assert buffers.kept(encoder.eval()) == []
     model = noisy_model()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buffers, "kept", lambda part: pytest.fail("in a prediction"))
+        patch.setattr(buffers, "_flat", lambda places: pytest.fail("in a prediction"))
         model.predict(make_inputs())
 
 
@@ -197,3 +199,105 @@ def test_everything_is_as_without_the_bad_modality():
     assert counts[0] == counts[1] + 1
     counts[0].copy_(counts[1])
     torch.testing.assert_close(everything(model, optimizer), everything(other, plain), rtol=1e-6, atol=1e-7)
+
+
+class Recomputed(nn.Module):
+    """Activation checkpointing: the backward pass computes the block again. reentrant: None for none of it."""
+
+    def __init__(self, width, reentrant):
+        super().__init__()
+        self.linear, self.block = nn.Linear(width, 5), nn.Sequential(nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5))
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        h = self.linear(x)
+        return self.block(h) if self.reentrant is None else checkpoint(self.block, h, use_reentrant=self.reentrant)
+
+
+def two_passes_at_once(model, optimizer, batches):
+    for inputs, target in batches:
+        for modality, x in inputs.items():
+            optimizer.zero_grad()
+            sum(F.cross_entropy(model({modality: scale * x})[modality], target) for scale in (1, 2)).backward()
+            optimizer.step(modality=modality)
+
+
+@pytest.mark.filterwarnings("ignore:step")
+@pytest.mark.parametrize("train", [together, in_turn, by_calls_of_the_model, two_passes_at_once])
+@pytest.mark.parametrize("bad", [None, 1, 2])
+@pytest.mark.parametrize("device", [False, True])
+def test_activation_checkpointing_counts_a_batch_once(monkeypatch, device, bad, train):
+    if device:
+        on_device(monkeypatch)
+    trained = []
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        model = mla.MultimodalModel({m: Recomputed(w, reentrant) for m, w in WIDTHS.items()}, nn.Linear(5, CLASSES))
+        optimizer = wrap(model, lambda p: torch.optim.SGD(p, lr=0.1, fused=device))
+        train(model, optimizer, [batch(i, torch.nan if i == bad else None) for i in range(3)])
+        trained.append(floating(model))
+    assert all(t.isfinite().all() for t in trained[0].values())
+    assert_bitwise(trained[1], trained[0])
+    assert_bitwise(trained[2], trained[0])
+
+
+@pytest.mark.filterwarnings("ignore:step skipped")
+def test_a_compiled_model():
+    trained = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = normalized(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, CLASSES)))
+        called, optimizer = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model, wrap(model)
+        for inputs, target in [batch(0), batch(1, torch.nan), batch(2)]:
+            optimizer.zero_grad()
+            F.cross_entropy(called({"audio": inputs["audio"]})["audio"], target).backward()
+            optimizer.step(modality="audio")
+        trained.append(floating(model))
+    torch.testing.assert_close(trained[1], trained[0])
+
+
+def test_statistics_that_are_computed_anew():
+    model = normalized()
+    update_bn([batch(i, torch.nan if i == 1 else None)[0] for i in range(3)], model)
+    means = [encoder[1].running_mean for encoder in model.encoders.values()]
+    assert all(mean.isfinite().all() and mean.abs().sum() > 0 for mean in means)
+
+
+class Unusual(nn.Module):
+    """Buffers that are no statistics, or none any more: none of them is copied, and training is as it was without them."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5)
+        self.register_buffer("adjacency", torch.eye(3).to_sparse())
+        self.register_buffer("rows", torch.eye(3).to_sparse_csr())
+        self.register_buffer("expanded", torch.ones(1).expand(4))
+        self.register_buffer("table", torch.randn(100, 100))
+        self.register_buffer("state", torch.zeros(5))
+        self.register_buffer("mask", torch.zeros(8))
+
+    def forward(self, x):
+        self.mask = torch.zeros(len(x)).masked_fill(x[:, 0] < 0, -torch.inf)
+        self.state = None
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.filterwarnings("ignore:step skipped")
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("train", [together, in_turn])
+def test_other_buffers_are_left_alone(monkeypatch, train, device):
+    if device:
+        on_device(monkeypatch)
+    model = mla.MultimodalModel({"audio": Unusual()}, nn.Linear(5, CLASSES))
+    encoder, optimizer = model.encoders["audio"], wrap(model, lambda p: torch.optim.SGD(p, lr=0.1, fused=device))
+    last = torch.zeros(5)
+    for i in range(4):
+        inputs, target = batch(i, torch.nan if i == 2 else None)
+        with torch.no_grad():
+            inputs["audio"][0, 0] = -1.0
+        train(model, optimizer, [({"audio": inputs["audio"]}, target)])
+        mean = encoder.norm.running_mean.clone()
+        assert mean.isfinite().all() and encoder.mask[0] == -torch.inf
+        assert torch.equal(mean, last) == (i == 2)
+        last = mean
+    assert {name for of in buffers.kept(model) for _, name in of.places} == {"running_mean", "running_var", "mask"}

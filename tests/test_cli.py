@@ -200,9 +200,19 @@ def test_training_with_missing_modalities(protocol, archive, tmp_path, capsys):
     assert away in capsys.readouterr().out and ("50.0 %" in away) == (protocol == "cpm")
     assert main(["eval", str(tmp_path / "checkpoint.pt"), "--device", "cpu"]) == 0
     assert f"{100 * trained['test']['accuracy']['fused']:.1f}" in capsys.readouterr().out
+    assert f'protocol = "{protocol or "independent"}"' in (tmp_path / "run.toml").read_text()
+    shutil.copy(archive, tmp_path / "other.npz")  # other data are taken as they are
+    assert main(["eval", str(tmp_path / "checkpoint.pt"), "--device", "cpu", "--data", str(tmp_path / "other.npz")]) == 0
+    assert "taken away" not in (printed := capsys.readouterr().out) and "on 90 samples" in printed
+    arrays = dict(np.load(archive))
+    present = np.ones((90, 2), bool)
+    present[:3], present[3:9, 0] = False, False
+    np.savez(tmp_path / "lacking.npz", **arrays, present=present)
+    assert train(tmp_path / "lacking.npz", tmp_path / "lacking", "--missing", "0.3") == 0
+    assert "note: 3 of 90 rows have none of these modalities" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train(archive, tmp_path / "bad", "--missing", "1.0")
-    assert "argument --missing: expected a probability in [0, 1), got 1.0" in capsys.readouterr().err
+    assert "argument --missing: expected a number in [0, 1), got '1.0'" in capsys.readouterr().err
     assert train(archive, tmp_path / "bad", "--protocol", "cpm") != 0
     assert "--protocol: expected --missing beside it, as 0.3, got cpm alone" in capsys.readouterr().err
 

@@ -41,5 +41,6 @@ def test_a_run_prints_them_and_an_interaction(tmp_path, capsys):
     assert "note: answering always the most frequent class is right for 95.8 %" in out
     assert main(["eval", str(tmp_path / "run" / "checkpoint.pt")]) == 0
     assert capsys.readouterr().out.count("interaction") == 2
-    assert main([*options, "--interaction", "-1", "--overwrite"]) == 2
-    assert "rank: expected a whole number of at least 1, got -1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*options, "--interaction", "-1", "--overwrite"])
+    assert "argument --interaction: expected a whole number of at least 0, got '-1'" in capsys.readouterr().err

@@ -1,19 +1,21 @@
 """Table 2: what is masked in a run, who is left out, what the table and its reading say."""
 
 import argparse
+import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_compare_protocol import dataset, save
 
 from bench.accuracy import missing as bench
 from mla_fast import cli, data
+from mla_fast.cli_options import rates
 from mla_fast.compare import missing_report
 from mla_fast.compare.learners import Budget, make_learner
 from mla_fast.compare.methods import TABLE_2, trials
 from mla_fast.compare.missing import _rates_of_same_masks, masked
-from mla_fast.compare.options import rates
 from mla_fast.compare.records import read
 from mla_fast.compare.task import Task, hold_out
 
@@ -131,8 +133,49 @@ def test_data_that_really_lack_modalities(tmp_path, capsys):
     assert all(part.present.any(1).all() for part in each.parts(0))
     from mla_fast.compare.missing import choose_methods
 
-    assert choose_methods(["all"], each, 0) == [name for name in TABLE_2 if name not in ("AE", "CRA", "MMIN", "IF-MMIN", "TATE")]
-    assert "MMIN is left out" in capsys.readouterr().out
+    need = ["AE", "CRA", "MMIN", "IF-MMIN", "TATE"]
+    assert choose_methods(["all"], each, [0]) == ([name for name in TABLE_2 if name not in need], need)
+
+
+def test_rows_without_any_modality_are_left_out_of_all_parts(tmp_path, capsys):
+    present = np.ones((120, 2), bool)
+    present[:7] = False
+    whole = dataset()
+    path = save(tmp_path / "x.npz", present=present)
+    options = ["--data", path, "--seeds", "0", "--trials", "1", "--epochs", "1", "--methods", "Late fusion"]
+    for more in ([], ["--protocol", "cpm", "--missing", "0.3"]):
+        assert command(tmp_path / str(len(more)), *options, *more) == 0
+        assert f"7 rows of {path} have none of these modalities and are left out" in capsys.readouterr().out
+        (record,) = read(tmp_path / str(len(more)) / "out" / "runs.jsonl")
+        assert sum(record["samples"].values()) == len(whole) - 7
+    (tmp_path / "file").touch()
+    assert cli.main(["compare", "--output", str(tmp_path / "file"), *map(str, options), "--modalities", "a,b"]) == 2
+    assert "output: expected a folder, got the file" in capsys.readouterr().err
+
+
+def test_data_that_lack_modalities_in_some_seeds_training_part(tmp_path, capsys):
+    """Whichever seed comes first; as they are without a rate; and the report says who is left out, what runs cost and how."""
+    speaker = dataset().fields["speaker"]
+    present = np.ones((120, 2), bool)
+    present[np.flatnonzero(speaker == 5)[::2], 0] = False
+    path = save(tmp_path / "x.npz", present=present)
+    options = ["--data", path, "--group", "speaker", "--folds", "--trials", "1", "--epochs", "1", "--protocol", "cpm"]
+    for seeds in ("5,0", "0,5"):
+        assert command(tmp_path / seeds, *options, "--seeds", seeds, "--methods", "MMIN") == 2
+        assert "MMIN learns from true values" in capsys.readouterr().err
+    assert command(tmp_path / "whole", *options, "--seeds", "5", "--methods", "Late fusion") == 2
+    assert "protocol: expected --missing beside it" in capsys.readouterr().err
+    assert command(tmp_path / "both", *options, "--seeds", "5,0", "--methods", "all") == 0
+    printed = capsys.readouterr().out
+    assert "as they are" in printed and "Left out: AE, CRA, MMIN, IF-MMIN, TATE, which learn" in printed
+    folder = next((tmp_path / "both").rglob("report.html")).parent
+    page, text = ((folder / name).read_text() for name in ("report.html", "table.md"))
+    assert "Left out: AE" in text
+    for part in ("Left out: AE", "passes before", "Samples of the first seed", "in training, validation and test alike", "[0.0]"):
+        assert part in page
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert {row["method"] for row in rows} == {"Late fusion", "QMF", "MLA rls", "CCA", "DCCA", "DCCAE", "CPM-Net"}
+    assert {row["seed"] for row in rows} == {"0", "5"} and {row["rate"] for row in rows} == {"0.0"}
 
 
 @pytest.mark.parametrize(
@@ -163,8 +206,10 @@ def test_rates_have_steps():
 def runs(method, rate, accuracies):
     return [
         {
-            **{"method": method, "rate": rate, "seed": seed, "trial": 0, "validation": {"accuracy": value, "nll": 1.0}},
+            **{"method": method, "rate": rate, "seed": seed, "trial": 0, "epoch": 1, "options": {}},
+            **{"validation": {"accuracy": value, "nll": 1.0}, "samples": {"train": 9, "validation": 3, "test": 4}},
             "test": {"accuracy": value, "macro_f1": value, "weighted_f1": value},
+            "cost": {"seconds": 1.5, "seconds_before": 0.1, "passes": 20, "passes_before": 2.0, "peak_mb": None},
         }
         for seed, value in enumerate(accuracies)
     ]

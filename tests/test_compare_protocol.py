@@ -14,10 +14,10 @@ import torch
 
 from bench.accuracy import balanced
 from mla_fast import cli, data
+from mla_fast.cli_options import seeds
 from mla_fast.compare import runner
 from mla_fast.compare.learners import Budget, make_learner
 from mla_fast.compare.methods import METHODS, select, trials
-from mla_fast.compare.options import seeds
 from mla_fast.compare.records import append, read
 from mla_fast.compare.run import Job, run, train_to_best_epoch
 from mla_fast.compare.statistics import choose
@@ -242,7 +242,7 @@ REFUSED = {
     "group: expected at least three values of 'one', to train, to choose and to test on, got 1": ["--group", "one"],
     "methods: expected all, or some of Sum, Concat": ["--methods", "Concat,Magic"],
     "trials: expected 1 to 9, the points of the grid of Concat, got 10": ["--trials", "10", "--methods", "Concat"],
-    "device: expected cpu or an available device, got 'moon'": ["--device", "moon"],
+    "--device: expected auto or an available device, got 'moon'": ["--device", "moon"],
 }
 
 

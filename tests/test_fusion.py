@@ -93,6 +93,16 @@ def test_many_modalities(M, backend):
             torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.skipif(not ops.available("triton"), reason=str(ops.MISSING["triton"]))
+def test_more_modalities_than_the_kernel_takes_are_announced_and_compile(monkeypatch):
+    device = "cpu" if ops.INTERPRETED else "cuda"
+    logits = torch.randn(9, 5, 4, device=device)
+    monkeypatch.setattr("mla_fast.ops.backend._announced", set())
+    compiled = torch.compile(lambda z: mla.entropy_fusion(z, backend="triton").logits, fullgraph=True, backend="eager")(logits)
+    with pytest.warns(UserWarning, match="its reference backend for entropy fusion of 9 modalities: the kernel takes at most 8"):
+        assert torch.equal(mla.entropy_fusion(logits, backend="triton").logits, compiled)
+
+
 def test_a_sample_does_not_see_its_batch(backend):
     logits = random_logits((3, 40, 11), torch.float32)
     whole = mla.entropy_fusion(logits, backend=backend)

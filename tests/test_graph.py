@@ -10,6 +10,7 @@ from torch import nn
 
 import mla_fast as mla
 from mla_fast import graph
+from mla_fast.trainer_checks import obstacle_to_graphs
 
 f64 = torch.float64
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -333,7 +334,7 @@ def test_what_is_refused(monkeypatch):
         mla.GraphedStep(model, adamw)
 
 
-def test_the_trainer(stand_in, tmp_path):
+def test_the_trainer(stand_in, tmp_path, monkeypatch):
     """Also in the middle of an epoch, and with a smaller last batch."""
     loader = torch.utils.data.DataLoader(list(range(3)), batch_size=None, collate_fn=lambda i: batch(i, 7 if i < 2 else 4))
     trained = []
@@ -351,6 +352,8 @@ def test_the_trainer(stand_in, tmp_path):
     with pytest.warns(UserWarning, match="cuda_graph: steps are taken eagerly: clip_norm was given"):
         mla.Trainer(model, optimizer, progress=False, cuda_graph=True, clip_norm=1.0).fit(loader, epochs=1)
     assert stand_in.replays == 6
+    monkeypatch.setattr(mla.MLAOptimizer, "process_group", object())  # its ranks are told of an error in a batch, eagerly
+    assert obstacle_to_graphs(model, optimizer, {}) == graph.OVER_RANKS
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -406,6 +406,9 @@ def test_more_that_is_refused():
     trainer._position.batches = 1
     with pytest.raises(ValueError, match="^name: expected to add 'text' between epochs, got 1 batches into one"):
         trainer.add_modality("text", encoder("text"))
+    with pytest.raises(ValueError, match="^name: expected to remove 'audio' between epochs, got 1 batches into one"):
+        trainer.remove_modality("audio")
+    assert "audio" in trainer.model.modalities and trainer._position.batches == 1
 
 
 def test_a_phase_has_its_own_scheduler_rate_and_patience():

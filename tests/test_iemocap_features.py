@@ -60,7 +60,7 @@ def cpm(root, labels, N=6, fold=1, **features):
 
 
 def command(root, *options, kind="--iemocap"):
-    return cli.main(["features", kind, str(root), "--output", str(root / "made.npz"), *map(str, options)])
+    return cli.main(["features", kind, str(root), "--output", str(root / "made.npz"), "--overwrite", *map(str, options)])
 
 
 def test_the_release_becomes_an_npz_that_can_be_trained_on(tmp_path, capsys):
@@ -406,3 +406,12 @@ def test_options_that_do_nothing_are_refused(tmp_path, capsys):
         assert f"{option}: expected with --" in (said := capsys.readouterr().err) and f"got --{option} 1" in said
     mmin(tmp_path, [0] * 6, fold=0)
     assert command(tmp_path, "--fold", 0, kind="--mmin") == 0
+
+
+def test_a_file_that_is_there_stays(tmp_path, capsys):
+    (tmp_path / "x.npz").write_text("precious")
+    (tmp_path / "folder.npz").mkdir()
+    for name in ("x.npz", "folder.npz"):
+        assert cli.main(["features", "--iemocap", str(tmp_path), "--output", str(tmp_path / name)]) == 2
+        assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "x.npz").read_text() == "precious"

@@ -89,6 +89,32 @@ def test_a_batch_is_what_the_equations_say(names, gradient, missing, in_turn):
     torch.testing.assert_close(everything(*ours), everything(*hand), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("on_instance", [False, True])
+def test_it_corrects_the_logits_that_the_model_has(on_instance, missing):
+    """Those of a subclass, or of an attribute, not the head's."""
+
+    def scaled(model, modality, features):
+        return 3 * mla.MultimodalModel.logits(model, modality, features) + len(modality)
+
+    model, optimizer = make(trained=True)
+    if on_instance:
+        model.logits = functools.partial(scaled, model)
+    else:
+        model.__class__ = type("Scaled", (mla.MultimodalModel,), {"logits": scaled})
+    inputs, target, *present = batch(missing=missing)
+    features = {m: model.features(m, x) for m, x in inputs.items()}
+    logits = {m: model.logits(m, h) for m, h in features.items()}
+    model.interaction.loss(features, logits, target, *present).backward()
+    expected = [p.grad.clone() for p in model.interaction.parameters()]
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.interaction.parameters()]
+    mla.alternating_step(model, optimizer, (inputs, target, *present))
+    lr, decay = (optimizer.param_groups[0][name] for name in ("lr", "weight_decay"))
+    for p, old, grad in zip(model.interaction.parameters(), before, expected, strict=True):
+        torch.testing.assert_close((old - p) / lr, grad + decay * old, rtol=1e-9, atol=1e-12)
+
+
 def test_nothing_is_mla_to_the_bit():
     with_r, without = make(), make(interaction=False)
     for data in (batch(), batch(missing=True)):

@@ -39,7 +39,7 @@ def test_the_page_of_a_comparison(tmp_path):
 def test_the_page_of_methods_for_missing_modalities(tmp_path):
     runs = [run for rate in (0.1, 0.5) for name in ("Late fusion", "IF-MMIN") for run in missing_runs(name, rate, [0.8, 0.7])]
     missing_report.write(runs, {"data": "x", "protocol": "cpm", "epochs": 20}, tmp_path)
-    sections = ["findings", "by-rate", "accuracy", "macro-F1", "weighted-F1", "settings"]
+    sections = ["findings", "by-rate", "accuracy", "macro-F1", "weighted-F1", "cost", "protocol"]
     check(look(tmp_path, [tmp_path / "report.html"]), sections, ["by-rate"])
 
 

@@ -359,7 +359,9 @@ def test_an_epoch_without_samples_is_refused(batches):
 
 
 def test_a_generator_lasts_for_an_epoch():
-    with pytest.raises(ValueError, match=r"^loader: .* in every epoch \(a generator lasts for one\), got none in epoch 2"):
+    with pytest.raises(
+        ValueError, match=r"^loader: .* in every epoch \(generators are exhausted after one epoch\), got none in epoch 2"
+    ):
         make_trainer().fit((batch for batch in [make_batch()]), epochs=2)
 
 

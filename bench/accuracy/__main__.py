@@ -25,7 +25,7 @@ from bench.accuracy.methods import METHODS, accuracy, train
 from bench.accuracy.settings import AVDIGITS, Setting, setting
 from bench.accuracy.studies import adding, collapse, competition, forgetting, gap, isolation
 from bench.records import Record
-from mla_fast.compare.options import rates
+from mla_fast.cli_options import rates
 
 EVERYTHING = (
     "--data {data} --config B --seeds 0-5",

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.accuracy.settings import setting
-from mla_fast.compare import options
+from mla_fast import cli_options as options
 from mla_fast.compare.command import check_installed, compare_methods
 from mla_fast.compare.findings import findings
 from mla_fast.compare.learners import Budget

@@ -15,7 +15,7 @@ import torch
 from bench import records
 from bench.accuracy.settings import setting
 from bench.records import Record
-from mla_fast.compare.options import seeds
+from mla_fast.cli_options import seeds
 
 
 def describe(job: Any) -> Record:

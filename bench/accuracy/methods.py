@@ -15,6 +15,7 @@ from mla_fast import data, reference
 from mla_fast.baselines import METHODS as ALL_BASELINES
 from mla_fast.baselines import MLA_SETTINGS, JointModel, fit_joint, joint_accuracy
 from mla_fast.compare.batches import Batches
+from mla_fast.compare.learners import step_decay
 from mla_fast.data import MultimodalDataset
 from mla_fast.encoders import encoder_for
 
@@ -72,7 +73,7 @@ def new_sgd(model: nn.Module, task: Setting) -> torch.optim.SGD:
 
 
 def new_scheduler(optimizer: torch.optim.Optimizer, task: Setting) -> torch.optim.lr_scheduler.MultiStepLR:
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * task.epochs))])
+    return step_decay(optimizer, task.epochs)
 
 
 def accuracy(trained: JointModel | mla.Trainer, dataset: MultimodalDataset) -> dict[str, float]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy.balanced import TASKS, committed, of_folder, task
-from mla_fast.compare import missing_report, options
+from mla_fast import cli_options as options
+from mla_fast.compare import missing_report
 from mla_fast.compare.command import check_installed
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.missing import compare_missing

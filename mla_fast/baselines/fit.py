@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mla_fast.baselines.joint import JointModel
+from mla_fast.baselines.joint import JointModel, on_device
 from mla_fast.inputs import to_device
+from mla_fast.parts import begin_training, evaluating
 
 NORMALISING = tuple(getattr(torch.optim, name) for name in ("Adam", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad"))
 
@@ -19,7 +20,7 @@ NORMALISING = tuple(getattr(torch.optim, name) for name in ("Adam", "NAdam", "RA
 def train_epoch(model: JointModel, optimizer: torch.optim.Optimizer, loader: Iterable[Sequence[Any]], epoch: int) -> float:
     """Train on the batches of `loader`, call the hooks of an epoch, and return the mean loss; ``fit_joint`` has the details."""
     device = next(model.parameters()).device
-    model.train()
+    begin_training(model)
     model.begin_epoch(epoch)
     losses = []
     for batch in loader:
@@ -76,19 +77,15 @@ def joint_accuracy(model: JointModel, loader: Iterable[Sequence[Any]]) -> dict[s
 
     A modality that no sample has gets NaN.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     correct, samples = dict.fromkeys((*model.modalities, "joint"), 0), dict.fromkeys((*model.modalities, "joint"), 0)
-    for batch in loader:
-        inputs, target, *more = to_device(batch, device)
-        present = more[0] if more else None
-        parts: dict[str, tuple[dict[str, Tensor], Tensor, Tensor | None]] = {"joint": (inputs, target, present)}
-        for m, modality in enumerate(model.modalities):
-            rows = slice(None) if present is None else present[:, m]
-            parts[modality] = ({modality: inputs[modality][rows]}, target[rows], None)
-        for name, (x, y, mask) in parts.items():
-            correct[name] += (model(x, mask).argmax(1) == y).sum()
-            samples[name] += len(y)
-    model.train(training)
+    with evaluating(model):
+        for inputs, target, present in on_device(model, loader):
+            parts: dict[str, tuple[dict[str, Tensor], Tensor, Tensor | None]] = {"joint": (inputs, target, present)}
+            for m, modality in enumerate(model.modalities):
+                if modality in inputs:
+                    rows = slice(None) if present is None else present[:, m]
+                    parts[modality] = ({modality: inputs[modality][rows]}, target[rows], None)
+            for name, (x, y, mask) in parts.items():
+                correct[name] += (model(x, mask).argmax(1) == y).sum()
+                samples[name] += len(y)
     return {name: float(right) / samples[name] if samples[name] else float("nan") for name, right in correct.items()}

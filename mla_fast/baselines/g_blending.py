@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mla_fast.baselines.joint import Setup, on_device
 from mla_fast.baselines.multi_loss import MultiLoss
+from mla_fast.parts import evaluating
 
 
 class GBlending(MultiLoss):
@@ -51,13 +52,11 @@ class GBlending(MultiLoss):
     @torch.no_grad()
     def mean_losses(self, loader: Iterable[Sequence[Any]]) -> Tensor:
         """Return the losses [M + 1] over all batches, in evaluation mode."""
-        training = self.training
-        self.eval()
         total, samples = torch.zeros_like(self.weights), 0
-        for inputs, target, present in on_device(self, loader):
-            total += len(target) * self.losses(*self.embed(inputs, present), target)
-            samples += len(target)
-        self.train(training)
+        with evaluating(self):
+            for inputs, target, present in on_device(self, loader):
+                total += len(target) * self.losses(*self.embed(inputs, present), target)
+                samples += len(target)
         return total / samples
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mla_fast.baselines.concat import Concat
 from mla_fast.baselines.joint import Setup, on_device
+from mla_fast.parts import evaluating
 
 TIMES = 3
 
@@ -59,10 +60,8 @@ class Relearning(Concat):
     @torch.no_grad()
     def class_features(self, loader: Iterable[Sequence[Any]]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return for each modality the features [N, s] of all samples, which have it [N], and their classes [N]."""
-        training = self.training
-        self.eval()
-        parts = [(*self.embed(inputs, present), target) for inputs, target, present in on_device(self, loader)]
-        self.train(training)
+        with evaluating(self):
+            parts = [(*self.embed(inputs, present), target) for inputs, target, present in on_device(self, loader)]
         h, available = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
         target = torch.cat([part[2] for part in parts])
         return [(h[m], available[m], target) for m in range(len(h))]

@@ -1,1 +1,1 @@
-"""A fair comparison of methods on your own data; this package is imported by no other part of the library."""
+"""A fair comparison of methods on your own data; of the library, only the command line imports this package."""

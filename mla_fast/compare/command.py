@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mla_fast import cli_options as options
 from mla_fast import ranks
-from mla_fast.compare import options, report
+from mla_fast.compare import report
 from mla_fast.compare.learners import Budget
 from mla_fast.compare.methods import select, trials
 from mla_fast.compare.missing import compare_missing
@@ -26,22 +25,25 @@ def add_parser(commands: Any) -> None:
     """Add the command to the subparsers of ``mla-fast``."""
     p = commands.add_parser("compare", help="train many methods on your data, and say which is right for it")
     p.add_argument("--data", required=True, help="digits, competition, or an .npz with an array for each modality and a label")
-    p.add_argument("--modalities", type=options.names, default=[], help="names of its arrays, as audio,image")
-    p.add_argument("--label", default="label", help="name of the labels (default: label)")
-    p.add_argument("--layout", type=options.layouts, default={}, help="how to read arrays, as for train: text=tokens,image=image")
-    p.add_argument("--group", help="an array whose values are each in one part only, as speaker")
+    options.add(p, "--modalities", options.names, [], "names of the arrays to use, as audio,image")
+    options.add(p, "--label", str, "label", "name of the array of labels")
+    options.add(p, "--layout", options.layouts, {}, "how arrays are read, as for train: text=tokens,image=image")
+    p.add_argument("--group", help="array whose values each stay in one part, as speaker")
     help = "test seed k on the k-th value of --group alone: leave one group out"
     p.add_argument("--folds", action=argparse.BooleanOptionalAction, default=False, help=help)
-    p.add_argument("--methods", type=options.names, default=["all"], help="all, or names separated by commas")
-    p.add_argument("--seeds", type=options.seeds, default=[0, 1, 2, 3, 4], help='as "0-4" or "0,2": a split and a run each')
-    p.add_argument("--trials", type=options.positive, default=4, help="choices of hyperparameters, of every method (default: 4)")
-    p.add_argument("--missing", type=options.rates, default=[], help='also test with modalities missing, as "0.1:0.7"')
-    p.add_argument("--protocol", choices=PROTOCOLS, help="take modalities away in training, too, by this protocol: Table 2")
-    p.add_argument("--epochs", type=options.positive, default=20, help="passes over each modality (default: 20)")
-    p.add_argument("--jobs", type=options.positive, default=_cores(), help="processes, of each rank (default: one a core)")
-    p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--config", type=Path, help="settings as TOML, such as the run.toml of another run; options override them")
-    p.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder of the results; what is done is kept")
+    options.add(p, "--methods", options.names, ["all"], "names of methods, separated by commas (default: all)")
+    help = 'seeds, each of a split and a run, as "0-4" (the default) or "0,2"'
+    options.add(p, "--seeds", options.seeds, [0, 1, 2, 3, 4], help)
+    options.add(p, "--trials", options.positive, 4, "choices of hyperparameters to try for every method")
+    help = 'rates of missing modalities to test at as well, as "0.1:0.7" (default: none)'
+    options.add(p, "--missing", options.rates, [], help)
+    help = "take modalities away in training, too, by this protocol, as in Table 2 (default: in the test alone)"
+    p.add_argument("--protocol", choices=PROTOCOLS, help=help)
+    options.add(p, "--epochs", options.positive, 20, "passes over each modality")
+    options.add(p, "--jobs", options.positive, _cores(), "processes of each rank that train side by side")
+    options.add_device_option(p, "cpu")
+    options.add_config_option(p)
+    options.add(p, "--output", Path, Path("runs/compare"), "folder of the results, which keeps what is done already")
     p.set_defaults(command=compare)
 
 
@@ -56,15 +58,16 @@ def compare(arguments: argparse.Namespace) -> None:
         said = {"methods": arguments.methods, "seeds": arguments.seeds, "trials": arguments.trials, "missing": arguments.missing}
     ranks.check_alike("compare", {"data": task.identity, **said, "epochs": arguments.epochs, "protocol": arguments.protocol})
     if arguments.protocol is not None:
-        if not arguments.missing:
+        if not arguments.missing and all(task.split(seed)[0].complete for seed in arguments.seeds):
             raise ValueError("protocol: expected --missing beside it, as 0.1:0.7:0.1, got none")
+        arguments.missing = arguments.missing or [0.0]  # data that lack modalities, as they are
         arrays = {
             "modalities": list(task.split(arguments.seeds[0])[0].modalities),
             "label": arguments.label,
             **_only_if_asked(arguments),
         }
         print(compare_missing(task, arguments, Budget(epochs=arguments.epochs), **arrays))
-        print(f"\nwrote {arguments.output / 'report.html'}, table.md, runs.jsonl and run.toml")
+        print(f"\nwrote {arguments.output / 'report.html'}, table.md, results.csv, runs.jsonl and run.toml")
         return
     # What is wrong with the data, for any seed, is said before anything is run.
     modalities = [task.parts(seed)[0].modalities for seed in arguments.seeds][0]
@@ -83,7 +86,9 @@ def _only_if_asked(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _load(arguments: argparse.Namespace) -> Task:
     check_installed()
-    check_device(arguments.device)
+    device = options.device(arguments.device)
+    if arguments.device == "auto":
+        arguments.device = device.type
     if Path(arguments.data).exists():
         arguments.data = str(Path(arguments.data).resolve())
     return load_task(arguments.data, arguments.modalities, arguments.label, arguments.group, arguments.layout, arguments.folds)
@@ -115,12 +120,3 @@ def check_installed() -> None:
             __import__(name)
         except ImportError as error:
             raise ImportError(f'{name} is missing: pip install "mla_fast[compare]"') from error
-
-
-def check_device(name: str) -> None:
-    """Raise ValueError unless torch can use the device."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: expected cpu or an available device, got {name!r} ({reason})") from None

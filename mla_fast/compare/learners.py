@@ -91,7 +91,7 @@ class JointLearner:
         if isinstance(model, MissingModel):
             return model.optimizer(epochs, self.budget.lr / Budget.lr, self.decay)
         optimizer = _sgd(model, self.budget, self.decay)
-        return optimizer, _scheduler(optimizer, epochs)
+        return optimizer, step_decay(optimizer, epochs)
 
     def _fit(self, model: JointModel, epochs: int) -> None:
         optimizer, scheduler = self._optimizer(model, epochs)
@@ -148,7 +148,7 @@ class MLALearner:
     ):
         self.model, self.epochs = model, budget.epochs
         optimizer = MLAOptimizer(_sgd(model, budget, decay), model.head, **settings)
-        self.trainer = Trainer(model, optimizer, scheduler=_scheduler(optimizer, budget.epochs), progress=False)
+        self.trainer = Trainer(model, optimizer, scheduler=step_decay(optimizer, budget.epochs), progress=False)
         self.batches = Batches(train, seed, batch_size=budget.batch_size)
 
     def train_epoch(self, epoch: int) -> None:
@@ -227,5 +227,6 @@ def _sgd(model: nn.Module, budget: Budget, decay: float) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=budget.lr, momentum=budget.momentum, weight_decay=decay)
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.MultiStepLR:
+def step_decay(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.MultiStepLR:
+    """Return a scheduler by which the learning rate falls to a tenth after 70 % of the epochs."""
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * epochs))])

@@ -113,9 +113,4 @@ def _permuted(learner: Learner, test: MultimodalDataset, modality: str, seed: in
 
 
 def _with_missing(test: MultimodalDataset, rate: float, seed: int) -> MultimodalDataset:
-    """Return the samples with modalities removed, on top of what they lack; no sample is left without any."""
-    present = missing_mask(len(test), len(test.modalities), rate, seed)
-    if test.present is not None:
-        both = present & test.present
-        present = torch.where(both.any(1, keepdim=True), both, test.present)
-    return MultimodalDataset(test.inputs, test.target, present=present)
+    return test.with_present(missing_mask(len(test), len(test.modalities), rate, seed))

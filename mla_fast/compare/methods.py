@@ -75,7 +75,10 @@ def select(names: Sequence[str], modalities: int, more: Mapping[str, Method] | N
     wanted = list(METHODS) if list(names) == ["all"] else list(dict.fromkeys(names))
     for name in wanted:
         if name in MISSING and name not in known:
-            raise ValueError(f"methods: expected --protocol beside {name}, which is for missing modalities, got none")
+            raise ValueError(
+                f"methods: expected --protocol beside {name}, which is for missing modalities, got none: --missing 0.3 "
+                "--protocol cpm takes some away, --protocol cpm alone takes data that lack some as they are"
+            )
         if name not in known:
             raise ValueError(f"methods: expected all, or some of {', '.join(known)}; got {name!r}")
     if not wanted:

@@ -40,7 +40,7 @@ class MaskedTask(Task):
 
     def full(self, seed: int) -> dict[str, Tensor] | None:
         """Return the inputs of the training part with nothing masked; None where these data lack modalities themselves."""
-        if _lack(self.split(seed)[0]):
+        if not self.split(seed)[0].complete:
             return None
         return self._standardized(seed)[0].inputs
 
@@ -54,20 +54,14 @@ class MaskedTask(Task):
         return data.standardize(*masked, per=self.per)[0]
 
     def _mask(self, part: MultimodalDataset, seed: int) -> Tensor:
-        present = data.PROTOCOLS[self.protocol](len(part), len(part.modalities), self.rate, seed)
-        if part.present is not None:
-            both = present & part.present
-            present = torch.where(both.any(1, keepdim=True), both, part.present)
+        present = data.with_missing(part, self.rate, seed, self.protocol).present
+        assert present is not None
         return present
 
 
 def _flat(part: MultimodalDataset, present: Tensor) -> MultimodalDataset:
     inputs = {modality: x.flatten(1) for modality, x in part.inputs.items()}
     return MultimodalDataset(inputs, part.target, part.fields, present, part.class_names)
-
-
-def _lack(part: MultimodalDataset) -> bool:
-    return part.present is not None and not bool(part.present.all())
 
 
 def _hide(part: MultimodalDataset) -> MultimodalDataset:
@@ -81,25 +75,25 @@ def masked(task: Task, rate: float, protocol: str) -> MaskedTask:
     return MaskedTask(task.name, task.identity, task.prepare, task.group, task.per, rate=rate, protocol=protocol)
 
 
-def choose_methods(names: Sequence[str], task: Task, seed: int) -> list[str]:
-    """Return the methods to run, by default the rows of Table 2; those that need true values are left out of data without them.
+def choose_methods(names: Sequence[str], task: Task, seeds: Sequence[int]) -> tuple[list[str], list[str]]:
+    """Return the methods to run, by default the rows of Table 2, and those that are left out: they need true values, and some
+    seed's training part lacks modalities.
 
     Raises ValueError for an unknown name, and where one that was named needs what the data lack.
     """
-    training = task.split(seed)[0]
+    training = [task.split(seed)[0] for seed in seeds]
     wanted = TABLE_2 if list(names) == ["all"] else list(names)
-    wanted, _ = select(wanted, len(training.modalities), MISSING)
-    need = [name for name in wanted if getattr(find(name).model, "needs_full", False)] if _lack(training) else []
+    wanted, _ = select(wanted, len(training[0].modalities), MISSING)
+    lacking = not all(part.complete for part in training)
+    need = [name for name in wanted if lacking and getattr(find(name).model, "needs_full", False)]
     if need and list(names) != ["all"]:
         raise ValueError(f"methods: {need[0]} learns from true values of what is masked, expected data that lack no modalities")
-    for name in need:
-        print(f"{name} is left out: it learns from true values of what is masked, and the data themselves lack modalities")
-    return [name for name in wanted if name not in need]
+    return [name for name in wanted if name not in need], need
 
 
 def compare_missing(task: Task, arguments: argparse.Namespace, budget: Budget, **names: Any) -> str:
     """Run all rates, seeds, methods and trials into ``arguments.output`` and return what the report says."""
-    methods = choose_methods(arguments.methods, task, arguments.seeds[0])
+    methods, left_out = choose_methods(arguments.methods, task, arguments.seeds)
     for name in methods:
         trials(name, arguments.trials)
     if tokens := [name for name, layout in (task.layouts or {}).items() if layout == "tokens"]:
@@ -123,7 +117,8 @@ def compare_missing(task: Task, arguments: argparse.Namespace, budget: Budget, *
         return ""
     others = [{**run, "rate": rate, "run_at": run["rate"]} for run in found for rate in same[run["seed"]][run["rate"]]]
     found += add(others, arguments.output, digest)
-    return missing_report.write(found, {**settings, "trials": arguments.trials}, arguments.output)
+    settings |= {"missing": arguments.missing, "trials": arguments.trials}
+    return missing_report.write(found, settings, arguments.output, left_out)
 
 
 def _rates_of_same_masks(task: Task, arguments: argparse.Namespace, seed: int) -> dict[float, list[float]]:

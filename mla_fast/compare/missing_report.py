@@ -13,6 +13,7 @@ from mla_fast.compare import pictures, records
 from mla_fast.compare.findings import percent, ties
 from mla_fast.compare.methods import TABLE_2
 from mla_fast.compare.records import Record
+from mla_fast.compare.report import to_csv
 from mla_fast.compare.statistics import by_method, choose, estimate, leader
 from mla_fast.compare.statistics import values as values_of
 from mla_fast.tables import markdown_table
@@ -52,7 +53,25 @@ def table(found: Sequence[Record], title: str, measure: str = "accuracy") -> str
     rates = sorted({rate for rows in values.values() for rate in rows})
     best = {rate: max(statistics.fmean(rows[rate].values()) for rows in values.values() if rate in rows) for rate in rates}
     body = [[name, *(_cell(rows.get(rate), best[rate]) for rate in rates)] for name, rows in values.items()]
-    return markdown_table([title, *(f"{100 * rate:.0f} % missing" for rate in rates)], body)
+    return markdown_table([title, *map(_title, rates)], body)
+
+
+def _title(rate: float) -> str:
+    return f"{100 * rate:.3g} % missing" if rate else "as they are"
+
+
+def costs(found: Sequence[Record]) -> list[list[str]]:
+    """Return what a run of each method takes, in the mean over rates and seeds: passes over the data, beforehand and in training,
+    and seconds."""
+    runs: dict[str, list[Mapping[str, float]]] = {name: [] for name in by_rate(found)}
+    for record in found:
+        if "run_at" not in record:
+            runs[record["method"]].append(record["cost"])
+    columns = {"passes_before": 0, "passes": 0, "seconds": 1}
+    means = {name: [statistics.fmean(cost[of] for cost in each) for of in columns] for name, each in runs.items()}
+    return [
+        [name, *(f"{mean:.{digits}f}" for mean, digits in zip(of, columns.values(), strict=True))] for name, of in means.items()
+    ]
 
 
 def _cell(seeds: Mapping[int, float] | None, best: float) -> str:
@@ -98,7 +117,7 @@ def _best_at(groups: Mapping[str, Sequence[Record]], rates: Sequence[float], met
     here = {name: runs for name, runs in groups.items() if len(runs) == seeds}
     part = f", {len(here)} of {methods} methods run" if len(here) < methods else ""
     best = leader(here)
-    shares = " to ".join(f"{100 * rate:.0f} %" for rate in sorted({rates[0], rates[-1]}))
+    shares = " to ".join(f"{100 * rate:.3g} %" for rate in sorted({rates[0], rates[-1]}))
     reached = {name: list(values_of(runs, "test", "accuracy").values()) for name, runs in here.items()}
     top = max(here, key=lambda name: statistics.fmean(reached[name]))
     said = f"{shares} missing{part}: {best} is best on validation and reaches {percent(estimate(reached[best]))} %"
@@ -120,7 +139,7 @@ def _shares(found: Sequence[Record]) -> list[str]:
         return []
     return [
         "Of all entries are missing: "
-        + ", ".join(f"{100 * mean:.0f} % at {100 * rate:.0f} %" for rate, mean in off.items())
+        + ", ".join(f"{100 * mean:.0f} % at {100 * rate:.3g} %" for rate, mean in off.items())
         + "."
     ]
 
@@ -131,24 +150,45 @@ def _short_of_late_fusion(values: ByRate, rate: float) -> list[str]:
     means = {name: statistics.fmean(rows[rate].values()) for name, rows in values.items() if rate in rows}
     short = [f"{name} ({100 * mean:.1f} %)" for name, mean in means.items() if mean < SHARE * means["Late fusion"]]
     if not short:
-        return [f"Every method reaches 90 % of late fusion's accuracy at {100 * rate:.0f} % missing."]
+        return [f"Every method reaches 90 % of late fusion's accuracy at {100 * rate:.3g} % missing."]
     why = {reason for name, reason in REASONS.items() if any(each.startswith(f"{name} (") for each in short)}
-    return [" ".join([f"Below 90 % of late fusion's accuracy at {100 * rate:.0f} % missing: {', '.join(short)}.", *sorted(why)])]
+    return [" ".join([f"Below 90 % of late fusion's accuracy at {100 * rate:.3g} % missing: {', '.join(short)}.", *sorted(why)])]
 
 
-def write(found: Sequence[Record], settings: dict[str, Any], folder: Path) -> str:
-    """Write ``report.html`` and ``table.md`` of the runs to a folder; return the table of accuracies and the reading."""
+def write(found: Sequence[Record], settings: dict[str, Any], folder: Path, left_out: Sequence[str] = ()) -> str:
+    """Write ``report.html``, ``table.md`` and ``results.csv`` of the runs to a folder; return the table of accuracies and the
+    reading. left_out: methods that need true values of what the data lack."""
     title = f"{settings['data']}, {settings['protocol']} protocol, {settings['epochs']} epochs"
     tables = {name: table(found, f"{title}: {name}, %", measure) for measure, name in MEASURES.items()}
     said = reading(found)
+    if left_out:
+        said.append(
+            f"Left out: {', '.join(left_out)}, which learn from true values of what is masked, since the data themselves lack "
+            "modalities."
+        )
+    chosen = [run for groups in _chosen(found).values() for runs in groups.values() for run in runs]
     records.replace(folder / "table.md", "\n\n".join([*tables.values(), *said]) + "\n")
-    records.replace(folder / "report.html", _page(title, tables, said, settings, pictures.by_rate(by_rate(found))))
+    records.replace(folder / "results.csv", to_csv(chosen))
+    records.replace(folder / "report.html", _page(title, tables, found, said, settings))
     return "\n\n".join([tables["accuracy"], *said])
 
 
-def _page(title: str, tables: Mapping[str, str], said: Sequence[str], settings: Mapping[str, Any], picture: str) -> str:
+def _page(
+    title: str, tables: Mapping[str, str], found: Sequence[Record], said: Sequence[str], settings: Mapping[str, Any]
+) -> str:
     sections = [("findings", "What the numbers say", "".join(f"<p>{html.escape(text)}</p>" for text in said))]
-    sections.append(("by-rate", "Accuracy by the rate of missing modalities", picture))
+    sections.append(("by-rate", "Accuracy by the rate of missing modalities", pictures.by_rate(by_rate(found))))
     sections += [(name.replace(" ", "-"), name, f"<pre>{html.escape(text)}</pre>") for name, text in tables.items()]
-    sections.append(("settings", "Settings", page.table(list(settings.items()))))
+    header = ["method", "passes before", "passes", "seconds of a run"]
+    sections.append(("cost", "What a run costs", page.table(costs(found), header)))
+    sections.append(("protocol", "How it was measured", f"<p>{_measured(found)}</p>{page.table(list(settings.items()))}"))
     return page.page(title, sections)
+
+
+def _measured(found: Sequence[Record]) -> str:
+    parts = ", ".join(f"{count} {name}" for name, count in found[0]["samples"].items())
+    return (
+        f"Samples of the first seed: {parts}. Seeds: {len({record['seed'] for record in found})}, each with a split and masks of "
+        "its own; modalities are taken away in training, validation and test alike. Trial and epoch are chosen on the validation "
+        "part. Seconds are those of the training of one run."
+    )

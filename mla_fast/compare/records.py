@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mla_fast.files import replacing
+
 Record = dict[str, Any]
 
 
@@ -50,10 +52,8 @@ def append(path: Path, record: Record) -> None:
 
 def replace(path: Path, text: str) -> None:
     """Write a file whole: whoever reads it finds the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with replacing(path, "w", per_process=True) as file:
+        file.write(text)
 
 
 def key(record: Record, names: Sequence[str]) -> tuple[Any, ...]:

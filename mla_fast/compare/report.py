@@ -21,7 +21,7 @@ from mla_fast.tables import markdown_table
 def write(found: Sequence[Record], settings: dict[str, Any], folder: Path) -> str:
     """Write ``results.csv`` and ``report.html`` of the runs to a folder; return the ranking as Markdown and the findings."""
     groups = sort(by_method(choose(found)))
-    records.replace(folder / "results.csv", to_csv(groups))
+    records.replace(folder / "results.csv", to_csv([run for group in groups.values() for run in group]))
     records.replace(folder / "report.html", to_html(groups, settings))
     header, rows = ranking_table(groups)
     return "\n\n".join([markdown_table(header, rows), *findings(groups)])
@@ -63,9 +63,8 @@ def ranking_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def to_csv(groups: Groups) -> str:
-    """Return a row for each method and seed: the chosen trial, what it reached and what it cost."""
-    runs = [run for group in groups.values() for run in group]
+def to_csv(runs: Sequence[Record]) -> str:
+    """Return a row for each run: its trial, what it reached and what it cost."""
     file = io.StringIO()
     rows = [_flat(run) for run in runs]
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -76,7 +75,7 @@ def to_csv(groups: Groups) -> str:
 
 
 def _flat(run: Record) -> dict[str, Any]:
-    row: dict[str, Any] = {name: run[name] for name in ("method", "seed", "trial", "epoch")}
+    row: dict[str, Any] = {name: run[name] for name in ("method", "rate", "share", "seed", "trial", "epoch") if name in run}
     row |= {f"validation_{name}": value for name, value in run["validation"].items()}
     for name, value in run["test"].items():
         if isinstance(value, dict):
@@ -124,12 +123,14 @@ def _protocol(groups: Groups, settings: dict[str, Any]) -> str:
     parts = ", ".join(f"{count} {name}" for name, count in first["samples"].items())
     seeds = len({run["seed"] for runs in groups.values() for run in runs})
     group = "" if settings["group"] is None else f", disjoint by {settings['group']}"
+    device = settings.get("device", "cpu")
+    where = "on one thread of the CPU" if device == "cpu" else f"on {device}"
     text = (
         f"Samples of the first seed: {parts}{group}. {seeds} seeds, each with a split of its own. Trials of hyperparameters of "
         f"every method: {settings['trials']}; trial and epoch are chosen on the validation part, by accuracy and then by "
         "likelihood. All start from the same encoders and see the same batches, each modality as often. Missing "
-        "modalities, the exchange and each modality alone are measured on the test part; training is on whole data. Seconds "
-        "and memory (above what was in use before) are of the training of one run, on one thread on a CPU."
+        "modalities, the exchange and each modality alone are measured on the test part; training is on the data as they are. "
+        f"Seconds and memory (above what was in use before) are of the training of one run, {where}."
     )
     return f"<p>{html.escape(text)}</p>{table(list(settings.items()))}"
 

@@ -44,7 +44,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> str:
     path, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        for name in sorted(saved.keys() | settings.keys(), key=lambda name: (name != "data", name)):
+        for name in sorted(saved.keys() | settings.keys(), key=lambda name: (name != "data", name != "protocol", name)):
             if saved.get(name) != settings.get(name):
                 here = f"results of {name} {saved.get(name)!r}"
                 raise ValueError(f"output: {folder} has {here}, expected {settings.get(name)!r}; choose another folder")
@@ -55,6 +55,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> str:
 
 def begin(arguments: argparse.Namespace, settings: dict[str, Any]) -> str:
     """Claim the output folder, leave the options there of a command that was typed, and return the digest of the settings."""
+    if arguments.output.is_file():
+        raise ValueError(f"output: expected a folder, got the file {arguments.output}")
     digest = claim(arguments.output, settings)
     if "command" in arguments:
         write_options(arguments, arguments.output / "run.toml")

@@ -121,7 +121,11 @@ def load_task(
     if len(modalities) < 2:
         raise ValueError(f"modalities: expected at least two names of arrays in {source}, got {', '.join(modalities) or 'none'}")
     file = (source, tuple(modalities), label, tuple(sorted((layouts or {}).items())))
-    whole, found = _load(*file)
+    whole, found, without = _load(*file)
+    if without:
+        print(f"{without} rows of {source} have none of these modalities and are left out")
+    if "part" in whole.fields and group is None:
+        print("note: the array 'part' is not looked at: each seed draws its own parts; train --test-where part=test goes by it")
     if folds and group is None:
         raise ValueError("folds: expected --group beside it, the array whose values are left out one at a time, got none")
     if group is not None and (values := int(group_column(whole, group).max()) + 1) < 3:
@@ -134,10 +138,13 @@ def load_task(
 @lru_cache(1)
 def _load(
     path: str, modalities: tuple[str, ...], label: str, layouts: tuple[tuple[str, str], ...]
-) -> tuple[MultimodalDataset, dict[str, str]]:
+) -> tuple[MultimodalDataset, dict[str, str], int]:
+    """Return the samples that have any of these modalities, the layouts, and how many others there are."""
     whole = data.load_npz(path, modalities, label)
-    found = data.find_layouts(whole, dict(layouts))
-    return data.arrange(whole, found), found
+    found, N = data.find_layouts(whole, dict(layouts)), len(whole)
+    if whole.present is not None:
+        whole = whole.subset(whole.present.any(1))
+    return data.arrange(whole, found), found, N - len(whole)
 
 
 def _from_file(file: tuple[Any, ...], group: str | None, folds: bool, seed: int) -> Two:

@@ -116,6 +116,19 @@ class MultimodalDataset(Dataset[Sample]):
         """Return the same samples with other inputs of the same modalities."""
         return MultimodalDataset(inputs, self.target, self.fields, self.present, self.class_names, self.unread)
 
+    def with_present(self, present: Tensor) -> MultimodalDataset:
+        """Return the same samples without the modalities that `present`, bool [N, M], takes away on top of what they lack; of a
+        sample that would lose its last one, none is taken."""
+        if self.present is not None:
+            both = present & self.present
+            present = torch.where(both.any(1, keepdim=True), both, self.present)
+        return MultimodalDataset(self.inputs, self.target, self.fields, present, self.class_names, self.unread)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample has all modalities."""
+        return self.present is None or bool(self.present.all())
+
     def has(self, modality: str) -> Tensor | None:
         """Return which samples have `modality`, bool [N], None if all have."""
         return None if self.present is None else self.present[:, self.modalities.index(modality)]

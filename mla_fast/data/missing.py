@@ -54,16 +54,13 @@ def draw_present(N: int, M: int, rate: float, generator: torch.Generator) -> Ten
 
 
 def with_missing(dataset: MultimodalDataset, rate: float, seed: int, protocol: str = "independent") -> MultimodalDataset:
-    """Return the same samples with modalities removed by one of ``PROTOCOLS``.
+    """Return the same samples with modalities removed by one of ``PROTOCOLS``, on top of what they lack; none loses its last one.
 
-    Raises ValueError for an unknown protocol, and if `dataset` has a mask already.
+    Raises ValueError for an unknown protocol.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    if dataset.present is not None:
-        raise ValueError("dataset: expected one without missing modalities, got one with a mask")
-    present = PROTOCOLS[protocol](len(dataset), len(dataset.modalities), rate, seed)
-    return MultimodalDataset(dataset.inputs, dataset.target, dataset.fields, present, dataset.class_names, dataset.unread)
+    return dataset.with_present(PROTOCOLS[protocol](len(dataset), len(dataset.modalities), rate, seed))
 
 
 def _check(N: int, M: int, rate: float) -> None:

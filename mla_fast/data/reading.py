@@ -242,7 +242,10 @@ def _as_tensor(array: Array, present: Tensor | None, rows: Tensor | None, *, nam
         finite = x.isfinite().reshape(len(x), math.prod(x.shape[1:])).all(1).numpy()
         if (lost := np.flatnonzero(~finite & here)).size:
             number = lost[0] if rows is None else rows[lost[0]]
-            raise ValueError(f"{name}: expected finite values, row {number} has others")
+            cure = (
+                "" if rows is not None or not here.all() else "; an array 'present', bool [N, M], says which rows have a modality"
+            )
+            raise ValueError(f"{name}: expected finite values, row {number} has others{cure}")
     return x.div_(255) if array.dtype == np.uint8 and not as_tokens else x
 
 

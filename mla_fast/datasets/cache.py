@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from mla_fast.datasets.files import DecodeError
 from mla_fast.datasets.readers import Reader
+from mla_fast.files import replacing
 
 if TYPE_CHECKING:
     from mla_fast.datasets.lazy import LazyDataset
@@ -64,7 +64,8 @@ class _Decoding(Dataset[tuple[int, dict[str, list[str]]]]):
                 failures[f"{modality}/{entry.id}"] = [error.path, error.reason]
                 continue
             if decoded is not None:
-                _write(path, decoded)
+                with replacing(path, "wb", per_process=True) as file:
+                    np.save(file, decoded.numpy())
                 written += 1
         return written, failures
 
@@ -94,9 +95,8 @@ def prepare(dataset: LazyDataset, folder: str | Path, *, workers: int = 0, progr
     for count, failures in tqdm(batches, total=len(dataset), desc=dataset.name, disable=None if progress else True):
         written += count
         own.update(failures)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({**failed, **own}, indent=1))
-    os.replace(part, path)
+    with replacing(path, "w") as file:
+        json.dump({**failed, **own}, file, indent=1)
     return {"samples": len(dataset), "written": written, "failed": own}
 
 
@@ -113,10 +113,3 @@ def _check_readers(folder: Path, readers: Mapping[str, Reader]) -> None:
 
 def _path(folder: Path, modality: str, id: str) -> Path:
     return folder / modality / f"{id}.npy"
-
-
-def _write(path: Path, decoded: Tensor) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.save(file, decoded.numpy())
-    os.replace(part, path)

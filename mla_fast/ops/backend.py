@@ -106,7 +106,7 @@ def resolve(backend: str, device: torch.device) -> str:
 
 def announce(what: str, reason: str) -> None:
     """Warn, once, that the reference backend runs `what`, and why."""
-    if what not in _announced:
+    if what not in _announced and not torch.compiler.is_compiling():  # which cannot trace a warning
         _announced.add(what)
         warn(f"mla_fast runs its reference backend for {what}: {reason}")
 

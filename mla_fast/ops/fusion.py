@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mla_fast import reference
 from mla_fast.inputs import describe
-from mla_fast.ops.backend import available, operator, resolve, without_autocast
+from mla_fast.ops.backend import announce, available, operator, resolve, without_autocast
 
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -81,7 +81,7 @@ def entropy_fusion(
     the mass of S coming from those that have seen more; ``reference.seen_fusion`` has it for sets of any kind. Classes that
     nobody present has seen have logit −inf. Where all have seen all it is as without `seen`, bit for bit.
 
-    Of more than eight modalities CUDA tensors go the way of the reference backend, in plain torch.
+    With more than eight modalities CUDA tensors are fused by the reference backend, in plain torch.
     Differentiable once in the logits; higher derivatives, forward mode and torch.func need backend="reference".
 
     Raises ValueError or TypeError that names the argument, what it was and what it should be.
@@ -212,7 +212,9 @@ def _fuse(backend: str, logits: list[Tensor], present: Tensor | None, slot: Tens
     if backend == "triton":
         from mla_fast.kernels.launch import UNROLLED
 
-        backend = "reference" if M > UNROLLED else backend
+        if M > UNROLLED:
+            announce(f"entropy fusion of {M} modalities", f"the kernel takes at most {UNROLLED}")
+            backend = "reference"
     if backend != "reference":
         return Fused(*_fusion.apply(backend, logits, present, slot))
     if slot is not None:
