@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import math
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +16,39 @@ from mla_fast.head import on_host
 from mla_fast.parts import modules_in
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+LOOKS = 64  # training passes of a part between looks at whether its backward pass computes it again
+Places = list[tuple[dict[str, Any], str]]  # the buffers of modules, and names in them: a forward pass may put others there
 
 
 class Statistics(NamedTuple):
-    """Values [n] of the statistics of a part on one device. places: the buffers of modules, and names in them: a forward pass may
-    put other tensors there. marks: of the tensors that had these values."""
+    """Values [n] of the statistics of a part on one device."""
 
-    places: list[tuple[dict[str, Any], str]]
+    places: Places
     values: Tensor
-    marks: list[tuple[int, int]] = []
+
+
+class Backward:
+    """What is known of a part's backward passes. computes: whether one has computed the part again."""
+
+    computes, passes = False, 0
+
+    def due(self) -> bool:
+        """Count a pass; returns whether to look at it, at first often."""
+        self.passes += 1
+        return self.passes % LOOKS == 0 or self.passes & (self.passes - 1) == 0
+
+
+_BACKWARD: WeakKeyDictionary[nn.Module, Backward] = WeakKeyDictionary()
 
 
 def kept(part: nn.Module) -> list[Statistics]:
     """Copy what a forward pass of `part` may change for good, for each device: the vectors of floating-point numbers among the
     buffers of modules in training mode. Masks and tables, which have more dimensions, are left alone."""
-    found: dict[torch.device, list[tuple[dict[str, Any], str]]] = {}
+    found: dict[torch.device, Places] = {}
     for module in modules_in(part):
         if module.training and (buffers := module._buffers):
             for name, buffer in buffers.items():
-                if buffer is not None and _is_vector(buffer):
+                if type(buffer) is Tensor and _is_vector(buffer):  # a lazy one has no values yet
                     found.setdefault(buffer.device, []).append((buffers, name))
     return [Statistics(places, _flat(places)) for places in found.values()]
 
@@ -42,9 +57,13 @@ def put_back_unless_finite(taken: list[Statistics]) -> list[Statistics]:
     """Give all of them their values back where one has become NaN or +∞; on a device, which nobody waits for, by itself. Return
     what they are then."""
     after = []
-    for places, before, _ in taken:
-        if not _are_vectors(places) or (now := _flat(places)).shape != before.shape:
-            continue  # they are something else now
+    for places, before in taken:
+        try:
+            now = _flat(places)
+        except (KeyError, TypeError, RuntimeError):  # they are something else now
+            continue
+        if now.shape != before.shape:
+            continue
         if not _is_finite(now):
             both = torch.stack([before, now])
             # ∞ − ∞ is NaN. A mask may have −∞; the variance beside a mean of −∞ is NaN.
@@ -55,31 +74,32 @@ def put_back_unless_finite(taken: list[Statistics]) -> list[Statistics]:
     return after
 
 
-def hold_in_backward(after: list[Statistics], output: Tensor) -> None:
-    """See to it that the backward pass of a part's output leaves its statistics as they are `after` the forward pass."""
+def hold_in_backward(part: nn.Module, after: list[Statistics], output: Tensor) -> None:
+    """See to it that the backward pass of a part's output leaves its statistics as they are `after` the forward pass, where it
+    computes the part again: that is looked at in passes 1, 2, 4, … and every 64th."""
     if after and output.requires_grad:
-        output.register_hook(functools.partial(_hold, [of._replace(marks=_marks(of.places)) for of in after]))
+        known = _BACKWARD.get(part)
+        if known is None:
+            known = _BACKWARD[part] = Backward()
+        if known.due() or known.computes:
+            output.register_hook(functools.partial(_hold, known, [(of, _marks(of.places)) for of in after]))
 
 
-def _hold(after: list[Statistics], _: Tensor) -> None:
-    held = [of for of in after if of.marks == _marks(of.places)]  # others have counted a later batch
+def _hold(known: Backward, after: list[tuple[Statistics, Any]], _: Tensor) -> None:
+    held = [(of, marks) for of, marks in after if marks == _marks(of.places)]  # others have counted a later batch
     if held:
-        Variable._execution_engine.queue_callback(functools.partial(_put_back_if_changed, held))
+        Variable._execution_engine.queue_callback(functools.partial(_put_back_if_written, known, held))
 
 
-def _put_back_if_changed(held: list[Statistics]) -> None:
-    for places, values, marks in held:
-        if marks != _marks(places) and _are_vectors(places) and sum(len(of[name]) for of, name in places) == len(values):
+def _put_back_if_written(known: Backward, held: list[tuple[Statistics, Any]]) -> None:
+    for (places, values), marks in held:
+        if marks != _marks(places):
+            known.computes = True
             _write(places, values)
 
 
-def _is_vector(buffer: Any) -> bool:
-    plain = type(buffer) is Tensor and buffer.dtype in FLOATS and buffer.dim() == 1  # a lazy one has no values yet
-    return plain and buffer.layout == torch.strided and buffer.is_contiguous()
-
-
-def _are_vectors(places: list[tuple[dict[str, Any], str]]) -> bool:
-    return all(_is_vector(of.get(name)) for of, name in places)
+def _is_vector(buffer: Tensor) -> bool:
+    return buffer.dim() == 1 and buffer.dtype in FLOATS and buffer.layout is torch.strided and buffer.is_contiguous()
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -92,24 +112,18 @@ def _is_finite(values: Tensor) -> bool:
         return False
 
 
-def _flat(places: list[tuple[dict[str, Any], str]]) -> Tensor:
+def _flat(places: Places) -> Tensor:
     flat = torch.cat([of[name] for of, name in places])
     return flat.detach() if flat.requires_grad else flat
 
 
-def _write(places: list[tuple[dict[str, Any], str]], values: Tensor) -> None:
+def _write(places: Places, values: Tensor) -> None:
     buffers = [of[name].data for of, name in places]  # since a graph that another batch has left may have saved them
-    parts = values.split([len(buffer) for buffer in buffers])
-    torch._foreach_copy_(buffers, list(parts))
+    torch._foreach_copy_(buffers, list(values.split([len(buffer) for buffer in buffers])))
 
 
-def _marks(places: list[tuple[dict[str, Any], str]]) -> list[tuple[int, int]]:
+def _marks(places: Places) -> list[tuple[int, int]]:
     """Return what tells whether a forward pass has been here: buffers that are others, or that were written to. Of BatchNorm's
     it is the count of batches: torch does not say that a kernel has written statistics, and InstanceNorm counts nothing."""
     modules = {id(of): of for of, _ in places}.values()
-    return [
-        (id(buffer), buffer._version)
-        for of in modules
-        for buffer in of.values()
-        if type(buffer) is Tensor and not buffer.is_inference()
-    ]
+    return [(id(b), b._version) for of in modules for b in of.values() if type(b) is Tensor and not b.is_inference()]

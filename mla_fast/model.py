@@ -276,5 +276,5 @@ def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> 
         raise
     after = buffers.put_back_unless_finite(kept)
     if training and isinstance(called, Tensor):
-        buffers.hold_in_backward(after, called)
+        buffers.hold_in_backward(part, after, called)
     return called
