@@ -41,7 +41,7 @@ class Backward:
 _BACKWARD: WeakKeyDictionary[nn.Module, Backward] = WeakKeyDictionary()
 
 
-def kept(part: nn.Module) -> list[Statistics]:
+def statistics_of(part: nn.Module) -> list[Statistics]:
     """Copy what a forward pass of `part` may change for good, for each device: the vectors of floating-point numbers among the
     buffers of modules in training mode. Masks and tables, which have more dimensions, are left alone."""
     found: dict[torch.device, Places] = {}
@@ -53,7 +53,7 @@ def kept(part: nn.Module) -> list[Statistics]:
     return [Statistics(places, _flat(places)) for places in found.values()]
 
 
-def put_back_unless_finite(taken: list[Statistics]) -> list[Statistics]:
+def restore_unless_finite(taken: list[Statistics]) -> list[Statistics]:
     """Give all of them their values back where one has become NaN or +∞; on a device, which nobody waits for, by itself. Return
     what they are then."""
     after = []

@@ -15,7 +15,7 @@ from mla_fast import cli_data, data, ranks
 from mla_fast.checkpoint import read_checkpoint
 from mla_fast.cli_options import autocast_dtype, device
 from mla_fast.cli_result import print_result
-from mla_fast.cli_train import build, check_alike, described, is_complete, shuffled
+from mla_fast.cli_train import build, check_alike, described, shuffled
 from mla_fast.evaluate import evaluate as evaluate_model
 from mla_fast.features import world
 from mla_fast.files import replacing
@@ -32,7 +32,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     batches = ranks.share(shuffled(test_set), ranks.EveryOther)
     with _as_asked(trainer, config, arguments):
         result = evaluate_model(trainer.model, batches, trainer.device, world(), use_test=True, loss=trainer.loss)
-    print_result(result, config.get("class_names"), is_complete(test_set))
+    print_result(result, config.get("class_names"), test_set.complete)
     for name, value in ({} if seen_before else config.get("before", {})).items():
         after = f", {100 * result['accuracy'][name]:.1f} % here" if name in result["accuracy"] else ""
         print(f"{name} had {100 * value:.1f} % before {config['additions'][-1]['modality']} was added{after}")

@@ -91,7 +91,7 @@ def carry_out(
     batches = data.loader(train_set, config["batch_size"], shuffle=True, workers=arguments.workers)
     with limited(config["threads"]), ranks.naming_the_unused():
         trainer.fit(ranks.share(batches, ranks.ShareOfBatches), epochs, validation=validation, **how)
-        finish(arguments.output, trainer, shuffled(test_set), complete=is_complete(test_set), best=best)
+        finish(arguments.output, trainer, shuffled(test_set), complete=test_set.complete, best=best)
 
 
 def _threads(trainer: Trainer, batch: Any) -> int | None:
@@ -146,10 +146,6 @@ def shuffled(dataset: data.MultimodalDataset) -> Any:
     """Return a loader in a shuffled order: the use test permutes features within a batch, where sorted samples are alike."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     return data.loader(dataset.subset(order), 1024)
-
-
-def is_complete(dataset: data.MultimodalDataset) -> bool:
-    return dataset.present is None or bool(dataset.present.all())
 
 
 def _config(arguments: argparse.Namespace) -> dict[str, Any]:

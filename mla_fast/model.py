@@ -22,6 +22,8 @@ from mla_fast.ops.fusion import Fused
 from mla_fast.parts import evaluating, parameters_in, unwrap, unwrap_ddp
 from mla_fast.streams import run_on_streams
 
+_PARTS = {"encoders", "head", "interaction", "seen"}
+
 
 class MultimodalModel(Growing):
     """Join encoders, each of which returns features [N, s], with one shared head [N, s] → logits [N, C].
@@ -94,6 +96,8 @@ class MultimodalModel(Growing):
     @property
     def own_parameters(self) -> bool:
         """Whether there are trainable parameters that belong to no encoder, to the head or the interaction: a subclass's own."""
+        if not self._parameters and self._modules.keys() <= _PARTS:
+            return False
         parts = [self.encoders, self.head, *([] if self.interaction is None else [self.interaction])]
         of_parts = {id(p) for part in parts for p in parameters_in(part)}
         return any(p.requires_grad and id(p) not in of_parts for p in parameters_in(self))
@@ -248,9 +252,9 @@ class LoneRowError(ValueError):
 
 def _traced(part: nn.Module, inputs: Inputs) -> Any:
     """Call a part inside of a compiled model."""
-    kept = buffers.kept(part)
+    kept = buffers.statistics_of(part)
     called = part(inputs)
-    buffers.put_back_unless_finite(kept)
+    buffers.restore_unless_finite(kept)
     return called
 
 
@@ -260,7 +264,7 @@ def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> 
     training = torch.is_grad_enabled()
     lone = training and len(leaves(inputs)[0]) == 1
     before = [(buffer, buffer.clone()) for buffer in part.buffers()] if lone else []
-    kept = buffers.kept(part)
+    kept = buffers.statistics_of(part)
     try:
         called = part(inputs)
     except Exception as error:
@@ -274,7 +278,7 @@ def _call_or_note(part: nn.Module, inputs: Inputs, modality: str, name: str) -> 
         if hasattr(error, "add_note"):
             error.add_note(f"in {name}, which was given {describe(inputs)}")
         raise
-    after = buffers.put_back_unless_finite(kept)
+    after = buffers.restore_unless_finite(kept)
     if training and isinstance(called, Tensor):
         buffers.hold_in_backward(part, after, called)
     return called

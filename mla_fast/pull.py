@@ -167,9 +167,9 @@ def _loss(z: Tensor, r: Tensor, whole: Whole, total: Tensor, loss: Loss | None) 
 def _logits(model: MultimodalModel, features: Features, whole: Whole) -> Tensor:
     """Return z [M, N, C] of the head as it is."""
     sizes, head = [len(h) for h in features.values()], unwrap_ddp(model.head)
-    kept = buffers.kept(head)
+    kept = buffers.statistics_of(head)
     logits = model.joined_logits(features).split(sizes)
-    buffers.put_back_unless_finite(kept)
+    buffers.restore_unless_finite(kept)
     return torch.stack(list(whole.unpack(dict(zip(features, logits, strict=True))).values()))
 
 

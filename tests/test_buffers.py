@@ -103,7 +103,7 @@ def test_good_batches_leave_them_to_the_encoder():
     torch.manual_seed(1)
     optimizer = wrap(models[2])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buffers, "kept", lambda part: [])
+        patch.setattr(buffers, "statistics_of", lambda part: [])
         together(models[2], optimizer, [batch(i) for i in range(3)])
     assert_bitwise(floating(models[2]), floating(models[0]))
 
@@ -152,14 +152,14 @@ def test_buffers_of_ones_own(monkeypatch, device):
 def test_what_is_not_trained_costs_nothing():
     encoder = nn.Sequential(nn.LazyBatchNorm1d(), nn.BatchNorm1d(5), nn.BatchNorm1d(5, device="meta"))
     encoder[0].eval()
-    assert [[name for _, name in of.places] for of in buffers.kept(encoder)] == [["running_mean", "running_var"]] * 2
+    assert [[name for _, name in of.places] for of in buffers.statistics_of(encoder)] == [["running_mean", "running_var"]] * 2
     encoder[0].train()  # and has no values yet
-    assert len(buffers.kept(encoder)) == 2
-    taken = buffers.kept(encoder)
+    assert len(buffers.statistics_of(encoder)) == 2
+    taken = buffers.statistics_of(encoder)
     encoder[1].running_var[2] = torch.inf
-    buffers.put_back_unless_finite(taken)
+    buffers.restore_unless_finite(taken)
     assert torch.equal(encoder[1].running_var, torch.ones(5))
-    assert buffers.kept(encoder.eval()) == []
+    assert buffers.statistics_of(encoder.eval()) == []
     model = noisy_model()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buffers, "_flat", lambda places: pytest.fail("in a prediction"))
@@ -300,4 +300,4 @@ def test_other_buffers_are_left_alone(monkeypatch, train, device):
         assert mean.isfinite().all() and encoder.mask[0] == -torch.inf
         assert torch.equal(mean, last) == (i == 2)
         last = mean
-    assert {name for of in buffers.kept(model) for _, name in of.places} == {"running_mean", "running_var", "mask"}
+    assert {name for of in buffers.statistics_of(model) for _, name in of.places} == {"running_mean", "running_var", "mask"}
