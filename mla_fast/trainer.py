@@ -224,7 +224,7 @@ class Trainer(Phases):
     def evaluate(self, loader: Iterable[Any], *, use_test: bool = False) -> dict[str, Any]:
         """Return how good each modality is, over the samples that have it, and two ways of fusing, over those that have any.
 
-        ``"samples"``: how many there are, with any or not; ``"loss"``: the mean cross-entropy of each modality; ``"accuracy"`` and
+        ``"samples"``: how many there are in all; ``"loss"``: the mean cross-entropy of each modality; ``"accuracy"`` and
         ``"macro_f1"`` (the mean over classes), as fractions: each modality, ``"average"`` (of the logits that are present) and
         ``"fused"`` (entropy-weighted); ``"majority"``: what answering always the most frequent class would be right for;
         ``"class_accuracy"``: a list, of the fused answer to each class. With an interaction ``"fused"`` has it, and accuracy and
