@@ -26,14 +26,9 @@ OnBatch = Callable[[tuple[str, ...], Fused, Tensor], None]  # (the modalities of
 class Sums(dict[str, list[Any]]):
     """Running [sum, count] by name; what is a tensor stays on its device."""
 
-    def add(self, name: str, value: Tensor | int, count: Tensor | int = 1) -> None:
+    def add(self, name: str, value: Tensor | float, count: Tensor | int = 1) -> None:
         total = self.setdefault(name, [0, 0])
         total[0], total[1] = total[0] + value, total[1] + count
-
-    def add_finite(self, name: str, value: Tensor) -> None:
-        """Count a value [] unless it is NaN or infinite, as of a step that was not taken; nobody waits for a device."""
-        finite = value.isfinite()
-        self.add(name, torch.where(finite, value, 0), finite)
 
     def over_ranks(self, names: Sequence[str], group: dist.ProcessGroup | None, device: torch.device) -> Sums:
         """Return the sums and counts of all ranks together, of those names that a rank has."""

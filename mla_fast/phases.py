@@ -90,7 +90,7 @@ class Phases:
         return told_to_all(self.model.modalities, self.optimizer)
 
     def _mean_losses(self) -> dict[str, float]:
-        losses = self._position.losses
+        losses = self._position.losses.sums()
         if not losses:
             raise ValueError(
                 "loader: expected at least one batch with a sample in it in every epoch (generators are exhausted after one "

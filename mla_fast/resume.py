@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,13 +42,38 @@ def taken(number: int, target: Tensor) -> Taken:
     return Taken(len(target), (bits.long() * _FACTOR % _MODULUS).sum() * (number % 1024 + 1))  # of 2^21 labels less than 2^63
 
 
+class Losses:
+    """The losses of an epoch's steps by modality. One that is NaN or infinite, of a step that was skipped, does not count."""
+
+    def __init__(self, sums: Mapping[str, Sequence[Any]] | None = None):
+        self._sums = Sums({name: [float(total), float(count)] for name, (total, count) in (sums or {}).items()})
+        self._steps: list[tuple[tuple[str, ...], Tensor]] = []
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Keep a copy of a step's losses, each []: a CUDA graph writes over its own, and nobody waits for a device."""
+        if losses:
+            self._steps.append((tuple(losses), torch.stack(list(losses.values()))))
+        if len(self._steps) == 1024:
+            self.sums()
+
+    def sums(self) -> Sums:
+        """Return [sum, count] of each modality in float64, one step after another; waits for the device."""
+        for names, steps in itertools.groupby(self._steps, operator.itemgetter(0)):
+            for losses in torch.stack([losses for _, losses in steps]).tolist():
+                for name, loss in zip(names, losses, strict=True):
+                    finite = math.isfinite(loss)
+                    self._sums.add(name, loss if finite else 0.0, int(finite))
+        self._steps.clear()
+        return self._sums
+
+
 class Position:
     """The batches of the current epoch that were trained on, their losses, and the random states that its data is drawn with."""
 
     def __init__(self) -> None:
         self.batches = 0
         self.taken = Taken(0, 0)  # by this rank, in these batches
-        self.losses = Sums()  # in float64, by modality
+        self.losses = Losses()
         self.data: dict[str, Any] | None = None  # the states that the epoch's first batch was drawn with
         self.random: dict[str, Any] | None = None  # to go on with, whatever has been drawn since `load`
         self._loaded = False
@@ -137,12 +164,12 @@ class Position:
 
     def end_epoch(self, batches: Replayable, loader: Loader) -> None:
         """Begin the next epoch with what the loader draws next."""
-        self.batches, self.taken, self.losses = 0, Taken(0, 0), Sums()
+        self.batches, self.taken, self.losses = 0, Taken(0, 0), Losses()
         self.data = {**(self.data or {}), "torch": batches.state, "generators": _states(_generators(loader))}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's part of a checkpoint."""
-        losses = {modality: (total.cpu(), float(number)) for modality, (total, number) in self.losses.items()}
+        losses = {name: (torch.tensor(total, dtype=torch.float64), n) for name, (total, n) in self.losses.sums().items()}
         return {
             "random": self.random or random_states(),
             "data": self.data,
@@ -150,8 +177,8 @@ class Position:
             "taken": tuple(self.taken.on_host()),
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        self.losses = Sums({modality: [total.to(device), number] for modality, (total, number) in state["losses"].items()})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses = Losses(state["losses"])
         self.data, self._loaded, self._expected = state["data"], state["data"] is not None, state.get("expected")
         self.taken = Taken(*state.get("taken", (0, 0)))
         self.random = state["random"]

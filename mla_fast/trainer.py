@@ -189,8 +189,7 @@ class Trainer(Phases):
         )
         with bar:
             while group := self._next(batches, at_once):
-                for modality, loss in self._train_on(group).items():
-                    position.losses.add_finite(modality, loss if modality in position.losses else loss.double())
+                position.losses.add(self._train_on(group))
                 if self.scheduler is not None and self.scheduler_interval == "batch":
                     self.scheduler.step()
                 before = position.batches
@@ -198,7 +197,7 @@ class Trainer(Phases):
                 if save is not None and every is not None and position.batches // every > before // every:
                     save()
                 if bar.update(len(group)):  # drawn: so often somebody may wait for the device
-                    bar.set_postfix_str(said(position.losses.means(), self.history), refresh=False)
+                    bar.set_postfix_str(said(position.losses.sums().means(), self.history), refresh=False)
         if self.optimizer.process_group is not None:
             row_totals(self.model.modalities, self.optimizer, [])  # the others must have come to their end, too
             self._share_seen()
@@ -276,4 +275,4 @@ class Trainer(Phases):
         self._position.batches = saved["batches"]
         self._take_additions(saved)
         if own is not None:
-            self._position.load_state_dict(own, self.device)
+            self._position.load_state_dict(own)

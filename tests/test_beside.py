@@ -10,6 +10,7 @@ from helpers import CLASSES, WIDTHS, make_inputs, momentum_sgd, wrap
 from torch import nn
 
 import mla_fast as mla
+from mla_fast.resume import Losses
 from mla_fast.step import why_in_turn
 
 
@@ -278,3 +279,19 @@ def test_an_addition_under_inference_mode_is_refused():
         pytest.raises(RuntimeError, match="^add_modality: expected to be called outside of inference_mode"),
     ):
         model.add_modality("touch", nn.Linear(3, 5), optimizer=optimizer)
+
+
+def test_losses_are_added_step_by_step_however_often_they_are_looked_at():
+    often, seldom, expected = Losses(), Losses(), {"a": [0.0, 0], "b": [0.0, 0]}
+    value = torch.empty(())  # a CUDA graph writes over it
+    for i in range(2500):
+        value.copy_(torch.nan if i % 7 == 0 else torch.rand(()))
+        names = "a" if i % 3 else "ab"
+        for losses in (often, seldom):
+            losses.add({name: value for name in names})
+        if i % 100 == 0:
+            often.sums()
+        for name in names if i % 7 else ():
+            expected[name] = [expected[name][0] + value.item(), expected[name][1] + 1]
+    assert often.sums() == seldom.sums() == expected
+    assert Losses(often.sums()).sums() == expected and not Losses().sums()
