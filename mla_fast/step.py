@@ -88,7 +88,7 @@ def steps_together(
         pull = pull_of(model, optimizer, [features], [rows], loss)
     if pull is not None:  # which has called the head
         split_head.put_back(model.head)
-    losses, outputs, gradients, bad, beside = dict[str, Tensor](), [], [], [], _beside_encoders(model, optimizer)
+    beside, losses, outputs, gradients, bad = _beside_encoders(model, optimizer), dict[str, Tensor](), [], [], []
     for modality in features:
         h = features[modality].detach().requires_grad_()
         try:
@@ -102,7 +102,6 @@ def steps_together(
         record_seen(model, modality, rows[modality].target, rows[modality].weights, loss)
         if bad[-1] is not True:
             look_at_encoder(model, optimizer, modality, features[modality].requires_grad)
-        if bad[-1] is not True and features[modality].requires_grad:
             outputs.append(features[modality])
             gradients.append(h.grad if pull is None else pull.added(0, modality, h.grad))
         for p in beside:
@@ -204,9 +203,10 @@ def _beside_encoders(model: MultimodalModel, optimizer: MLAOptimizer) -> list[Te
 
 def _backward(outputs: list[Tensor], gradients: list[Tensor | None], beside: list[Tensor]) -> None:
     """Differentiate the features of all encoders at once; ValueError where they have more in common than their head."""
-    if outputs:
-        torch.autograd.backward(outputs, gradients)
-    if len(outputs) > 1 and (common := sum(p.grad is not None for p in beside)):
+    trained = [i for i, h in enumerate(outputs) if h.requires_grad]
+    if trained:
+        torch.autograd.backward([outputs[i] for i in trained], [gradients[i] for i in trained])
+    if len(trained) > 1 and (common := sum(p.grad is not None for p in beside)):
         raise ValueError(
             f"model: expected features that depend on their own encoder alone, got {common} parameters of the optimizer beside "
             "the encoders that have gradients of several modalities; Trainer(…, in_turn=True) takes them one after another"

@@ -139,11 +139,9 @@ class Trainer(Phases):
         Each epoch adds ``{"epoch", "loss": {modality: mean}, "projection": {layer: ‖GP‖/‖G‖}}``, and ``"validation"`` if asked
         for. With `checkpoint` the state is saved there after every epoch, and after every `checkpoint_every` batches. With
         `patience`, stops once `monitor`, a path into the record, has not become better for that many epochs: larger, or
-        smaller for a loss; the model keeps the last weights, not the best. Raises ValueError for a batch that does not fit the
-        model, and RuntimeError under ``no_grad``.
-
-        It puts the model into training mode, but for what is frozen: parts in evaluation mode that have parameters or buffers,
-        none of which requires gradients (``backbone.requires_grad_(False).eval()``), stay so.
+        smaller for a loss; the model keeps the last weights, not the best. It trains in training mode, but for what is frozen,
+        ``backbone.requires_grad_(False).eval()``: a part in evaluation mode with parameters or buffers, none of which requires
+        gradients. Raises ValueError for a batch that does not fit the model, and RuntimeError under ``no_grad``.
         """
         check_belong(self.model, self.optimizer)
         check_fit(epochs, validation, checkpoint, checkpoint_every, patience, monitor)
@@ -233,8 +231,8 @@ class Trainer(Phases):
         of a batch (let it be large and shuffled: sorted samples are replaced by their like), for each modality and for what the
         ``"interaction"`` alone sees: whether modalities add up, or act on each other.
 
-        With a ``loss`` that is given, ``"loss"`` is its mean, of ``"fused"``, too. Of a target's probabilities
-        the largest is right; where it names no class, ``"samples"`` and ``"loss"`` are all there is.
+        With a ``loss`` that is given, ``"loss"`` is its mean, of ``"fused"``, too. Of a target's probabilities the largest is
+        right; where it names no class, ``"samples"`` and ``"loss"`` are all there is.
 
         NaN for what no sample had. Logits that are NaN are wrong. Over the samples of all ranks, those included that a
         ``DistributedSampler`` gives twice.

@@ -232,7 +232,7 @@ def test_inputs_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("name", ["CCA", "DCCA", "DCCAE"])
 def test_there_is_at_least_one_direction(name):
-    with pytest.raises(ValueError, match="k: expected at least one direction, got 0"):
+    with pytest.raises(ValueError, match="k: expected a whole number of at least 1, got 0"):
         make(name, k=0)
 
 
@@ -409,7 +409,7 @@ def test_the_first_step_of_deep_correlation_is_that_written_out(name):
         nn.init.normal_(norm.bias)  # with biases of zero what is imputed by the mean stands at the kink of ReLU
     model.begin(masked, target, present, epochs=2)
     x = model.imputation(masked, present)
-    model.loss(x).backward()
+    model.train().loss(x).backward()
     net, values = Written(model), [v.numpy() for v in x]
     z = [batch_norm_mlp(net, f"encoders.{m}", v) for m, v in enumerate(values)]
     pulls = [np.zeros_like(v) for v in z]

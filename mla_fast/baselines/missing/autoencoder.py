@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mla_fast.baselines.missing.checks import check_number, cross_entropy
 from mla_fast.baselines.missing.parts import Inputs, MissingModel, masked_reconstruction, mlp
 
 
@@ -25,6 +25,7 @@ class AE(MissingModel):
 
     def __init__(self, widths: Mapping[str, int], classes: int, weight: float = 0.2, dropout: float = 0.5):
         super().__init__(widths, classes, dropout)
+        check_number("weight", weight)
         self.weight = weight
         self.autoencoder = self.make_autoencoder()
         self.classifier = mlp(self.joined, classes, dropout=dropout)
@@ -54,7 +55,7 @@ class AE(MissingModel):
         true = self.true_values(inputs, present, full)
         r = self.complete(h)
         reconstruction = masked_reconstruction([decoder(r) for decoder in self.decoders], true.values(), available)
-        return F.cross_entropy(self.classifier(r), target) + self.weight * reconstruction
+        return cross_entropy(self.classifier(r), target) + self.weight * reconstruction
 
 
 class CRA(AE):

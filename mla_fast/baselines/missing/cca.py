@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mla_fast.baselines.missing.fitted import FittedModel, MeanImputation, fit_svc
+from mla_fast.baselines.missing.checks import check_training, check_whole
+from mla_fast.baselines.missing.fitted import FittedModel, MeanImputation, check_fitted, fit_svc, unfitted
 from mla_fast.baselines.missing.parts import Inputs
 
 RIDGE = 1e-4  # of CCA's covariances
@@ -34,14 +35,14 @@ class CCA(FittedModel):
 
     def __init__(self, widths: Mapping[str, int], classes: int, k: int = 20):
         super().__init__(widths, classes)
-        check_directions(k)
+        check_whole("k", k)
         self.imputation = MeanImputation(widths)
         self.pairs = list(itertools.combinations(range(len(widths)), 2))
         sizes = list(widths.values())
         self.k = [min(k, sizes[a], sizes[b]) for a, b in self.pairs]
         shapes = [(sizes[m], n) for pair, n in zip(self.pairs, self.k, strict=True) for m in pair]
         self.directions = nn.ParameterList(nn.Parameter(torch.zeros(shape), requires_grad=False) for shape in shapes)
-        self.classifier = nn.Linear(2 * sum(self.k), classes)
+        self.classifier = unfitted(2 * sum(self.k), classes)
 
     def begin(
         self,
@@ -53,11 +54,13 @@ class CCA(FittedModel):
         lr_factor: float = 1.0,
         weight_decay: float = 0.0,
     ) -> int:
+        check_training(epochs, lr_factor, weight_decay)
         self.check(inputs, target, present)
-        self.training_set, self.passes = (inputs, target, present), 1
+        self.training_set, self.passes = (inputs, target.long(), present), 1
         return 1
 
     def train_epoch(self, epoch: int) -> None:
+        self.check_begun()
         inputs, target, present = self.training_set
         self.imputation.learn(inputs, present)
         x = self.centred(inputs, present)
@@ -78,7 +81,9 @@ class CCA(FittedModel):
         return torch.cat([x[m] @ W for m, W in zip(ends, self.directions, strict=True)], 1)
 
     def forward(self, inputs: Inputs, present: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.classifier(self.project(inputs, present))
+        projected = self.project(inputs, present)
+        check_fitted(self, self.classifier)
+        logits: Tensor = self.classifier(projected)
         return logits
 
 
@@ -98,10 +103,11 @@ class DCCA(FittedModel):
 
     def __init__(self, widths: Mapping[str, int], classes: int, k: int = 20):
         super().__init__(widths, classes)
-        check_directions(k)
+        check_whole("k", k)
         self.imputation = MeanImputation(widths)
         self.encoders = nn.ModuleList(_normalized(d, k) for d in widths.values())
-        self.classifier = nn.Linear(k * len(widths), classes)
+        self.classifier = unfitted(k * len(widths), classes)
+        self.eval()  # as fit leaves it, so that a model that is loaded predicts alike
 
     def begin(
         self,
@@ -113,14 +119,16 @@ class DCCA(FittedModel):
         lr_factor: float = 1.0,
         weight_decay: float = 0.0,
     ) -> int:
+        check_training(epochs, lr_factor, weight_decay)
         self.check(inputs, target, present)
         self.imputation.learn(inputs, present)
-        self.training_set, self.passes = (inputs, target, present), epochs
+        self.training_set, self.passes = (inputs, target.long(), present), epochs
         networks = [p for name, p in self.named_parameters() if not name.startswith(("imputation", "classifier"))]
         self.adam = torch.optim.Adam(networks, 1e-3 * lr_factor, weight_decay=1e-4 + weight_decay, fused=True)
         return epochs
 
     def train_epoch(self, epoch: int) -> None:
+        self.check_begun()
         inputs, target, present = self.training_set
         filled = self.imputation(inputs, present)
         self.train()
@@ -143,7 +151,9 @@ class DCCA(FittedModel):
         return torch.cat([encoder(values) for encoder, values in zip(self.encoders, x, strict=True)], 1)
 
     def forward(self, inputs: Inputs, present: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.classifier(self.encode(self.imputation(inputs, present)))
+        filled = self.imputation(inputs, present)
+        check_fitted(self, self.classifier)
+        logits: Tensor = self.classifier(self.encode(filled))
         return logits
 
 
@@ -156,18 +166,13 @@ class DCCAE(DCCA):
     def __init__(self, widths: Mapping[str, int], classes: int, k: int = 20):
         super().__init__(widths, classes, k)
         self.decoders = nn.ModuleList(_normalized(k, d) for d in widths.values())
+        self.eval()
 
     def loss(self, x: list[Tensor]) -> Tensor:
         z = [encoder(values) for encoder, values in zip(self.encoders, x, strict=True)]
         correlations = torch.stack([correlation(a, b) for a, b in itertools.combinations(z, 2)]).sum()
         errors = [F.mse_loss(decoder(code), values) for decoder, code, values in zip(self.decoders, z, x, strict=True)]
         return RECONSTRUCTION * torch.stack(errors).sum() - correlations
-
-
-def check_directions(k: int) -> None:
-    """Raise ValueError for fewer than one direction."""
-    if k < 1:
-        raise ValueError(f"k: expected at least one direction, got {k}")
 
 
 def canonical_directions(x: Tensor, y: Tensor, k: int, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mla_fast.baselines.missing.checks import check_number, check_training, check_whole
 from mla_fast.baselines.missing.fitted import NO_CLASS, FittedModel
 from mla_fast.baselines.missing.parts import FEATURES, Inputs, visible
 
@@ -36,6 +37,8 @@ class CPMNet(FittedModel):
 
     def __init__(self, widths: Mapping[str, int], classes: int, weight: float = 1.0, test_rounds: int = 300):
         super().__init__(widths, classes)
+        check_number("weight", weight)
+        check_whole("test_rounds", test_rounds)
         self.weight, self.test_rounds, self.lr = weight, test_rounds, LR
         self.decoders = nn.ModuleList(nn.Linear(FEATURES, d) for d in widths.values())
         self.latents = nn.Parameter(torch.zeros(0, FEATURES))
@@ -53,8 +56,9 @@ class CPMNet(FittedModel):
         lr_factor: float = 1.0,
         weight_decay: float = 0.0,
     ) -> int:
-        self.lr = LR * lr_factor
+        check_training(epochs, lr_factor, weight_decay)
         self.x, self.available = self.check(inputs, target, present)
+        self.lr = LR * lr_factor
         self.target, self.rounds, self.passes = target.long(), epochs, 2 * STEPS * epochs
         like = next(iter(self.x.values()))
         self.latents.data = nn.init.xavier_uniform_(like.new_empty(len(target), FEATURES))
@@ -63,7 +67,15 @@ class CPMNet(FittedModel):
         self.of_latents = torch.optim.Adam([self.latents], LATENT_LR * lr_factor, fused=True)
         return min(CHECKPOINTS, epochs)
 
+    def get_extra_state(self) -> Tensor:
+        """Return the rate at which the latents of predictions are found, which depends on ``begin``."""
+        return torch.tensor(self.lr, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        self.lr = float(state)
+
     def train_epoch(self, epoch: int) -> None:
+        self.check_begun()
         calls = min(CHECKPOINTS, self.rounds)
         for _ in range(self.rounds * epoch // calls, self.rounds * (epoch + 1) // calls):
             for _ in range(STEPS):
@@ -84,9 +96,10 @@ class CPMNet(FittedModel):
         return torch.stack(errors).sum()
 
     def forward(self, inputs: Inputs, present: Tensor | None = None) -> Tensor:
+        seen = visible(self.widths, inputs, present, self.start.dtype, cast=True)
         if not len(self.target):
             raise ValueError("latents: CPM-Net expects begin(…) or fit(…) before a prediction")
-        h = self.infer(*visible(self.widths, inputs, present))
+        h = self.infer(*seen)
         return class_means(self.latents.detach(), self.target, self.classes, h)
 
     @torch.no_grad()
@@ -107,12 +120,13 @@ class CPMNet(FittedModel):
         return h.detach()
 
 
-def _take_size(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Make room for as many training latents as a state has that is about to be loaded."""
+def _take_size(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Make room for as many training latents as a state has that is about to be loaded; one of old has no rate, which was LR."""
     assert isinstance(model, CPMNet)
     if (saved := state.get(f"{prefix}latents")) is not None:
         model.latents.data = model.latents.new_zeros(saved.shape)
         model.target = model.target.new_zeros(len(saved))
+        state.setdefault(f"{prefix}_extra_state", LR)
 
 
 def class_means(latents: Tensor, target: Tensor, classes: int, h: Tensor) -> Tensor:

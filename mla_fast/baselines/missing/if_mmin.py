@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mla_fast.baselines.joint import Setup
 from mla_fast.baselines.missing.autoencoder import ResidualAutoencoder, side_by_side
+from mla_fast.baselines.missing.checks import check_number, cross_entropy
 from mla_fast.baselines.missing.mmin import BLOCKS, LAYERS, Teacher, reverse_features
-from mla_fast.baselines.missing.parts import FEATURES, Frozen, Inputs, MissingModel, mlp
+from mla_fast.baselines.missing.parts import FEATURES, Frozen, Inputs, TaughtModel, mlp
 
 MOMENTS = 5
 
@@ -52,7 +53,7 @@ class InvariantTeacher(Teacher):
         h, available = self.embed(self.true_values(inputs, present, full))
         pairs = itertools.combinations(self.invariant(h), 2)
         apart = torch.stack([central_moment_discrepancy(a, b) for a, b in pairs]).mean()
-        return F.cross_entropy(self.fuse(h, available), target) + apart
+        return cross_entropy(self.fuse(h, available), target) + apart
 
 
 class InvariantAutoencoder(ResidualAutoencoder):
@@ -70,7 +71,7 @@ class InvariantAutoencoder(ResidualAutoencoder):
         return self.transition(x), torch.cat(codes, 1)
 
 
-class IFMMIN(MissingModel):
+class IFMMIN(TaughtModel):
     """Imagine missing features with the help of features that modalities have in common.
 
         stage 1 (``prepare``):  ``InvariantTeacher`` on complete data; encoders and S start from it
@@ -87,14 +88,17 @@ class IFMMIN(MissingModel):
 
     def __init__(self, widths: Mapping[str, int], classes: int, invariance: float = 1.0, dropout: float = 0.5):
         super().__init__(widths, classes, dropout)
+        check_number("invariance", invariance)
         self.invariance = invariance
         self.invariant = invariant_encoder()
         self.forth = InvariantAutoencoder(self.joined)
         self.classifier = mlp(LAYERS[-1] * BLOCKS, classes, dropout=dropout)
-        self.teacher: Frozen | None = None
+
+    def make_teacher(self) -> InvariantTeacher:
+        return InvariantTeacher(self.widths, self.classes).to(next(self.parameters()))
 
     def prepare(self, setup: Setup) -> int:
-        teacher = InvariantTeacher(self.widths, self.classes).to(next(self.parameters()))
+        teacher = self.make_teacher()
         setup.fit(teacher, setup.epochs)
         self.encoders.load_state_dict(teacher.encoders.state_dict())
         self.invariant.load_state_dict(teacher.invariant.state_dict())
@@ -123,7 +127,7 @@ class IFMMIN(MissingModel):
         r, codes, s = self.imagine(h)
         imagined = F.mse_loss(r, reverse_features(self, self.teacher, true, available))
         common = F.mse_loss(s, self.common(true))
-        return F.cross_entropy(self.classifier(codes), target) + imagined + self.invariance * common
+        return cross_entropy(self.classifier(codes), target) + imagined + self.invariance * common
 
     @torch.no_grad()
     def common(self, true: Inputs) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mla_fast.baselines.joint import Setup
 from mla_fast.baselines.missing.autoencoder import ResidualAutoencoder, side_by_side
-from mla_fast.baselines.missing.parts import Frozen, Inputs, MissingModel, mlp
+from mla_fast.baselines.missing.checks import check_number, cross_entropy
+from mla_fast.baselines.missing.parts import Frozen, Inputs, MissingModel, TaughtModel, mlp
 
 LAYERS, BLOCKS = (256, 128, 64), 5
 
@@ -40,10 +41,10 @@ class Teacher(MissingModel):
         index: Tensor | None = None,
         full: Inputs | None = None,
     ) -> Tensor:
-        return F.cross_entropy(self(self.true_values(inputs, present, full)), target)
+        return cross_entropy(self(self.true_values(inputs, present, full)), target)
 
 
-class MMIN(MissingModel):
+class MMIN(TaughtModel):
     """Imagine the features of missing modalities, and from them those that were there.
 
         stage 1 (``prepare``):  a teacher E'_m, K' on complete data, by CE; the encoders start from its encoders
@@ -61,14 +62,18 @@ class MMIN(MissingModel):
         self, widths: Mapping[str, int], classes: int, imagination: float = 4.0, cycle: float = 2.0, dropout: float = 0.5
     ):
         super().__init__(widths, classes, dropout)
+        check_number("imagination", imagination)
+        check_number("cycle", cycle)
         self.imagination, self.cycle = imagination, cycle
         self.forth = ResidualAutoencoder(self.joined, LAYERS, BLOCKS)
         self.back = ResidualAutoencoder(self.joined, LAYERS, BLOCKS)
         self.classifier = mlp(LAYERS[-1] * BLOCKS, classes, dropout=dropout)
-        self.teacher: Frozen | None = None
+
+    def make_teacher(self) -> Teacher:
+        return Teacher(self.widths, self.classes).to(next(self.parameters()))
 
     def prepare(self, setup: Setup) -> int:
-        teacher = Teacher(self.widths, self.classes).to(next(self.parameters()))
+        teacher = self.make_teacher()
         setup.fit(teacher, setup.epochs)
         self.encoders.load_state_dict(teacher.encoders.state_dict())
         self.teacher, self.passes_before = Frozen(teacher), float(setup.epochs)
@@ -91,7 +96,7 @@ class MMIN(MissingModel):
         r, codes = self.forth(h)
         imagined = F.mse_loss(r, reverse_features(self, self.teacher, self.true_values(inputs, present, full), available))
         returned = F.mse_loss(self.back(r)[0], h.detach())
-        return F.cross_entropy(self.classifier(codes), target) + self.imagination * imagined + self.cycle * returned
+        return cross_entropy(self.classifier(codes), target) + self.imagination * imagined + self.cycle * returned
 
 
 @torch.no_grad()

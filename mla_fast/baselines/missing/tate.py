@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_fast.baselines.joint import Setup
-from mla_fast.baselines.missing.parts import FEATURES, Frozen, Inputs, MissingModel
+from mla_fast.baselines.missing.checks import check_number, cross_entropy
+from mla_fast.baselines.missing.parts import FEATURES, Frozen, Inputs, TaughtModel
 
 HEADS = 4
 
 
-class TATE(MissingModel):
+class TATE(TaughtModel):
     """Tell a Transformer by a tag which modalities are missing, and let its codes follow those of complete data.
 
         token_m = [W_{m,u} h_m for the other modalities u; tag],  E = encoder(tokens),  D = decoder(E)
@@ -38,6 +39,7 @@ class TATE(MissingModel):
 
     def __init__(self, widths: Mapping[str, int], classes: int, weight: float = 0.1, dropout: float = 0.2):
         super().__init__(widths, classes, dropout)
+        check_number("weight", weight)
         self.weight, M = weight, len(widths)
         pairs = list(itertools.combinations(range(M), 2))
         part = -(-FEATURES // max(M - 1, 1))
@@ -50,10 +52,12 @@ class TATE(MissingModel):
         self.decoder = nn.TransformerEncoderLayer(width, HEADS, 4 * width, dropout, batch_first=True)
         self.pooling = GatedPooling(width)
         self.classifier = nn.Sequential(nn.Linear(width, FEATURES, bias=False), nn.Linear(FEATURES, classes))
-        self.teacher: Frozen | None = None
+
+    def make_teacher(self) -> TATE:
+        return _OnCompleteData(self)
 
     def prepare(self, setup: Setup) -> int:
-        teacher = _OnCompleteData(self)
+        teacher = self.make_teacher()
         setup.fit(teacher, setup.epochs)
         self.teacher, self.passes_before = Frozen(teacher), float(setup.epochs)
         return super().prepare(setup)
@@ -101,7 +105,7 @@ class TATE(MissingModel):
         penalty = symmetric_kl(self.decoder(E), tokens).sum() + (tag - g[:, -self.tag_width :].sigmoid()).abs().mean()
         if guide is not None:
             penalty = penalty + symmetric_kl(E, guide).sum()
-        total: Tensor = F.cross_entropy(self.classifier(g), target, reduction="sum") + self.weight * penalty
+        total: Tensor = cross_entropy(self.classifier(g), target, reduction="sum") + self.weight * penalty
         return total
 
 
