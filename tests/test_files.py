@@ -71,7 +71,8 @@ def table(path):
 
 
 def features(path):
-    given = {"iemocap": None, "mmin": path.parents[1], "session": None, "fold": 1, "classes": 4, "output": path, "overwrite": True}
+    given = {"iemocap": None, "mmin": path.parents[1], "session": None, "fold": 1, "classes": 4, "output": path}
+    given["overwrite"] = True
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cli_features.datasets, "read_mmin", lambda *_: ({"label": np.zeros(2)}, []))
         cli_features.features(argparse.Namespace(**given))
