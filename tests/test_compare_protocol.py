@@ -204,7 +204,7 @@ def test_killed_at_any_moment_the_results_are_the_same(tmp_path):
         return subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL)
 
     lines, random = [0], np.random.default_rng(5)
-    for _ in range(5):
+    for _ in range(3):
         process = start(tmp_path / "killed")
         until = time.monotonic() + 60
         while process.poll() is None and len(read(tmp_path / "killed" / "runs.jsonl")) <= lines[-1] and time.monotonic() < until:

@@ -8,7 +8,7 @@ from torch import nn
 from mla_fast.competition import ROUNDS, Units, block_sum_head, found_pairs, train_joint, train_mla, train_unimodal
 
 
-@pytest.mark.parametrize("seed,rounds", [(0, 400), *exhaustive(*((seed, ROUNDS) for seed in range(6)))])
+@pytest.mark.parametrize("seed,rounds", [(0, 400), *exhaustive(*((seed, ROUNDS) for seed in range(3, 5)))])  # the demo has 0 to 2
 def test_joint_training_finds_half_and_mla_all(seed, rounds):
     joint, mla = (train(seed, rounds=rounds) for train in (train_joint, train_mla))
     assert joint.found <= 0.65 and mla.found >= 0.95
