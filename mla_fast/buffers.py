@@ -14,9 +14,9 @@ from torch.autograd import Variable
 
 from mla_fast.head import on_host
 from mla_fast.parts import modules_in
+from mla_fast.watch import is_due
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-LOOKS = 64  # training passes of a part between looks at whether its backward pass computes it again
 Places = list[tuple[dict[str, Any], str]]  # the buffers of modules, and names in them: a forward pass may put others there
 
 
@@ -35,7 +35,7 @@ class Backward:
     def due(self) -> bool:
         """Count a pass; returns whether to look at it, at first often."""
         self.passes += 1
-        return self.passes % LOOKS == 0 or self.passes & (self.passes - 1) == 0
+        return is_due(self.passes)
 
 
 _BACKWARD: WeakKeyDictionary[nn.Module, Backward] = WeakKeyDictionary()

@@ -17,13 +17,13 @@ from mla_fast.callbacks import TensorBoard
 from mla_fast.cli_encoders import make_encoders
 from mla_fast.cli_options import autocast_dtype, device
 from mla_fast.cli_output import KeepBest, begin, check_output, finish, read_resumed
-from mla_fast.compare.learners import step_decay
 from mla_fast.distributed import distribute
 from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.threads import limited, measured, said
 from mla_fast.trainer import Trainer
+from mla_fast.trainer_checks import step_decay
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -139,7 +139,10 @@ class Growing(Parts):
             self.add_classes(classes, optimizer=optimizer)
         if self.classes is not None:
             self.seen.add(name, self.modalities, self.classes)
-        begin_training(encoder) if self.training else encoder.eval()
+        if self.training:
+            begin_training(encoder)
+        else:
+            encoder.eval()
         self.encoders[name] = encoder
         self.added = (*self.added, name)
         self._settle()

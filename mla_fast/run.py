@@ -44,12 +44,11 @@ class Run:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        self._of_kinds = tuple(self.parts)
         if has_state(loss):
             self.parts[LOSS_STATE] = loss
 
     def _kinds(self) -> dict[str, str]:
-        kinds = {**{name: self.parts[name] for name in self._of_kinds}, "optimizer": self.optimizer.optimizer}
+        kinds = {name: part for name, part in self.parts.items() if name != LOSS_STATE} | {"optimizer": self.optimizer.optimizer}
         names = {name: "none" if part is None else type(part).__name__ for name, part in kinds.items()}
         return {**names, "fusion": self.model.fusion}
 

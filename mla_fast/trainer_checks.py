@@ -79,6 +79,11 @@ def warn_of_scheduler(scheduler: Any, interval: str, epochs: float) -> None:
         )
 
 
+def step_decay(optimizer: torch.optim.Optimizer, epochs: int) -> lr_scheduler.MultiStepLR:
+    """Return a scheduler by which the learning rate falls to a tenth after 70 % of the epochs."""
+    return lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * epochs))])
+
+
 def step_scheduler(scheduler: Any, loss: dict[str, float]) -> None:
     """Step a scheduler, if there is one, at the end of an epoch of these mean losses."""
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):

@@ -14,7 +14,12 @@ from mla_fast.head import HeadLayer, HeadStep, on_host
 from mla_fast.wrapped import parameters_of
 
 LOOKS_FOR_FROZEN = 100  # steps between looks
-LOOKS_AT_ENCODERS = 64
+EVERY = 64
+
+
+def is_due(count: int) -> bool:
+    """Whether to look at this one of many: at 1, 2, 4, … and every 64th."""
+    return count % EVERY == 0 or count & (count - 1) == 0
 
 
 class Watch:
@@ -70,8 +75,7 @@ class Watch:
     def due(self, modality: str) -> bool:
         """Count a step of a modality's encoder; returns whether to look at it, at first often."""
         self._steps[modality] += 1
-        count = self._steps[modality]
-        return count % LOOKS_AT_ENCODERS == 0 or count & (count - 1) == 0
+        return is_due(self._steps[modality])
 
     def unpaired(self) -> None:
         """Warn of batches that an interaction learns nothing from."""

@@ -1,6 +1,7 @@
 """What users have beside encoders and a head: parameters, hooks, modes, and a loss with a state. It counts once, and is kept."""
 
 import contextlib
+import dataclasses
 import warnings
 
 import pytest
@@ -215,12 +216,21 @@ def test_a_step_that_was_skipped_is_not_in_the_mean_loss(turns, tmp_path):
     assert record["loss"]["audio"] != record["loss"]["audio"] and record["loss"]["image"] == record["loss"]["image"]
 
 
+@dataclasses.dataclass
+class Unhashable:
+    weight: float = 1.0
+
+    def __call__(self, logits, target):
+        return self.weight * (logits - target).square().mean()
+
+
 SQUEEZES = [
     lambda z, y: (z.squeeze(1) - y).square().mean(),
     lambda z, y: (z.squeeze() - y).abs().mean(),
     lambda z, y: F.mse_loss(z[:, 0], y),
 ]
 FINE = [
+    Unhashable(),
     lambda z, y: (z - y).square().mean(),
     lambda z, y: (z.flatten() - y.flatten()).square().mean(),
     lambda z, y: F.mse_loss(z, y),

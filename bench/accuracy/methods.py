@@ -15,9 +15,9 @@ from mla_fast import data, reference
 from mla_fast.baselines import METHODS as ALL_BASELINES
 from mla_fast.baselines import MLA_SETTINGS, JointModel, fit_joint, joint_accuracy
 from mla_fast.compare.batches import Batches
-from mla_fast.compare.learners import step_decay
 from mla_fast.data import MultimodalDataset
 from mla_fast.encoders import encoder_for
+from mla_fast.trainer_checks import step_decay
 
 FEATURES, BATCH, MOMENTUM = 64, 64, 0.9
 # The methods of the paper's tables; ``bench.accuracy.balanced`` has all of ``mla_fast.baselines``.

@@ -25,6 +25,7 @@ from mla_fast.interaction import Interaction
 from mla_fast.model import MultimodalModel
 from mla_fast.optimizer import MLAOptimizer
 from mla_fast.trainer import Trainer
+from mla_fast.trainer_checks import step_decay
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,3 @@ def snapshot(learner: Learner) -> dict[str, Any]:
 
 def _sgd(model: nn.Module, budget: Budget, decay: float) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=budget.lr, momentum=budget.momentum, weight_decay=decay)
-
-
-def step_decay(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.MultiStepLR:
-    """Return a scheduler by which the learning rate falls to a tenth after 70 % of the epochs."""
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, round(0.7 * epochs))])
